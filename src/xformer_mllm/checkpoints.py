@@ -1,0 +1,153 @@
+"""Assembling models: published or shipped parts -> a starting X-Former; stage 1's result and a language model -> stage 2.
+
+Nothing is copied by half: a tensor that the new model has and the part lacks is an error.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Blip2QFormerConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ViTMAEForPreTraining,
+)
+
+from .language_models import language_model_dir
+from .model.configuration_xformer import XFormerConfig
+from .model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerModel, without_dropout
+from .model.processing_xformer import XFormerProcessor, image_processor
+from .variants import variant_config
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""The embedded world's parts, which ship with the package: clip, mae, opt, qformer_tokenizer."""
+
+
+def _copy(source: dict[str, torch.Tensor], target: nn.Module, name: str) -> None:
+    """Load what `target` has from `source`, which may hold more.
+
+    Raises:
+        ValueError: naming the first tensor that `source` lacks or has in another shape.
+    """
+    wanted = target.state_dict()
+    for key, tensor in wanted.items():
+        if key not in source:
+            raise ValueError(f"{name}: the checkpoint has no tensor '{key}'")
+        if source[key].shape != tensor.shape:
+            raise ValueError(
+                f"{name}: '{key}' is {tuple(source[key].shape)} in the checkpoint, the model needs {tuple(tensor.shape)}"
+            )
+    target.load_state_dict({key: source[key] for key in wanted})
+    logger.info("%s: %d tensors loaded, %d not needed", name, len(wanted), len(source) - len(wanted))
+
+
+def embedded_config() -> XFormerConfig:
+    """X-Former for the embedded scenes: the shipped encoders with a Q-Former of their width, before any variant."""
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
+    clip = CLIPVisionModel.config_class.from_pretrained(WEIGHTS / "clip")
+    return XFormerConfig(
+        clip_config=clip,
+        clip_feature_layer=-2,
+        mae_config=ViTMAEForPreTraining.config_class.from_pretrained(WEIGHTS / "mae"),
+        qformer_config=Blip2QFormerConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=512,
+            encoder_hidden_size=clip.hidden_size,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            use_qformer_text_input=True,
+        ),
+        num_query_tokens=12,
+        image_text_hidden_size=64,
+        text_start_token_id=tokenizer.bos_token_id,
+    )
+
+
+def start_pretraining(variant: str = "xformer", seed: int = 0) -> tuple[XFormerForPreTraining, XFormerProcessor]:
+    """A variant at the start of stage 1 on the embedded scenes: shipped frozen encoders, the rest initialised by `seed`.
+
+    Raises:
+        ValueError: for an unknown variant.
+    """
+    config = variant_config(variant, embedded_config())
+    torch.manual_seed(seed)
+    model = XFormerForPreTraining._from_config(config, attn_implementation=attention_for_device())
+    clip = CLIPVisionModel.from_pretrained(WEIGHTS / "clip")
+    _copy(clip.state_dict(), model.xformer.clip_encoder.tower, "CLIP")
+    if model.xformer.mae_encoder is not None and variant != "random_mae":
+        mae = ViTMAEForPreTraining.from_pretrained(WEIGHTS / "mae")
+        _copy(mae.vit.state_dict(), model.xformer.mae_encoder, "MAE encoder")
+        if model.xformer.mae_decoder is not None:
+            _copy(mae.decoder.state_dict(), model.xformer.mae_decoder, "MAE decoder")
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
+    processor = XFormerProcessor(image_processor(config.clip_config.image_size), tokenizer, tokenizer)
+    return model, processor
+
+
+def attention_for_device() -> str:
+    """sdpa on a GPU; eager on a CPU, where bf16 sdpa trains five times slower (docs/decisions/attention.md)."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen causal language model, without dropout, and its tokenizer.
+
+    Args:
+        name: "opt" (the shipped tiny one), "smollm2", a directory or a hub id.
+    """
+    source = language_model_dir(name)
+    config = without_dropout(AutoConfig.from_pretrained(source))
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, attn_implementation=attention_for_device())
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.requires_grad_(False), tokenizer
+
+
+def start_generation(
+    pretrained: str | Path, llm: str = "opt", seed: int = 0
+) -> tuple[XFormerForConditionalGeneration, XFormerProcessor]:
+    """Stage 1's result with a language model behind it: the start of stage 2 (paper section "Stage 2").
+
+    The Q-Former leaves its text feed-forwards and word embeddings behind, as BLIP-2 does.
+
+    Args:
+        pretrained: directory of a saved `XFormerForPreTraining` with its processor.
+        llm: as `load_language_model` takes it.
+        seed: of the new projection.
+    """
+    first = XFormerForPreTraining.from_pretrained(pretrained)
+    processor = XFormerProcessor.from_pretrained(pretrained)
+    language_model, tokenizer = load_language_model(llm)
+    processor = XFormerProcessor(
+        processor.image_processor, tokenizer, processor.qformer_tokenizer, first.config.num_query_tokens
+    )
+
+    config = first.config
+    config.text_config = language_model.config
+    config.image_token_index = processor.image_token_id
+    config.qformer_config.use_qformer_text_input = False
+    config._attn_implementation = attention_for_device()
+    with torch.device("meta"):  # the parts come from elsewhere; nothing large is initialised for nothing
+        model = XFormerForConditionalGeneration(config)
+    torch.manual_seed(seed)
+    model.xformer = XFormerModel(config)
+    _copy(first.xformer.state_dict(), model.xformer, "stage 1")
+    model.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+    nn.init.normal_(model.language_projection.weight, std=config.initializer_range)
+    nn.init.zeros_(model.language_projection.bias)
+    model.language_model = language_model
+    model.generation_config = language_model.generation_config
+    return model, processor

@@ -1,0 +1,158 @@
+"""The command `xformer`: a table of subcommands, each a configuration that tyro reads and a function that takes it.
+
+Nothing heavy is imported before a subcommand is known. What a user can do something about is one line on stderr and
+exit code 2; Ctrl-C is 130; anything else is a bug and keeps its traceback.
+"""
+
+import difflib
+import os
+import pkgutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. `config` and `run` are "module:name" inside the package: imported when it is asked for."""
+
+    summary: str
+    config: str
+    run: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "train and compare Q-Former and X-Former on the embedded scenes", "demo:DemoConfig", "demo:run_demo"
+    ),
+    "data probe": Command(
+        "what can be read from frozen CLIP, MAE, both, and a random network",
+        "evaluate.probe:ProbeConfig",
+        "evaluate.probe:run_probe",
+    ),
+    "train stage1": Command(
+        "stage 1: image-text contrast, matching, generation and reconstruction",
+        "train.config:Stage1Config",
+        "train.stages:run_stage1",
+    ),
+    "train stage2": Command(
+        "stage 2: the queries as a soft prompt of a frozen language model",
+        "train.config:Stage2Config",
+        "train.stages:run_stage2",
+    ),
+    "train encoders": Command(
+        "the embedded world's tiny CLIP and MAE", "train.encoders:EncodersConfig", "train.encoders:train_encoders"
+    ),
+    "train lm": Command(
+        "the embedded world's tiny OPT language model", "train.encoders:LmConfig", "train.encoders:train_lm"
+    ),
+    "caption": Command("describe a picture", "evaluate.inference:CaptionConfig", "evaluate.inference:caption"),
+    "ask": Command("answer a question about a picture", "evaluate.inference:AskConfig", "evaluate.inference:ask"),
+    "features": Command(
+        "a picture's features, of every stage", "evaluate.inference:FeaturesConfig", "evaluate.inference:features"
+    ),
+    "reconstruct": Command(
+        "a picture masked and reconstructed, side by side",
+        "evaluate.inference:ReconstructConfig",
+        "evaluate.inference:reconstruct",
+    ),
+    "evaluate": Command(
+        "accuracy on questions about held-out pictures",
+        "evaluate.questions:EvaluateConfig",
+        "evaluate.questions:evaluate",
+    ),
+}
+
+# Packages that only some commands need -> the extra that brings them.
+EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `xformer` with `arguments` (those of the process if None) and return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        return _say("interrupted (a training goes on when the same command is given again)", 130)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("xformer_mllm"):
+            raise
+        extra = EXTRAS.get(error.name, "train")
+        return _say(f"needs the package {error.name}: pip install 'xformer-mllm[{extra}]'", 2)
+    except (ValueError, OSError) as error:
+        if os.environ.get("XFORMER_TRACEBACK"):
+            raise
+        return _say(str(error).replace("\n", " "), 2)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"xformer: {message}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if words == ["--version"]:
+        print(f"xformer-mllm {version('xformer-mllm')}")
+        return 0
+    for name, command in COMMANDS.items():
+        length = len(name.split())
+        if words[:length] == name.split():
+            _run(name, command, words[length:])
+            return 0
+    asked = " ".join(word for word in words[:2] if not word.startswith("-"))
+    group = {name: command for name, command in COMMANDS.items() if name.startswith(f"{asked} ") or not asked}
+    if group:
+        print(_overview(group))
+        return 0 if {"-h", "--help"} & set(words) else 2
+    near = difflib.get_close_matches(asked, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see xformer --help"
+    raise ValueError(f"unknown command {asked!r}; {hint}")
+
+
+def _overview(commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  xformer {name:<{width}}  {command.summary}" for name, command in commands.items()]
+    return "\n".join(
+        [
+            "X-Former: CLIP and MAE features unified for multimodal language models.",
+            "",
+            *lines,
+            "",
+            "xformer COMMAND --help shows its settings and their defaults.",
+        ]
+    )
+
+
+def _run(name: str, command: Command, words: list[str]) -> None:
+    import tyro
+
+    kind = pkgutil.resolve_name(f"xformer_mllm.{command.config}")
+    words, file = _take_config_file(words)
+    default = None
+    if file is not None:
+        from xformer_mllm.train.config import read_config
+
+        default = read_config(file, kind, name)
+    description = command.summary[0].upper() + command.summary[1:] + "."
+    if name in ("train stage1", "train stage2"):
+        description += " --config FILE takes the settings of a run's config.json; flags beside it override them."
+    config: Any = tyro.cli(kind, args=words, default=default, prog=f"xformer {name}", description=description)
+    pkgutil.resolve_name(f"xformer_mllm.{command.run}")(config)
+
+
+def _take_config_file(words: list[str]) -> tuple[list[str], Path | None]:
+    """Take `--config FILE` (or --config=FILE) out of the arguments. Raises ValueError if no file follows."""
+    for place, word in enumerate(words):
+        if word == "--config":
+            if place + 1 == len(words):
+                raise ValueError("--config needs a file: the config.json of a run's folder")
+            return words[:place] + words[place + 2 :], Path(words[place + 1])
+        if word.startswith("--config="):
+            return words[:place] + words[place + 1 :], Path(word.removeprefix("--config="))
+    return words, None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

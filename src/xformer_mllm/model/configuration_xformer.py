@@ -1,0 +1,171 @@
+"""The configuration of every X-Former model: nested configurations of the parts, and the few choices between them.
+
+The defaults are the paper's: EVA-CLIP ViT-g, MAE ViT-H, BLIP-2's Q-Former, OPT 2.7B, dual cross-attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, ViTMAEConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+FUSIONS = ("none", "concat", "early_cross_attention", "dual_cross_attention")
+
+
+def _nested(value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
+    """A sub-configuration from what `config.json` holds: a dictionary with its `model_type`."""
+    if not isinstance(value, dict):
+        return value
+    return AutoConfig.for_model(**value)
+
+
+class XFormerConfig(PreTrainedConfig):
+    """Configuration of X-Former and of every model that the paper compares it with (see `variants.py`).
+
+    Args:
+        clip_config: the contrastive tower: `Blip2VisionConfig` (EVA-CLIP ViT-g), `CLIPVisionConfig`, `SiglipVisionConfig`.
+        mae_config: `ViTMAEConfig` of the second encoder and its decoder; None for a model without one.
+        qformer_config: `Blip2QFormerConfig`; `use_qformer_text_input=True` is what stage 1 needs (text feed-forwards).
+        text_config: any causal language model's configuration; None before stage 2.
+        clip_feature_layer: which of the tower's layers gives C. BLIP-2 takes the penultimate layer (-2); transformers'
+            `Blip2VisionConfig` describes a ViT-g whose last layer is already removed, so there it is -1.
+        clip_shallow_layer: if set, M is this layer of the CLIP tower and there is no MAE (the paper's ablation: 26).
+        fusion: one of `FUSIONS`.
+        fusion_blocks: number of dual cross-attention blocks.
+        reconstruction: stage 1 has the masked-image reconstruction loss.
+        reconstruction_in_stage2: stage 2 keeps it (the paper's ablation; it hurts).
+        mask_ratio: share of the MAE's patches that are masked where there is a reconstruction loss.
+        label_smoothing: of ITC and ITG (BLIP-2's 0.1).
+        initial_temperature: of ITC, learned (BLIP-2's 0.07).
+        image_text_hidden_size: width of the shared image-text space of ITC.
+        image_token_index: id of the image placeholder in the language model's tokenizer; set with the tokenizer.
+        text_start_token_id: id of [DEC] in the Q-Former's tokenizer, which starts a text that is to be generated (ITG).
+        clip_mean, clip_std, mae_mean, mae_std: per-channel statistics of pixels in [0, 1], applied inside the model.
+        itc_weight, itm_weight, itg_weight, reconstruction_weight: weights of the stage-1 losses (all 1 in the paper).
+
+    Raises:
+        ValueError: in one line, where two of these cannot go together.
+    """
+
+    model_type = "xformer"
+    sub_configs = {  # noqa: RUF012  (transformers reads this class attribute)
+        "clip_config": AutoConfig,
+        "mae_config": AutoConfig,
+        "qformer_config": Blip2QFormerConfig,
+        "text_config": AutoConfig,
+    }
+
+    clip_config: dict | PreTrainedConfig | None = None
+    mae_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    image_token_index: int | None = None
+    text_start_token_id: int = 30522
+    clip_feature_layer: int = -1
+    clip_shallow_layer: int | None = None
+    fusion: str = "dual_cross_attention"
+    fusion_blocks: int = 1
+    reconstruction: bool = True
+    reconstruction_in_stage2: bool = False
+    mask_ratio: float = 0.5
+    label_smoothing: float = 0.1
+    initial_temperature: float = 0.07
+    itc_weight: float = 1.0
+    itm_weight: float = 1.0
+    itg_weight: float = 1.0
+    reconstruction_weight: float = 1.0
+    clip_mean: Any = None
+    clip_std: Any = None
+    mae_mean: Any = None
+    mae_std: Any = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.clip_config = _nested(self.clip_config)
+        self.mae_config = _nested(self.mae_config)
+        self.text_config = _nested(self.text_config)
+        if isinstance(self.qformer_config, dict):
+            self.qformer_config = Blip2QFormerConfig(**self.qformer_config)
+        if self.clip_config is None:
+            self.clip_config = Blip2VisionConfig()
+        if self.qformer_config is None:  # BERT-base with [DEC] added to its vocabulary
+            self.qformer_config = Blip2QFormerConfig(
+                vocab_size=30523, encoder_hidden_size=self.clip_config.hidden_size, use_qformer_text_input=True
+            )
+        self.clip_mean = self.clip_mean or OPENAI_CLIP_MEAN
+        self.clip_std = self.clip_std or OPENAI_CLIP_STD
+        self.mae_mean = self.mae_mean or IMAGENET_MEAN
+        self.mae_std = self.mae_std or IMAGENET_STD
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def paper(cls, llm: PreTrainedConfig | None = None) -> XFormerConfig:
+        """The sizes of the paper (section "Parts" of its set-up); `llm` defaults to OPT 2.7B's."""
+        return cls(
+            clip_config=Blip2VisionConfig(),
+            mae_config=ViTMAEConfig(
+                hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, patch_size=14
+            ),
+            text_config=llm
+            or OPTConfig(
+                hidden_size=2560,
+                ffn_dim=10240,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                word_embed_proj_dim=2560,
+            ),
+        )
+
+    @property
+    def has_second_encoder(self) -> bool:
+        """Whether there are tokens M at all."""
+        return self.mae_config is not None or self.clip_shallow_layer is not None
+
+    @property
+    def second_encoder_config(self) -> PreTrainedConfig:
+        """Of the tower that gives M: its width and its number of heads."""
+        return self.clip_config if self.mae_config is None else self.mae_config
+
+    def _check(self) -> None:
+        layers = self.clip_config.num_hidden_layers
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion '{self.fusion}' is unknown; choose one of {', '.join(FUSIONS)}")
+        if self.qformer_config.encoder_hidden_size != self.clip_config.hidden_size:
+            raise ValueError(
+                f"qformer_config.encoder_hidden_size is {self.qformer_config.encoder_hidden_size}, but the CLIP tower is "
+                f"{self.clip_config.hidden_size} wide; make them equal"
+            )
+        if not -layers <= self.clip_feature_layer < layers:
+            raise ValueError(f"clip_feature_layer {self.clip_feature_layer}: the CLIP tower has {layers} layers")
+        if self.clip_shallow_layer is not None and not 0 <= self.clip_shallow_layer < layers:
+            raise ValueError(f"clip_shallow_layer {self.clip_shallow_layer}: the CLIP tower has {layers} layers")
+        if self.mae_config is not None and self.clip_shallow_layer is not None:
+            raise ValueError("mae_config and clip_shallow_layer both name the source of M; set one of them to None")
+        if self.fusion != "none" and not self.has_second_encoder:
+            raise ValueError(f"fusion '{self.fusion}' needs a second encoder: give a mae_config or a clip_shallow_layer")
+        if self.reconstruction_in_stage2 and not self.reconstruction:
+            raise ValueError("reconstruction_in_stage2 needs reconstruction")
+        if self.reconstruction and (self.mae_config is None or self.fusion != "dual_cross_attention"):
+            raise ValueError(
+                "reconstruction needs a MAE and the dual cross-attention: no other fusion changes the tokens M, "
+                "so the loss would train nothing; set reconstruction=False"
+            )
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and below 1")
+        if self.reconstruction and self.mask_ratio == 0.0:
+            raise ValueError("reconstruction needs a mask_ratio above 0: its loss is taken on masked patches alone")
+        for name, tower in (("clip_config", self.clip_config), ("mae_config", self.mae_config)):
+            if tower is not None and tower.image_size % tower.patch_size:
+                raise ValueError(f"{name}: image_size {tower.image_size} is no multiple of patch_size {tower.patch_size}")
+
+
+__all__ = ["FUSIONS", "XFormerConfig"]

@@ -1,0 +1,183 @@
+"""How the MAE tokens reach the queries: the four ways that the paper compares, behind one interface.
+
+A fusion says what the Q-Former reads (`qformer_inputs`) and what becomes of its output (`forward`):
+
+    none                    Q-Former reads C                                    Z' = Z_q                  (BLIP-2)
+    concat                  Q-Former reads [C; project(M)]                      Z' = Z_q
+    early_cross_attention   Q-Former reads C, and M in the same layers          Z' = Z_q
+    dual_cross_attention    Q-Former reads C;  M reads Z_q -> M';  Z_q reads M' -> Z'                    (X-Former)
+
+Every output projection that is ours starts at zero, so a model made from a BLIP-2 checkpoint starts as BLIP-2 and its
+MAE as itself (concat alone changes the softmax from the first step).
+
+`B` batch, `Q` queries, `N` CLIP tokens, `L` MAE tokens, `D` Q-Former width, `D_m` width of M.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerConfig, eager_attention_forward
+
+from .configuration_xformer import XFormerConfig
+
+
+class Fused(NamedTuple):
+    """Z' [B, Q, D], M' [B, L, D_m] (None without a second encoder), and the maps of Z_q reading M' [B, heads, Q, L] a block."""
+
+    queries: torch.Tensor
+    mae_tokens: torch.Tensor | None
+    attentions: tuple[torch.Tensor, ...] = ()
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero (see `XFormerPreTrainedModel._init_weights`), so that its branch adds nothing yet."""
+
+
+class CrossAttention(nn.Module):
+    """`x` asks, `context` answers; pre-norm on both sides; the output projection starts at zero.
+
+    Args:
+        width: of `x`, also the width inside.
+        context_width: of `context`.
+        heads: number of heads, a divisor of `width`.
+        config: the Q-Former's: layer-norm epsilon, attention dropout, and which attention implementation to use.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int, config: Blip2QFormerConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = width // heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.context_norm = nn.LayerNorm(context_width, eps=config.layer_norm_eps)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width, width)
+        self.value = nn.Linear(context_width, width)
+        self.output = ZeroLinear(width, width)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, X, width], [B, Y, context_width] -> what to add to x [B, X, width], and the map [B, heads, X, Y] (eager only)."""
+        context = self.context_norm(context)
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for states in (self.query(self.norm(x)), self.key(context), self.value(context))
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        states, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
+        return self.output(states.flatten(2)), weights
+
+
+class FeedForward(nn.Module):
+    """Pre-norm, two layers, GELU; the second starts at zero."""
+
+    def __init__(self, width: int, config: Blip2QFormerConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(width, config.intermediate_size)
+        self.output = ZeroLinear(config.intermediate_size, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(nn.functional.gelu(self.intermediate(self.norm(x))))
+
+
+class NoFusion(nn.Module):
+    """BLIP-2: the queries never see M."""
+
+    def qformer_inputs(self, clip_tokens: torch.Tensor, _mae_tokens: torch.Tensor | None) -> dict:
+        return {"encoder_hidden_states": clip_tokens}
+
+    def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor | None) -> Fused:
+        return Fused(queries, mae_tokens)
+
+
+class Concatenation(NoFusion):
+    """The Q-Former's cross-attention reads [C; project(M)] (paper's ablation "concatenation", 110M trainable)."""
+
+    def __init__(self, mae_width: int, clip_width: int):
+        super().__init__()
+        self.project = nn.Linear(mae_width, clip_width)
+
+    def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
+        return {"encoder_hidden_states": torch.cat([clip_tokens, self.project(mae_tokens)], dim=1)}
+
+
+class EarlyCrossAttention(NoFusion):
+    """Every Q-Former layer that reads C then reads M as well (paper's ablation "early cross-attention").
+
+    The Q-Former stays the library's own: a hook behind each of its cross-attentions adds ours, whose weights live here.
+    """
+
+    def __init__(self, mae_width: int, qformer: nn.Module):
+        super().__init__()
+        config = qformer.config
+        reading = [layer.crossattention for layer in qformer.encoder.layer if layer.has_cross_attention]
+        self.layers = nn.ModuleList(
+            CrossAttention(config.hidden_size, mae_width, config.num_attention_heads, config) for _ in reading
+        )
+        for module, layer in zip(reading, self.layers, strict=True):
+            module.register_forward_hook(self._then_read_mae(layer), with_kwargs=True)
+
+    @staticmethod
+    def _then_read_mae(layer: CrossAttention):
+        def hook(_module, _args, kwargs, queries):
+            return queries + layer(queries, kwargs["mae_tokens"])[0]
+
+        return hook
+
+    def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
+        return {"encoder_hidden_states": clip_tokens, "mae_tokens": mae_tokens}
+
+
+class DualCrossAttentionBlock(nn.Module):
+    """M' = M reads Z_q, then Z' = Z_q reads M' (paper section "Dual cross-attention"), a feed-forward after each."""
+
+    def __init__(self, mae_width: int, mae_heads: int, config: Blip2QFormerConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.mae_reads_queries = CrossAttention(mae_width, width, mae_heads, config)
+        self.mae_feed_forward = FeedForward(mae_width, config)
+        self.queries_read_mae = CrossAttention(width, mae_width, config.num_attention_heads, config)
+        self.queries_feed_forward = FeedForward(width, config)
+
+    def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor):
+        """Z_q [B, Q, D], M [B, L, D_m] -> Z', M', the map [B, heads, Q, L] of the queries over M'."""
+        mae_tokens = mae_tokens + self.mae_reads_queries(mae_tokens, queries)[0]
+        mae_tokens = mae_tokens + self.mae_feed_forward(mae_tokens)
+        read, attention = self.queries_read_mae(queries, mae_tokens)
+        queries = queries + read
+        queries = queries + self.queries_feed_forward(queries)
+        return queries, mae_tokens, attention
+
+
+class DualCrossAttention(NoFusion):
+    """X-Former: blocks of dual cross-attention on the Q-Former's output."""
+
+    def __init__(self, mae_width: int, mae_heads: int, num_blocks: int, config: Blip2QFormerConfig):
+        super().__init__()
+        self.blocks = nn.ModuleList(DualCrossAttentionBlock(mae_width, mae_heads, config) for _ in range(num_blocks))
+
+    def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor | None) -> Fused:
+        attentions = []
+        for block in self.blocks:
+            queries, mae_tokens, attention = block(queries, mae_tokens)
+            attentions.append(attention)
+        return Fused(queries, mae_tokens, tuple(attentions))
+
+
+def build_fusion(config: XFormerConfig, qformer: nn.Module) -> nn.Module:
+    """The fusion that the configuration names, for this Q-Former."""
+    if config.fusion == "none":
+        return NoFusion()
+    source = config.second_encoder_config
+    if config.fusion == "concat":
+        return Concatenation(source.hidden_size, config.clip_config.hidden_size)
+    if config.fusion == "early_cross_attention":
+        return EarlyCrossAttention(source.hidden_size, qformer)
+    return DualCrossAttention(source.hidden_size, source.num_attention_heads, config.fusion_blocks, qformer.config)
+
+
+__all__ = ["Fused", "ZeroLinear", "build_fusion"]

@@ -1,0 +1,105 @@
+"""Any picture a user may have -> one 8-bit RGB picture: the only place where files become pixels.
+
+Used by the processor, by the picture-folder data set and by the command line, so that training and inference see
+the same pixels. Nothing is resized here.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Below Pillow's own limit (89 million), so that Pillow never needs to decode before we refuse. 64 million pixels are
+# 192 MB as RGB; both encoders look at 224 x 224.
+MAX_PIXELS = 64_000_000
+
+
+def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
+    """Open a picture and return it as 8-bit RGB.
+
+    Animated: the first frame (of a PIL image: the frame it stands at). Transparency: laid over white. 16-bit, 32-bit
+    and float greys: scaled to 8 bits, not clipped. EXIF orientation: applied. CMYK, palette, 1-bit: converted.
+
+    source: path of a file, or a PIL image (left as it is).
+    Raises FileNotFoundError if there is no such file, ValueError if it is no readable picture or too large, TypeError
+    for any other source; every message is one line and names the file.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, name=str(getattr(source, "filename", "") or "the given picture"))
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"a picture must be a path or a PIL image, not {type(source).__name__}")
+    name = os.fspath(source)
+    if str(name).startswith(("http://", "https://")):
+        raise FileNotFoundError(f"{name}: addresses are not fetched; download the picture and give its path")
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such picture; check the path")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a picture; give the path of one picture")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns between its limit and twice it; ours is lower and an error.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise ValueError(_too_large(path)) from error
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... on foreign bytes
+        raise ValueError(
+            f"{path}: not a picture that can be read ({_one_line(error)}); convert it to PNG or JPEG"
+        ) from error
+    with image:
+        return _to_rgb(image, name=str(path))
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(_too_large(name, image.size))
+    if image.width * image.height == 0:
+        raise ValueError(f"{name}: the picture has no pixels ({image.width} x {image.height})")
+    try:
+        image.load()  # decodes: a file cut short fails here
+        image = ImageOps.exif_transpose(image)  # a new image: the caller's stays as it is
+        if image.mode.startswith(("I", "F")):
+            return _deep_grey_to_8_bit(image).convert("RGB")
+        if image.has_transparency_data:
+            return _over_white(image)
+        return image.convert("RGB")
+    except Exception as error:  # as above: what a decoder raises depends on the format and on where the file breaks
+        raise ValueError(
+            f"{name}: the picture is damaged or cut short ({_one_line(error)}); copy or export it again"
+        ) from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Transparent pixels carry arbitrary colours (often black); white is what a page would show behind them."""
+    if image.mode == "La":  # premultiplied grey has no direct way to RGBA
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey with more than 8 bits -> mode L over the whole range of the mode; Pillow's own conversion clips at 255.
+
+    I;16*: 0..65535. I: the same, as Pillow holds 16-bit files there too, unless a value lies outside of it: then the
+    picture's own range. F: 0..1, unless a value lies outside of it: then the picture's own range.
+    """
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)  # float64[H, W]
+    low, high = 0.0, 1.0 if image.mode.startswith("F") else 65535.0
+    if pixels.min() < low or pixels.max() > high:
+        low, high = pixels.min(), pixels.max()
+    spread = (high - low) or 1.0  # one flat value outside of the range: black
+    return Image.fromarray(np.rint((pixels - low) / spread * 255).astype(np.uint8))
+
+
+def _too_large(name: str | os.PathLike, size: tuple[int, int] | None = None) -> str:
+    shape = f" ({size[0]} x {size[1]})" if size else ""
+    return f"{name}: the picture is too large{shape}; at most {MAX_PIXELS:,} pixels, make it smaller first"
+
+
+def _one_line(error: Exception) -> str:
+    """Pillow's messages repeat the path, sometimes over several lines."""
+    return " ".join(str(error).split())[:120] or type(error).__name__

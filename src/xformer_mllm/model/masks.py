@@ -1,0 +1,51 @@
+"""The three attention masks of stage 1 (paper section "Stage 1"; BLIP-2 figure 2), as 4-D boolean masks.
+
+Rows ask, columns are asked; `Q` are the learned queries, `T` the text; `#` may be seen, `.` may not.
+
+    unimodal (ITC)        multimodal causal (ITG)      bidirectional (ITM)
+         Q Q T T T             Q Q T T T                    Q Q T T T
+      Q  # # . . .          Q  # # . . .                 Q  # # # # #
+      Q  # # . . .          Q  # # . . .                 Q  # # # # #
+      T  . . # # #          T  # # # . .                 T  # # # # #
+      T  . . # # #          T  # # # # .                 T  # # # # #
+      T  . . # # #          T  # # # # #                 T  # # # # #
+
+A padded text token is seen by nobody. `B` batch, `Q` queries, `T` text tokens.
+"""
+
+import torch
+
+
+def _with_padding(allowed: torch.Tensor, text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """bool[Q+T, Q+T] and the text's mask [B, T] -> bool[B, 1, Q+T, Q+T] in which nobody sees padding."""
+    seen = torch.nn.functional.pad(text_mask.bool(), (num_queries, 0), value=True)
+    return allowed[None, None] & seen[:, None, None, :]
+
+
+def unimodal_mask(text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """Queries and text do not see each other (ITC). `text_mask`: [B, T], 1 = token -> bool[B, 1, Q+T, Q+T]."""
+    is_text = torch.arange(num_queries + text_mask.shape[1], device=text_mask.device) >= num_queries
+    return _with_padding(is_text[:, None] == is_text[None, :], text_mask, num_queries)
+
+
+def multimodal_causal_mask(text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """Queries see queries; a text token sees all queries and the text up to itself (ITG). As above -> bool[B, 1, Q+T, Q+T]."""
+    position = torch.arange(num_queries + text_mask.shape[1], device=text_mask.device)
+    is_query = position < num_queries
+    allowed = is_query[None, :] | (~is_query[:, None] & (position[:, None] >= position[None, :]))
+    return _with_padding(allowed, text_mask, num_queries)
+
+
+def bidirectional_mask(text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """Everything sees everything (ITM). As above -> bool[B, 1, Q+T, Q+T]."""
+    length = num_queries + text_mask.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=text_mask.device)
+    return _with_padding(allowed, text_mask, num_queries)
+
+
+def to_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """bool mask -> 0 where seen, the dtype's lowest number where not: what eager and sdpa attention both take."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+__all__ = ["bidirectional_mask", "multimodal_causal_mask", "to_additive", "unimodal_mask"]

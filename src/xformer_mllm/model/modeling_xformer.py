@@ -1,0 +1,587 @@
+"""X-Former: a frozen CLIP and a frozen MAE encoder, fused by a Q-Former and a dual cross-attention, for a frozen LLM.
+
+Read top down, in the order of the paper's figure: `XFormerModel` (encoders, Q-Former, fusion), then the heads:
+`XFormerForImageTextRetrieval` (scores), `XFormerForPreTraining` (stage 1), `XFormerForConditionalGeneration` (stage 2).
+
+`B` batch, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` MAE patches, `D` Q-Former width, `E` LLM width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import AutoModelForCausalLM, Blip2QFormerModel, GenerationMixin, PreTrainedModel, ViTMAEModel
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
+from transformers.utils import ModelOutput
+
+from . import losses, masks
+from .configuration_xformer import XFormerConfig
+from .distributed import gather, rank
+from .fusion import ZeroLinear, build_fusion
+from .reconstruction import reconstruction_loss
+from .vision_encoders import ClipEncoder, MaeTokens, encode_mae, scaled
+
+FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
+
+
+@dataclass
+class ImageTokens:
+    """C and M of a batch of images, encoded once. `pixels`: the MAE's normalised input, what it must reconstruct."""
+
+    clip_tokens: torch.Tensor
+    mae: MaeTokens | None
+    pixels: torch.Tensor | None
+
+    def select(self, index: torch.Tensor) -> "ImageTokens":
+        """The same for a choice of the images: int64[P], each in [0, B)."""
+        mae = None if self.mae is None else MaeTokens(*(t[index] for t in vars(self.mae).values()))
+        return ImageTokens(self.clip_tokens[index], mae, None)
+
+    def gathered(self) -> "ImageTokens":
+        """The images of all processes."""
+        mae = None if self.mae is None else MaeTokens(*(gather(t) for t in vars(self.mae).values()))
+        return ImageTokens(gather(self.clip_tokens), mae, None)
+
+
+@dataclass
+class XFormerModelOutput(ModelOutput):
+    """Every stage of the figure.
+
+    Args:
+        clip_tokens: C behind its trainable layer norm, [B, N, D_clip].
+        mae_tokens: M, CLS first, [B, 1+K, D_mae]; None without a second encoder.
+        queries: Z_q, [B, Q, D].
+        fused_queries: Z', [B, Q, D].
+        enriched_mae_tokens: M', [B, 1+K, D_mae].
+        text_states: [B, T, D], where text was given.
+        mae_mask: [B, L], 1 = masked.
+        ids_restore: int64[B, L]; the order of M (see `vision_encoders.MaeTokens`).
+        clip_attentions: a map [B, heads, Q, N] for each Q-Former layer that reads C, on request.
+        mae_attentions: a map [B, heads, Q, 1+K] for each fusion block, on request.
+    """
+
+    clip_tokens: torch.Tensor | None = None
+    mae_tokens: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    fused_queries: torch.Tensor | None = None
+    enriched_mae_tokens: torch.Tensor | None = None
+    text_states: torch.Tensor | None = None
+    mae_mask: torch.Tensor | None = None
+    ids_restore: torch.Tensor | None = None
+    clip_attentions: tuple | None = None
+    mae_attentions: tuple | None = None
+
+
+@dataclass
+class XFormerForPreTrainingOutput(ModelOutput):
+    """`loss` is the weighted sum of the others; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V]."""
+
+    loss: torch.Tensor | None = None
+    itc_loss: torch.Tensor | None = None
+    itm_loss: torch.Tensor | None = None
+    itg_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    itc_accuracy: torch.Tensor | None = None
+    itm_accuracy: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    itg_logits: torch.Tensor | None = None
+    xformer_output: XFormerModelOutput | None = None
+
+
+@dataclass
+class XFormerForImageTextRetrievalOutput(ModelOutput):
+    """ITC: `logits_per_image` [images, texts], a cosine; ITM: `logits_per_image` [B, 2], no pair / pair, a row a pair."""
+
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    xformer_output: XFormerModelOutput | None = None
+
+
+@dataclass
+class XFormerForConditionalGenerationOutput(ModelOutput):
+    """`loss` = `lm_loss` (+ `reconstruction_loss` in the variant that keeps it); `logits` [B, T, V], without labels."""
+
+    loss: torch.Tensor | None = None
+    lm_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    xformer_output: XFormerModelOutput | None = None
+
+
+class XFormerPreTrainedModel(PreTrainedModel):
+    config_class = XFormerConfig
+    base_model_prefix = "xformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Trained parts stay fp32 whatever the frozen ones are loaded in.
+    _keep_in_fp32_modules_strict = (
+        "clip_layernorm query_tokens embeddings qformer fusion vision_projection text_projection itm_head itg_transform "
+        "itg_bias temperature language_projection"
+    ).split()
+    _no_split_modules = ("Blip2QFormerLayer", "DualCrossAttentionBlock")
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Blip2TextEmbeddings):
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+        elif isinstance(module, ViTMAEDecoder):  # transformers leaves its positions and its mask token at zero
+            module.initialize_weights(module.decoder_pos_embed.shape[1] - 1)
+        elif isinstance(module, XFormerModel):
+            # Zeros, as transformers has them, would make all queries equal for ever.
+            init.normal_(module.query_tokens, std=self.config.initializer_range)
+        elif isinstance(module, XFormerForPreTraining):
+            init.constant_(module.temperature, self.config.initial_temperature)
+            init.zeros_(module.itg_bias)
+        elif isinstance(module, ZeroLinear):  # at step 0, Z' = Z_q and M' = M
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+
+    def freeze(self) -> None:
+        """Stop training what the paper freezes in both stages: both encoders, the MAE's decoder, the language model."""
+        for name, module in self.named_modules():
+            if name.rpartition(".")[2] in FROZEN:
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """As usual, but frozen encoders stay in evaluation mode (BLIP-2's `disabled_train`)."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if name.rpartition(".")[2] in ("clip_encoder", "mae_encoder", "mae_decoder") and _is_frozen(module):
+                module.eval()
+        return self
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same configuration, changed in place: a frozen language model must not drop anything."""
+    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+class XFormerModel(XFormerPreTrainedModel):
+    """Encoders -> Q-Former -> fusion: C, M, Z_q, Z', M' (paper figure 2)."""
+
+    def __init__(self, config: XFormerConfig):
+        super().__init__(config)
+        shallow = [] if config.clip_shallow_layer is None else [config.clip_shallow_layer]
+        self.clip_encoder = ClipEncoder(config.clip_config, [config.clip_feature_layer, *shallow])
+        self.clip_layernorm = nn.LayerNorm(config.clip_config.hidden_size, eps=1e-5)
+        self.mae_encoder = None if config.mae_config is None else ViTMAEModel._from_config(config.mae_config)
+        self.mae_decoder = None
+        if config.reconstruction:
+            num_patches = self.mae_encoder.embeddings.patch_embeddings.num_patches
+            self.mae_decoder = ViTMAEDecoder(self.mae_encoder.config, num_patches)
+        width = config.qformer_config.hidden_size
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
+        self.embeddings = None
+        if config.qformer_config.use_qformer_text_input:
+            self.embeddings = Blip2TextEmbeddings(config.qformer_config)
+        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        self.fusion = build_fusion(config, self.qformer)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return None if self.embeddings is None else self.embeddings.word_embeddings
+
+    def encode_image(
+        self, pixel_values: torch.Tensor, mask_ratio: float = 0.0, noise: torch.Tensor | None = None
+    ) -> ImageTokens:
+        """uint8[B, 3, H, W] (or float in [0, 1]) -> C and M. CLIP sees the whole image, the MAE what is not masked."""
+        config, tower = self.config, self.clip_encoder
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(tower)):
+            dtype = next(tower.parameters()).dtype
+            clip = config.clip_config
+            pixels = scaled(pixel_values, clip.image_size, config.clip_mean, config.clip_std, dtype)
+            clip_states, *shallow = tower(pixels)
+        clip_tokens = self.clip_layernorm(clip_states.to(self.clip_layernorm.weight.dtype))
+        if shallow:  # an earlier CLIP layer in place of M
+            mask = clip_tokens.new_zeros(shallow[0].shape[:2])
+            return ImageTokens(clip_tokens, MaeTokens(shallow[0], mask, mask.long()), None)
+        if self.mae_encoder is None:
+            return ImageTokens(clip_tokens, None, None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.mae_encoder)):
+            dtype = next(self.mae_encoder.parameters()).dtype
+            pixels = scaled(pixel_values, config.mae_config.image_size, config.mae_mean, config.mae_std, dtype)
+            mae = encode_mae(self.mae_encoder, pixels, mask_ratio, noise)
+        return ImageTokens(clip_tokens, mae, pixels)
+
+    def read(
+        self,
+        image: ImageTokens,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> XFormerModelOutput:
+        """The queries read the image's C, then (by the fusion) its M.
+
+        Args:
+            image: of B images.
+            input_ids: int64[B, T] of the Q-Former's tokenizer, read together with the queries; None for queries alone.
+            attention_mask: bool[B, 1, Q+T, Q+T], one of `masks.py`; None for queries alone.
+            output_attentions: also return the queries' attention maps (eager attention only).
+        """
+        mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
+        query_tokens = self.query_tokens.expand(image.clip_tokens.shape[0], -1, -1)
+        embeds = query_tokens if input_ids is None else self.embeddings(input_ids, query_embeds=query_tokens)
+        if attention_mask is not None:
+            attention_mask = masks.to_additive(attention_mask, embeds.dtype)
+        qformer_output = self.qformer(
+            query_embeds=embeds,
+            query_length=query_tokens.shape[1],
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            **self.fusion.qformer_inputs(image.clip_tokens, mae_tokens),
+        )
+        states = qformer_output.last_hidden_state
+        queries, text_states = states[:, : query_tokens.shape[1]], states[:, query_tokens.shape[1] :]
+        fused = self.fusion(queries, mae_tokens)
+        return XFormerModelOutput(
+            clip_tokens=image.clip_tokens,
+            mae_tokens=mae_tokens,
+            queries=queries,
+            fused_queries=fused.queries,
+            enriched_mae_tokens=fused.mae_tokens,
+            text_states=None if input_ids is None else text_states,
+            mae_mask=None if image.mae is None else image.mae.mask,
+            ids_restore=None if image.mae is None else image.mae.ids_restore,
+            clip_attentions=qformer_output.cross_attentions if output_attentions else None,
+            mae_attentions=fused.attentions if output_attentions else None,
+        )
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Text alone through the Q-Former: int64[B, T], its padding mask [B, T] -> [B, T, D]."""
+        return self.qformer(
+            query_embeds=self.embeddings(input_ids), query_length=0, attention_mask=attention_mask
+        ).last_hidden_state
+
+    def reconstruct(self, output: XFormerModelOutput) -> torch.Tensor:
+        """M' through the frozen decoder -> predicted patches [B, L, P] (paper section "Stage 1")."""
+        decoder = self.mae_decoder
+        tokens = output.enriched_mae_tokens.to(next(decoder.parameters()).dtype)
+        return decoder(tokens, output.ids_restore).logits
+
+    def reconstruction_loss(self, image: ImageTokens, output: XFormerModelOutput) -> torch.Tensor:
+        """Of the masked patches, against the pixels that the MAE was given."""
+        config = self.config.mae_config
+        return reconstruction_loss(
+            self.reconstruct(output), image.pixels, output.mae_mask, config.patch_size, config.norm_pix_loss
+        )
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        mask_ratio: float = 0.0,
+        noise: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **_,
+    ) -> XFormerModelOutput:
+        """Features of images. `pixel_values`: uint8[B, 3, H, W] or float in [0, 1]; `noise`: [B, L] for the masking."""
+        return self.read(self.encode_image(pixel_values, mask_ratio, noise), output_attentions=output_attentions)
+
+
+class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
+    """Scores of images and texts: ITC (cosine) and ITM (a head on each query, averaged), both on Z'."""
+
+    _keys_to_ignore_on_load_unexpected = (r"itg_.*", r"temperature")
+
+    def __init__(self, config: XFormerConfig):
+        super().__init__(config)
+        self.xformer = XFormerModel(config)
+        width = config.qformer_config.hidden_size
+        self.vision_projection = nn.Linear(width, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(width, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(width, 2)
+        self._add_heads(config)
+        self.post_init()
+
+    def _add_heads(self, config: XFormerConfig) -> None:
+        """Stage 1's own heads; none for scoring."""
+
+    def image_features(self, fused_queries: torch.Tensor) -> torch.Tensor:
+        """Z' -> [B, Q, image_text_hidden_size] of length 1."""
+        return normalize(self.vision_projection(fused_queries).float(), dim=-1)
+
+    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """-> [B, image_text_hidden_size] of length 1, from the [CLS] state."""
+        states = self.xformer.encode_text(input_ids, attention_mask)
+        return normalize(self.text_projection(states[:, 0]).float(), dim=-1)
+
+    def match(
+        self, image: ImageTokens, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, XFormerModelOutput]:
+        """ITM logits [B, 2] of B image-text pairs: queries and text read each other."""
+        mask = masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
+        output = self.xformer.read(image, input_ids, mask)
+        return self.itm_head(output.fused_queries).mean(dim=1), output
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        use_image_text_matching_head: bool = False,
+        **_,
+    ) -> XFormerForImageTextRetrievalOutput:
+        """Every image with every text (ITC), or each image with its own text (ITM, `use_image_text_matching_head`)."""
+        image = self.xformer.encode_image(pixel_values)
+        if use_image_text_matching_head:
+            logits, output = self.match(image, qformer_input_ids, qformer_attention_mask)
+            return XFormerForImageTextRetrievalOutput(
+                logits_per_image=logits, logits_per_text=logits.t(), xformer_output=output
+            )
+        output = self.xformer.read(image)
+        image_embeds = self.image_features(output.fused_queries)
+        text_embeds = self.text_features(qformer_input_ids, qformer_attention_mask)
+        similarity = losses.image_text_similarity(image_embeds, text_embeds)
+        return XFormerForImageTextRetrievalOutput(similarity, similarity.t(), image_embeds, text_embeds, output)
+
+
+class XFormerForPreTraining(XFormerForImageTextRetrieval):
+    """Stage 1: ITC + ITM + ITG + reconstruction (paper section "Stage 1").
+
+    Three Q-Former passes: queries and text under the multimodal causal mask (there the queries do not see the text, so
+    it serves ITG, ITC's image side and the reconstruction), text alone, and queries and text together for ITM.
+    """
+
+    def _add_heads(self, config: XFormerConfig) -> None:
+        if config.qformer_config.use_qformer_text_input is False:
+            raise ValueError("stage 1 reads text: qformer_config.use_qformer_text_input must be True")
+        self.itg_transform = BertPredictionHeadTransform(config.qformer_config)
+        self.itg_bias = nn.Parameter(torch.zeros(config.qformer_config.vocab_size))
+        self.temperature = nn.Parameter(torch.tensor(config.initial_temperature))
+
+    def itg_logits(self, text_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, T, V], through BERT's head, tied to the word embeddings."""
+        words = self.xformer.embeddings.word_embeddings.weight
+        return nn.functional.linear(self.itg_transform(text_states), words, self.itg_bias)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        negatives: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **_,
+    ) -> XFormerForPreTrainingOutput:
+        """The four losses of B image-text pairs.
+
+        Args:
+            pixel_values: uint8[B, 3, H, W] or float in [0, 1].
+            qformer_input_ids, qformer_attention_mask: int64[B, T], [CLS] first.
+            noise: [B, L] in [0, 1) for the masking; drawn if None.
+            negatives: for each text an image and for each image a text, int64[B] each, indices over all processes, -1
+                for none; drawn hard if None.
+        """
+        config, ids, text_mask = self.config, qformer_input_ids, qformer_attention_mask
+        image = self.xformer.encode_image(pixel_values, config.mask_ratio if config.reconstruction else 0.0, noise)
+
+        generation_ids = torch.cat([torch.full_like(ids[:, :1], config.text_start_token_id), ids[:, 1:]], dim=1)
+        causal = masks.multimodal_causal_mask(text_mask, config.num_query_tokens)
+        output = self.xformer.read(image, generation_ids, causal)
+        itg_logits = self.itg_logits(output.text_states)
+        itg = losses.itg_loss(itg_logits, generation_ids, text_mask, config.label_smoothing)
+
+        image_features, text_features = self.image_features(output.fused_queries), self.text_features(ids, text_mask)
+        image_to_text = losses.image_text_similarity(image_features, gather(text_features)) / self.temperature
+        text_to_image = losses.image_text_similarity(gather(image_features), text_features).t() / self.temperature
+        own = rank() * len(ids) + torch.arange(len(ids), device=ids.device)
+        itc = losses.itc_loss(image_to_text, text_to_image, own, config.label_smoothing)
+
+        if negatives is None:
+            same = (ids[:, None] == gather(ids)[None]).all(-1)
+            negatives = (
+                losses.sample_hard_negatives(text_to_image, same),
+                losses.sample_hard_negatives(image_to_text, same),
+            )
+        itm_logits, labels = self._match_with_negatives(image, ids, text_mask, negatives)
+        itm = losses.itm_loss(itm_logits, labels)
+
+        loss = config.itc_weight * itc + config.itm_weight * itm + config.itg_weight * itg
+        reconstruction = None
+        if config.reconstruction:
+            reconstruction = self.xformer.reconstruction_loss(image, output)
+            loss = loss + config.reconstruction_weight * reconstruction
+        return XFormerForPreTrainingOutput(
+            loss=loss,
+            itc_loss=itc,
+            itm_loss=itm,
+            itg_loss=itg,
+            reconstruction_loss=reconstruction,
+            itc_accuracy=(image_to_text.argmax(-1) == own).float().mean(),
+            itm_accuracy=(itm_logits.argmax(-1) == labels).float().mean(),
+            itm_logits=itm_logits,
+            itg_logits=itg_logits,
+            xformer_output=output,
+        )
+
+    def _match_with_negatives(self, image, ids, text_mask, negatives) -> tuple[torch.Tensor, torch.Tensor]:
+        """ITM logits and labels of (own image, own text), (another image, own text), (own image, another text)."""
+        negative_images, negative_texts = negatives
+        all_images, all_ids, all_masks = image.gathered(), gather(ids), gather(text_mask)
+        own = rank() * len(ids) + torch.arange(len(ids), device=ids.device)
+        images = torch.cat([own, negative_images, own])
+        texts = torch.cat([own, own, negative_texts])
+        labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
+        exists = (images >= 0) & (texts >= 0)  # a batch of 1 has no negatives
+        images, texts, labels = images[exists], texts[exists], labels[exists]
+        logits, _ = self.match(all_images.select(images), all_ids[texts], all_masks[texts])
+        return logits, labels
+
+    @torch.no_grad()
+    def caption(self, pixel_values: torch.Tensor, end_token_id: int, max_new_tokens: int = 20) -> torch.Tensor:
+        """Greedy captions by the ITG head: pixels of B images -> int64[B, <=max_new_tokens] of the Q-Former's tokenizer.
+
+        Behind its end token a row is filled with it.
+        """
+        image = self.xformer.encode_image(pixel_values)
+        start = torch.full((len(pixel_values), 1), self.config.text_start_token_id, device=pixel_values.device)
+        ids, ended = start, torch.zeros_like(start, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            mask = masks.multimodal_causal_mask(torch.ones_like(ids), self.config.num_query_tokens)
+            states = self.xformer.read(image, ids, mask).text_states
+            following = self.itg_logits(states[:, -1:]).argmax(-1).masked_fill(ended, end_token_id)
+            ids, ended = torch.cat([ids, following], dim=1), ended | (following == end_token_id)
+            if ended.all():
+                break
+        return ids[:, 1:]
+
+
+class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
+    """Stage 2 and use: projection(Z') is a soft prompt at the image placeholders of a frozen language model."""
+
+    def __init__(self, config: XFormerConfig):
+        super().__init__(config)
+        if config.text_config is None:
+            raise ValueError("stage 2 needs a language model: text_config is None")
+        without_dropout(config.text_config)
+        self.xformer = XFormerModel(config)
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The soft prompt of each image: pixels of B images -> [B, Q, E]."""
+        return self.language_projection(self.xformer(pixel_values).fused_queries)
+
+    def _with_soft_prompt(self, input_ids: torch.Tensor, soft_prompt: torch.Tensor) -> torch.Tensor:
+        """Embeddings of int64[B, T] with the soft prompt [B, Q, E] at the image placeholders -> [B, T, E]."""
+        at = input_ids == self.config.image_token_index
+        if not (at.sum(-1) == soft_prompt.shape[1]).all():
+            raise ValueError(
+                f"every text needs {soft_prompt.shape[1]} image placeholders (token {self.config.image_token_index}), "
+                f"found {at.sum(-1).tolist()}; let XFormerProcessor put them there"
+            )
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(at, 0))
+        return embeds.masked_scatter(at.unsqueeze(-1), soft_prompt.to(embeds.dtype))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        soft_prompt: torch.Tensor | None = None,
+        **_,
+    ) -> XFormerForConditionalGenerationOutput:
+        """The language-modelling loss of texts behind images (paper section "Stage 2").
+
+        Args:
+            pixel_values: uint8[B, 3, H, W] or float in [0, 1].
+            input_ids: int64[B, T] with the image placeholders in it, from `XFormerProcessor`.
+            attention_mask: [B, T], 1 = token.
+            labels: int64[B, T], -100 where nothing is to be learned; no loss if None.
+            noise: [B, L] for the masking of the variant that keeps the reconstruction loss.
+            soft_prompt: [B, Q, E] from `get_image_features`, in place of `pixel_values`.
+
+        Raises:
+            ValueError: if a text has not exactly as many placeholders as there are queries.
+        """
+        config, output, image = self.config, None, None
+        reconstructs = config.reconstruction_in_stage2 and labels is not None
+        if soft_prompt is None:
+            image = self.xformer.encode_image(pixel_values, config.mask_ratio if reconstructs else 0.0, noise)
+            output = self.xformer.read(image)
+            soft_prompt = self.language_projection(output.fused_queries)
+        embeds = self._with_soft_prompt(input_ids, soft_prompt)
+        if labels is None:
+            logits = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask).logits
+            return XFormerForConditionalGenerationOutput(logits=logits, xformer_output=output)
+
+        # The vocabulary is by far the widest layer: it is computed only in the columns where there is something to learn.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        columns = (targets != -100).any(0).nonzero().squeeze(1)
+        logits = self.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask, logits_to_keep=columns
+        ).logits
+        lm = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten())
+        loss, reconstruction = lm, None
+        if reconstructs:
+            reconstruction = self.xformer.reconstruction_loss(image, output)
+            loss = loss + config.reconstruction_weight * reconstruction
+        return XFormerForConditionalGenerationOutput(loss, lm, reconstruction, None, output)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        soft_prompt: torch.Tensor | None = None,
+        **generate_kwargs,
+    ) -> torch.Tensor:
+        """Continue texts behind images: as `forward`, and the language model's `generate` arguments -> new tokens only.
+
+        Pad on the left, as for any decoder. Without `input_ids` the text is the language model's start token.
+        """
+        if soft_prompt is None:
+            soft_prompt = self.get_image_features(pixel_values)
+        if input_ids is None:
+            start = [self.config.image_token_index] * self.config.num_query_tokens
+            start += [self.generation_config.bos_token_id]
+            input_ids = torch.tensor(start, device=soft_prompt.device).expand(len(soft_prompt), -1)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        generate_kwargs.setdefault("generation_config", self.generation_config)
+        return self.language_model.generate(
+            inputs_embeds=self._with_soft_prompt(input_ids, soft_prompt),
+            attention_mask=attention_mask,
+            **generate_kwargs,
+        )
+
+
+__all__ = [
+    "XFormerForConditionalGeneration",
+    "XFormerForImageTextRetrieval",
+    "XFormerForPreTraining",
+    "XFormerModel",
+    "XFormerPreTrainedModel",
+    "without_dropout",
+]

@@ -1,0 +1,127 @@
+"""Pixels -> tokens, through transformers' own frozen encoders.
+
+`B` batch, `N` CLIP tokens, `L` MAE patches, `K` kept MAE patches, `D` width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Blip2VisionModel
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, dtype: torch.dtype) -> torch.Tensor:
+    """One image tensor -> what one encoder was trained on: its resolution, its mean and deviation.
+
+    Args:
+        pixel_values: uint8[B, 3, H, W], or float in [0, 1].
+        image_size: the encoder's; other sizes are resized (bicubic, antialiased).
+        mean, std: the encoder's three channel statistics, of pixels in [0, 1].
+        dtype: of the result.
+    """
+    pixels = pixel_values.float() / 255 if pixel_values.dtype == torch.uint8 else pixel_values.float()
+    if pixels.shape[-2:] != (image_size, image_size):
+        pixels = nn.functional.interpolate(
+            pixels, size=(image_size, image_size), mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
+    mean_, std_ = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (mean, std))
+    return ((pixels - mean_) / std_).to(dtype)
+
+
+def build_tower(config: PreTrainedConfig) -> nn.Module:
+    """A vision tower from its configuration, randomly initialised: any that AutoModel knows, or EVA-CLIP (BLIP-2's)."""
+    if config.model_type == Blip2VisionModel.config_class.model_type:
+        return Blip2VisionModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+class ClipEncoder(nn.Module):
+    """Hidden states of chosen layers of a contrastive tower, in one pass.
+
+    The tower's own final norm and pooling are not used: BLIP-2 puts a trainable layer norm on the raw hidden states.
+    Layers behind the last one that is read are neither built nor run.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layers: list[int]):
+        super().__init__()
+        self.tower = build_tower(config)
+        self.read_layers = [layer % config.num_hidden_layers for layer in layers]
+        stack = self._stack(config.num_hidden_layers)
+        del stack[max(self.read_layers) + 1 :]
+
+    def _stack(self, depth: int) -> nn.ModuleList:
+        for module in self.tower.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+        raise ValueError(f"{type(self.tower).__name__} has no list of {depth} layers; it cannot be the CLIP tower")
+
+    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Normalised pixels [B, 3, H, W] -> one [B, N, D] per asked layer, CLS token first where the tower has one."""
+        states: dict[int, torch.Tensor] = {}
+
+        def keep(index: int):
+            def hook(_module, _inputs, output):
+                states[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        stack = self._stack(max(self.read_layers) + 1)
+        hooks = [stack[index].register_forward_hook(keep(index)) for index in set(self.read_layers)]
+        try:
+            self.tower(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [states[index] for index in self.read_layers]
+
+
+@dataclass
+class MaeTokens:
+    """What the MAE encoder saw.
+
+    tokens: [B, 1+K, D], CLS first, then the kept patches in the order of `ids_restore`'s shuffle (row order if none is masked).
+    mask: [B, L], 1 = masked (removed), 0 = kept.
+    ids_restore: int64[B, L], position of each patch in the shuffled sequence (kept first, masked behind).
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    ids_restore: torch.Tensor
+
+
+def encode_mae(
+    encoder: nn.Module, pixels: torch.Tensor, mask_ratio: float = 0.0, noise: torch.Tensor | None = None
+) -> MaeTokens:
+    """transformers' `ViTMAEModel` with a mask ratio per call; a ratio of 0 does not shuffle.
+
+    transformers takes the ratio from the configuration alone and shuffles the patches even when it keeps them all.
+    The masking is the MAE's (facebookresearch/mae models_mae.py `random_masking`): keep the int(L * (1 - ratio)) patches
+    with the lowest noise.
+
+    Args:
+        encoder: a `ViTMAEModel`.
+        pixels: normalised, [B, 3, H, W].
+        mask_ratio: share of the patches to remove, in [0, 1).
+        noise: [B, L] in [0, 1); drawn if None.
+    """
+    embeddings = encoder.embeddings
+    patches = embeddings.patch_embeddings(pixels) + embeddings.position_embeddings[:, 1:]
+    batch, length, width = patches.shape
+    if mask_ratio == 0.0:
+        ids_shuffle = torch.arange(length, device=pixels.device).expand(batch, -1)
+    else:
+        noise = torch.rand(batch, length, device=pixels.device) if noise is None else noise.to(pixels.device)
+        ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    kept = int(length * (1 - mask_ratio))
+    patches = patches.gather(1, ids_shuffle[:, :kept, None].expand(-1, -1, width))
+    cls_token = (embeddings.cls_token + embeddings.position_embeddings[:, :1]).expand(batch, -1, -1)
+
+    states = torch.cat([cls_token, patches], dim=1)
+    for layer in encoder.layers:
+        states = layer(states)
+    return MaeTokens(encoder.layernorm(states), (ids_restore >= kept).to(pixels.dtype), ids_restore)
+
+
+__all__ = ["ClipEncoder", "MaeTokens", "build_tower", "encode_mae", "scaled"]

@@ -1,0 +1,155 @@
+"""What a training run is made of: every default of `xformer train stage1|stage2`, in one place.
+
+tyro turns a dataclass into the command's flags and the text under a field into its `--help`. The resolved configuration
+is written to `config.json` beside the run's results; `--config THAT_FILE` runs it again. Defaults are those of the
+embedded world (48x48 scenes, two CPU cores); `recipes/` names other settings.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+CONFIG_FILE = "config.json"
+
+# These do not change what is learned, so a run may go on with other values of them.
+NOT_LEARNED = {"output_dir", "resume", "save_steps", "save_total_limit", "sample_steps", "num_workers"}
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What both stages share."""
+
+    data: str = "scenes"
+    """scenes (the embedded world), easy-vqa, or a folder of pictures with a .txt caption beside each."""
+    train_size: int = 24_000
+    """At most this many training pictures."""
+    output_dir: Path = Path("runs/train")
+    """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in output_dir; --no-resume deletes what is there and starts over."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, the masks, dropout and hard negatives."""
+
+    steps: int = 1_200
+    """Optimiser steps; the cosine schedule ends there."""
+    batch_size: int = 48
+    """Records per step and device."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimiser step (the contrastive loss sees one batch at a time)."""
+    learning_rate: float = 1.5e-3
+    """Peak, after the warm-up."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """Of matrices; biases and other one-dimensional parameters have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 for never."""
+    bf16: Literal["auto", "yes", "no"] = "auto"
+    """Mixed precision; auto: where the hardware is fast at it (GPUs that have it, CPUs with AMX)."""
+
+    max_text_tokens: int = 32
+    """Longer captions, questions and answers are cut (and it is said once)."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0: the training process itself."""
+    logging_steps: int = 20
+    """Losses and accuracies are logged as averages over this many steps."""
+    save_steps: int = 200
+    """A checkpoint after every so many steps."""
+    save_total_limit: int = 2
+    """Checkpoints kept while training; a finished run keeps its model only."""
+    sample_steps: int = 200
+    """Texts for fixed held-out pictures after every so many steps."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in one line, for a number that cannot be."""
+        at_least_one = ("train_size", "steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")
+        for name in (*at_least_one, "logging_steps", "save_steps", "save_total_limit", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Config(RunConfig):
+    """Stage 1: representation learning by ITC, ITM, ITG and reconstruction, with the encoders frozen."""
+
+    variant: str = "xformer"
+    """Which model: a row of the paper's tables (xformer, qformer, concat, ...; see variants.py)."""
+    output_dir: Path = Path("runs/stage1")
+    """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Config(RunConfig):
+    """Stage 2: the fused queries become a soft prompt of a frozen language model."""
+
+    variant: str | None = None
+    """The variant of the stage-1 model, where it should be checked; the model itself comes from there."""
+    from_pretraining: Path = Path("runs/stage1")
+    """The folder of a finished stage-1 run, or of its model."""
+    llm: str = "opt"
+    """The frozen language model: opt (tiny, shipped), smollm2, or a local folder or hub id of a causal model."""
+    text: Literal["captions", "questions"] = "captions"
+    """What is learned to be said: captions alone, as in the paper (questions are then zero-shot), or answers."""
+    questions_per_picture: int = 4
+    """With --text questions: how many on each picture, where the data set draws them."""
+    output_dir: Path = Path("runs/stage2")
+    """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
+    steps: int = 900
+    """Optimiser steps; the cosine schedule ends there."""
+    batch_size: int = 96
+    """Records per step and device."""
+
+
+def write_config(config: Any, command: str) -> None:
+    """Write `config` to its output_dir, whole or not at all. `command` names the command that it belongs to."""
+    fields = {"command": command, **dataclasses.asdict(config)}
+    partial = config.output_dir / f"{CONFIG_FILE}.partial"
+    partial.write_text(json.dumps(fields, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(config.output_dir / CONFIG_FILE)
+
+
+def read_config(path: Path, kind: type[Config], command: str) -> Config:
+    """The configuration in a file that `write_config` wrote.
+
+    Raises FileNotFoundError, or ValueError if the file is not a configuration of `command`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        written_by = fields.pop("command")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a run's configuration; give the {CONFIG_FILE} of a run's folder") from error
+    if written_by != command:
+        raise ValueError(f"{path}: the configuration of `xformer {written_by}`, not of `xformer {command}`")
+    hints = get_type_hints(kind)
+    if unknown := sorted(set(fields) - set(hints)):
+        raise ValueError(f"{path}: unknown field {unknown[0]!r}; fields: {', '.join(sorted(hints))}")
+    return kind(**{name: _as_field(hints[name], value) for name, value in fields.items()})
+
+
+def _as_field(hint: Any, value: Any) -> Any:
+    """JSON's strings and lists back as the paths and tuples they were."""
+    if hint is Path:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """What would be learned differently: "learning_rate 0.001, not 0.002" for each field, empty if nothing would."""
+    return [
+        f"{field.name} {getattr(one, field.name)}, not {getattr(other, field.name)}"
+        for field in dataclasses.fields(one)
+        if field.name not in NOT_LEARNED and getattr(one, field.name) != getattr(other, field.name)
+    ]

