@@ -1,4 +1,4 @@
-"""Assembling models: published or shipped parts -> a starting X-Former; stage 1's result and a language model -> stage 2.
+"""Assembling models: parts -> a starting X-Former; stage 1's result and a language model -> the start of stage 2.
 
 Nothing is copied by half: a tensor that the new model has and the part lacks is an error.
 """
@@ -21,7 +21,12 @@ from transformers import (
 
 from .language_models import language_model_dir
 from .model.configuration_xformer import XFormerConfig
-from .model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerModel, without_dropout
+from .model.modeling_xformer import (
+    XFormerForConditionalGeneration,
+    XFormerForPreTraining,
+    XFormerModel,
+    without_dropout,
+)
 from .model.processing_xformer import XFormerProcessor, image_processor
 from .variants import variant_config
 

@@ -24,9 +24,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command(
-        "train and compare Q-Former and X-Former on the embedded scenes", "demo:DemoConfig", "demo:run_demo"
-    ),
+    "demo": Command("train and compare the Q-Former and X-Former in minutes", "demo:DemoConfig", "demo:run_demo"),
     "data probe": Command(
         "what can be read from frozen CLIP, MAE, both, and a random network",
         "evaluate.probe:ProbeConfig",
@@ -59,7 +57,7 @@ COMMANDS = {
         "evaluate.inference:reconstruct",
     ),
     "evaluate": Command(
-        "accuracy on questions about held-out pictures",
+        "answers to questions about held-out pictures, scored",
         "evaluate.questions:EvaluateConfig",
         "evaluate.questions:evaluate",
     ),
@@ -139,7 +137,11 @@ def _run(name: str, command: Command, words: list[str]) -> None:
     if name in ("train stage1", "train stage2"):
         description += " --config FILE takes the settings of a run's config.json; flags beside it override them."
     config: Any = tyro.cli(kind, args=words, default=default, prog=f"xformer {name}", description=description)
-    pkgutil.resolve_name(f"xformer_mllm.{command.run}")(config)
+    run = pkgutil.resolve_name(f"xformer_mllm.{command.run}")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading and writing weights: a bar for each of five small files
+    run(config)
 
 
 def _take_config_file(words: list[str]) -> tuple[list[str], Path | None]:

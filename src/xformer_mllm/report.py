@@ -88,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Strip:
-    """Pictures that belong side by side: (label, picture), e.g. original, masked, and two reconstructions."""
+    """Pictures that belong side by side: (label, picture); a single one has the page's whole width."""
 
     title: str
     panels: Sequence[tuple[str, Image.Image]]
@@ -585,11 +585,9 @@ def _reconstructions(report: Report) -> str:
             f"<figure>{_image(picture, f'{label}: {strip.title}')}<figcaption>{escape(label)}</figcaption></figure>"
             for label, picture in strip.panels
         )
-        strips.append(f'<h3>{escape(strip.title)}</h3><div class="strip">{panels}</div>')
-    note = (
-        "Masked patches are grey in the second picture; the MAE encoder never saw them. Visible patches are copied "
-        "from the original."
-    )
+        kind = "strip" if len(strip.panels) > 1 else "sheet"
+        strips.append(f'<h3>{escape(strip.title)}</h3><div class="{kind}">{panels}</div>')
+    note = "Grey patches were hidden from the MAE encoder; only they are painted, the others are the original's."
     return _section("Reconstructions", _paragraph(note, "small"), *strips) if strips else ""
 
 
@@ -778,7 +776,8 @@ dt{color:var(--soft)}dd{margin:0}.card dd{text-align:right;font-weight:550;overf
 .captioned{display:grid;grid-template-columns:8rem 1fr;gap:1.2rem;margin:1.5rem 0;align-items:start}
 .captioned>div{min-width:0}.captioned p{margin-top:0}.thumb img,.strip img{border-radius:.4rem}
 .strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(7rem,12rem));gap:.8rem}
-.strip figcaption{font-size:.85rem;color:var(--soft);margin-top:.3rem}
+.sheet{max-width:46rem}.sheet img{image-rendering:auto;border-radius:.4rem}
+.strip figcaption,.sheet figcaption{font-size:.85rem;color:var(--soft);margin-top:.3rem}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1rem 2.5rem}
 details{border:1px solid var(--line);border-radius:.5rem;background:var(--card);margin:.6rem 0;padding:.55rem .9rem}
 summary{cursor:pointer;font-weight:550}

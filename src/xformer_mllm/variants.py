@@ -1,6 +1,6 @@
 """One function for each row of the paper's tables: what a variant changes in a base configuration, and nothing else.
 
-    config = VARIANTS["concat"](XFormerConfig.paper())
+config = VARIANTS["concat"](XFormerConfig.paper())
 """
 
 import copy

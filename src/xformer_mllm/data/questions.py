@@ -10,9 +10,9 @@ from PIL import Image
 class Question:
     """A question about one picture.
 
-    `image_id` is shared by the questions of one picture. `question_type` names the kind of question within its data set;
-    `structural` (query, verify, choose, compare, logical) and `semantic` (object, attribute, category, relation, global)
-    are GQA's types, None where a data set has none.
+    `image_id` is shared by the questions of one picture. `question_type` names the kind of question within its data
+    set; `structural` (query, verify, choose, compare, logical) and `semantic` (object, attribute, category, relation,
+    global) are GQA's types, None where a data set has none.
     """
 
     id: str

@@ -1,12 +1,12 @@
 """Questions about scenes of the embedded world, and their answers.
 
-Each kind of question chooses its answer first (evenly, or by a table where scenes do not offer all answers equally often) and
-then looks for a thing in the scene that makes the answer true. The names of shapes, colours and textures are exchangeable in
-the world, so a question's words say nothing about its answer; tests/test_scenes.py holds that against question-only
-baselines. A question whose answer depends on which thing is meant is asked only of a thing that its words single out.
+Most kinds of question draw their answer first (evenly, or by weights where scenes do not offer all answers equally
+often) and then look for a thing in the scene that makes it true. The names of shapes, colours and textures are
+exchangeable in the world, so a question's words say nothing about its answer; tests/test_scenes.py holds that against
+question-only baselines. A question about one thing is asked only where its words single the thing out.
 
-Sources of the forms: counting and existence as in GVT's OC and MCI sets ("How many ... are there in the image?", "Does ...
-exist in the image?"); structural and semantic types as in GQA.
+Sources of the forms: counting and existence as in GVT's OC and MCI sets ("How many ... are there in the image?",
+"Does ... exist in the image?"); structural and semantic types as in GQA.
 """
 
 import random
@@ -17,11 +17,11 @@ from itertools import permutations
 from xformer_mllm.data.questions import Question
 from xformer_mllm.data.world import COLOURS, SHAPES, TEXTURES, Scene, SceneObject
 
-PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses", "object": "objects"}
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
-# Scenes offer small counts more often than large ones, so the count to be asked for is drawn with these weights and the
-# question is dropped where the scene has no such count: the answers come out more even than the scenes are.
-COUNT_WEIGHTS = {1: 0.39, 2: 0.46, 3: 0.73, 4: 1.3}
+# Scenes offer small counts more often than large ones, so the count to be asked for is drawn with these weights and
+# the question is dropped where the scene has no such count: the answers come out more even than the scenes are.
+COUNT_WEIGHTS = {1: 0.32, 2: 0.46, 3: 0.78, 4: 1.4}
 
 _COLOUR_NAMES = tuple(COLOURS)
 Asked = tuple[str, str] | None  # question and answer, or None where the scene does not allow the question
@@ -147,13 +147,12 @@ def compare(scene: Scene, lot: random.Random) -> Asked:
 
 
 def compare_texture(scene: Scene, lot: random.Random) -> Asked:
-    pairs = list(permutations(_single(scene), 2))
-    same = [(a, b) for a, b in pairs if a.texture == b.texture]
-    other = [(a, b) for a, b in pairs if a.texture != b.texture]
-    if not same or not other:
-        return None  # a scene that offers both answers: otherwise "no" would be twice as likely
-    answer = lot.choice(("yes", "no"))
-    a, b = lot.choice(same if answer == "yes" else other)
+    # Two things differ in texture more often than not: "yes" is drawn more often, and dropped where it cannot be.
+    answer = lot.choices(("yes", "no"), (0.6, 0.4))[0]
+    pairs = [(a, b) for a, b in permutations(_single(scene), 2) if (a.texture == b.texture) == (answer == "yes")]
+    if not pairs:
+        return None
+    a, b = lot.choice(pairs)
     return f"Do the {name(a)} and the {name(b)} have the same texture?", answer
 
 

@@ -1,11 +1,12 @@
 """The embedded world: what a scene is, how it is drawn by lot, and how it becomes pixels.
 
-A scene is one to six objects on a jittered 3x3 grid over a patterned, noisy ground, 48x48 pixels. Everything follows from
-(seed, split, index) through Python's ``random.Random``, so that any scene can be made alone, in any order, on any machine.
+A scene is one to six objects on a jittered 3x3 grid over a patterned, noisy ground, 48x48 pixels. Everything follows
+from (seed, split, index) through Python's ``random.Random``, so that any scene can be made alone, in any order, on any
+machine.
 
-Textures are the fine detail of this world: they have the same mean colour, stripes and checks have the same contrast, their
-phase and direction are drawn by lot, and the contrast is close to the noise. A pooled colour or brightness says nothing about
-them. docs/decisions/embedded-world.md says how these values were chosen.
+Textures are the fine detail of this world: they have the same mean colour, stripes and checks have the same contrast,
+their phase and direction are drawn by lot, and the contrast is close to the noise. A pooled colour or brightness says
+nothing about them. docs/decisions/embedded-world.md says how these values were chosen.
 """
 
 import random

@@ -1,8 +1,9 @@
 """What can be read from frozen encoders: an attentive probe per attribute, on the questions of the embedded world.
 
-The paper's premise is that CLIP's tokens leave fine detail out and MAE's keep it. Here it is measured, beside two controls: a
-ViT that was never trained, and both encoders together. A probe is one cross-attention from the question's words (a bag: their
-order is lost) to the tokens, a small MLP and a linear read-out; it is chosen by its epoch on validation and reported on test.
+The paper's premise is that CLIP's tokens leave fine detail out and MAE's keep it. Here it is measured, beside two
+controls: a ViT that was never trained, and both encoders together. A probe is one cross-attention from the question's
+words (a bag: their order is lost) to the tokens, a small MLP and a linear read-out; its epoch is chosen on validation
+and its accuracy reported on test.
 
 Legend: B batch, N tokens of all encoders together, D width.
 """
@@ -59,7 +60,9 @@ class AttentiveProbe(nn.Module):
         self.words = nn.EmbeddingBag(words, width, mode="sum", padding_idx=0)
         self.project = nn.ModuleList(nn.Linear(d, width) for d in token_widths)
         self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.read = nn.Linear(width, answers)
 
     def forward(self, question: Tensor, tokens: list[Tensor]) -> Tensor:
@@ -71,7 +74,7 @@ class AttentiveProbe(nn.Module):
 
 
 def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
-    """Attribute -> {"majority", "n", and accuracy per entry of TOKENS}, on test and (under "validation") on validation."""
+    """Attribute -> {"n", "majority", accuracy per entry of TOKENS} on test; on validation under "validation"."""
     torch.set_num_threads(1)
     sizes = {"train": config.train, "validation": config.validation, "test": config.test}
     scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}
@@ -241,8 +244,8 @@ def markdown(record: dict[str, Any]) -> str:
             "",
             f"`{record['command']}`, seed {record['seed']}, {record['seconds']} s on {record['machine']}; "
             f"torch {record['torch']}, transformers {record['transformers']}.",
-            f"Attentive probe on frozen tokens: {config['train']} training scenes, best of {config['epochs']} epochs on "
-            f"{config['validation']} validation scenes, reported on {config['test']} test scenes "
+            f"Attentive probe on frozen tokens: {config['train']} training scenes, best of {config['epochs']} epochs "
+            f"on {config['validation']} validation scenes, reported on {config['test']} test scenes "
             "(a scene counts where it allows the question).",
             "CLIP's tokens are its penultimate layer's, as X-Former reads them. `random` is MAE's network untrained. "
             "One probe seed; accuracies carry a sampling error of about 1 point (one standard error at n = 2000).",
@@ -252,7 +255,7 @@ def markdown(record: dict[str, Any]) -> str:
             *rows,
             "",
             f"- MAE beats CLIP by 15 points or more on: {', '.join(kept) or 'nothing'}.",
-            f"- Of these, trained MAE beats the random network by 10 points or more on: {', '.join(learned) or 'nothing'}.",
+            f"- Of these, MAE beats the random network by 10 points or more on: {', '.join(learned) or 'nothing'}.",
             f"- The premise fails (CLIP is ahead of MAE) on: {', '.join(fails) or 'nothing'}.",
             "",
         ]

@@ -35,14 +35,14 @@ MAX_NEW_TOKENS = 8
 RESAMPLES = 2_000
 TRAINING_SCENES = 4_000  # enough to see which answer to a type of question is the most frequent one
 
-# Fewer questions than this on which just one of two models is right cannot tell them apart: with five, all in favour of
-# one model, an exact McNemar test has p = 2 / 2**5 > 0.05; with six, p = 2 / 2**6 < 0.05.
+# Fewer questions than this on which just one of two models is right cannot tell them apart: with five, all in favour
+# of one model, an exact McNemar test has p = 2 / 2**5 > 0.05; with six, p = 2 / 2**6 < 0.05.
 FEWEST_DISAGREEMENTS = 6
 
 Prediction = dict[str, Any]
 
 
-# ----------------------------------------------------------------------------------------------------------------- asking
+# -------------------------------------------------------------------------------------------------------------- asking
 
 
 @torch.inference_mode()
@@ -99,7 +99,7 @@ def normalised(answer: str) -> str:
     return answer.strip().lower()
 
 
-# ---------------------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------------------------- scoring
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def wilson(right: int, n: int, z: float = 1.959964) -> list[float]:
 def compare(first: Sequence[Prediction], second: Sequence[Prediction], seed: int = 0) -> dict[str, dict[str, Any]]:
     """`second` minus `first` on the same questions.
 
-    {group: {"difference", "ci95": [low, high], "n", "only_first", "only_second", "clear"}}: `only_first` counts the questions that
-    only the first answered correctly. ci95 is a percentile bootstrap over pictures. `clear`: the interval leaves out 0
-    and the two disagree on enough questions to tell.
+    {group: {"difference", "ci95": [low, high], "n", "only_first", "only_second", "clear"}}: `only_first` counts the
+    questions that only the first answered correctly. ci95 is a percentile bootstrap over pictures. `clear`: the
+    interval leaves out 0 and the two disagree on enough questions to tell.
 
     Raises ValueError if the questions are not the same.
     """
@@ -204,7 +204,10 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction], seed: int
 
 
 def _bootstrap(gains: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
-    """2.5 % and 97.5 % points of sum(gains) / sum(asked) over resampled pictures: [pictures, groups] -> [2, groups]."""
+    """2.5 % and 97.5 % points of sum(gains) / sum(asked) over resampled pictures.
+
+    gains, asked: float[pictures, groups] -> float[2, groups].
+    """
     pictures = len(gains)
     weights = np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES)
     total = weights @ asked
@@ -224,7 +227,7 @@ def _difference(gain: float, n: int, low: float, high: float, only: np.ndarray) 
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------------------- the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +294,10 @@ def load(folder: Path) -> tuple[Any, Any, Path]:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run `xformer evaluate`: answer, score, write predictions.jsonl and metrics.json; returns what metrics.json holds."""
+    """Run `xformer evaluate`: answer, score, write predictions.jsonl and metrics.json; returns what the latter holds.
+
+    Raises FileNotFoundError or ValueError, in one line, if there is no such model or no such data.
+    """
     dataset = questions_of(config.data, config.split, config.size, config.questions_per_picture, config.seed)
     model, processor, folder = load(config.model)
     start = time.perf_counter()

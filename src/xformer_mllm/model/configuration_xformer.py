@@ -54,17 +54,17 @@ class XFormerConfig(PreTrainedConfig):
     """
 
     model_type = "xformer"
-    sub_configs = {  # noqa: RUF012  (transformers reads this class attribute)
+    sub_configs = {
         "clip_config": AutoConfig,
         "mae_config": AutoConfig,
         "qformer_config": Blip2QFormerConfig,
         "text_config": AutoConfig,
     }
 
-    clip_config: dict | PreTrainedConfig | None = None
-    mae_config: dict | PreTrainedConfig | None = None
-    qformer_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    clip_config: Any = None
+    mae_config: Any = None
+    qformer_config: Any = None
+    text_config: Any = None
     num_query_tokens: int = 32
     image_text_hidden_size: int = 256
     image_token_index: int | None = None
@@ -151,7 +151,9 @@ class XFormerConfig(PreTrainedConfig):
         if self.mae_config is not None and self.clip_shallow_layer is not None:
             raise ValueError("mae_config and clip_shallow_layer both name the source of M; set one of them to None")
         if self.fusion != "none" and not self.has_second_encoder:
-            raise ValueError(f"fusion '{self.fusion}' needs a second encoder: give a mae_config or a clip_shallow_layer")
+            raise ValueError(
+                f"fusion '{self.fusion}' needs a second encoder: give a mae_config or a clip_shallow_layer"
+            )
         if self.reconstruction_in_stage2 and not self.reconstruction:
             raise ValueError("reconstruction_in_stage2 needs reconstruction")
         if self.reconstruction and (self.mae_config is None or self.fusion != "dual_cross_attention"):
@@ -165,7 +167,9 @@ class XFormerConfig(PreTrainedConfig):
             raise ValueError("reconstruction needs a mask_ratio above 0: its loss is taken on masked patches alone")
         for name, tower in (("clip_config", self.clip_config), ("mae_config", self.mae_config)):
             if tower is not None and tower.image_size % tower.patch_size:
-                raise ValueError(f"{name}: image_size {tower.image_size} is no multiple of patch_size {tower.patch_size}")
+                raise ValueError(
+                    f"{name}: image_size {tower.image_size} is no multiple of patch_size {tower.patch_size}"
+                )
 
 
 __all__ = ["FUSIONS", "XFormerConfig"]

@@ -17,14 +17,15 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerConfig, eager_attention_forward
+from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
 
 from .configuration_xformer import XFormerConfig
 
 
 class Fused(NamedTuple):
-    """Z' [B, Q, D], M' [B, L, D_m] (None without a second encoder), and the maps of Z_q reading M' [B, heads, Q, L] a block."""
+    """Z' [B, Q, D]; M' [B, L, D_m], None without a second encoder; of each block the map of Z_q over M' [B, heads, Q, L]."""
 
     queries: torch.Tensor
     mae_tokens: torch.Tensor | None
@@ -32,7 +33,7 @@ class Fused(NamedTuple):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero (see `XFormerPreTrainedModel._init_weights`), so that its branch adds nothing yet."""
+    """A linear layer that starts at zero (`XFormerPreTrainedModel._init_weights`): its branch adds nothing yet."""
 
 
 class CrossAttention(nn.Module):
@@ -59,7 +60,7 @@ class CrossAttention(nn.Module):
         self.output = ZeroLinear(width, width)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, X, width], [B, Y, context_width] -> what to add to x [B, X, width], and the map [B, heads, X, Y] (eager only)."""
+        """[B, X, width], [B, Y, context_width] -> what to add to x, and the map [B, heads, X, Y] (eager only)."""
         context = self.context_norm(context)
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -111,7 +112,7 @@ class EarlyCrossAttention(NoFusion):
     The Q-Former stays the library's own: a hook behind each of its cross-attentions adds ours, whose weights live here.
     """
 
-    def __init__(self, mae_width: int, qformer: nn.Module):
+    def __init__(self, mae_width: int, qformer: Blip2QFormerModel):
         super().__init__()
         config = qformer.config
         reading = [layer.crossattention for layer in qformer.encoder.layer if layer.has_cross_attention]
@@ -122,7 +123,7 @@ class EarlyCrossAttention(NoFusion):
             module.register_forward_hook(self._then_read_mae(layer), with_kwargs=True)
 
     @staticmethod
-    def _then_read_mae(layer: CrossAttention):
+    def _then_read_mae(layer: nn.Module):
         def hook(_module, _args, kwargs, queries):
             return queries + layer(queries, kwargs["mae_tokens"])[0]
 
@@ -168,7 +169,7 @@ class DualCrossAttention(NoFusion):
         return Fused(queries, mae_tokens, tuple(attentions))
 
 
-def build_fusion(config: XFormerConfig, qformer: nn.Module) -> nn.Module:
+def build_fusion(config: XFormerConfig, qformer: Blip2QFormerModel) -> nn.Module:
     """The fusion that the configuration names, for this Q-Former."""
     if config.fusion == "none":
         return NoFusion()

@@ -29,7 +29,7 @@ def unimodal_mask(text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
 
 
 def multimodal_causal_mask(text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """Queries see queries; a text token sees all queries and the text up to itself (ITG). As above -> bool[B, 1, Q+T, Q+T]."""
+    """Queries see queries; a text token sees all queries and the text up to itself (ITG). Shapes as above."""
     position = torch.arange(num_queries + text_mask.shape[1], device=text_mask.device)
     is_query = position < num_queries
     allowed = is_query[None, :] | (~is_query[:, None] & (position[:, None] >= position[None, :]))
@@ -37,7 +37,7 @@ def multimodal_causal_mask(text_mask: torch.Tensor, num_queries: int) -> torch.T
 
 
 def bidirectional_mask(text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """Everything sees everything (ITM). As above -> bool[B, 1, Q+T, Q+T]."""
+    """Everything sees everything (ITM). Shapes as above."""
     length = num_queries + text_mask.shape[1]
     allowed = torch.ones(length, length, dtype=torch.bool, device=text_mask.device)
     return _with_padding(allowed, text_mask, num_queries)

@@ -6,7 +6,7 @@ Read top down, in the order of the paper's figure: `XFormerModel` (encoders, Q-F
 `B` batch, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` MAE patches, `D` Q-Former width, `E` LLM width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from .configuration_xformer import XFormerConfig
 from .distributed import gather, rank
 from .fusion import ZeroLinear, build_fusion
 from .reconstruction import reconstruction_loss
-from .vision_encoders import ClipEncoder, MaeTokens, encode_mae, scaled
+from .vision_encoders import ClipEncoder, MaeTokens, encode_mae, mae_positions, scaled
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
 
@@ -79,7 +79,7 @@ class XFormerModelOutput(ModelOutput):
 
 @dataclass
 class XFormerForPreTrainingOutput(ModelOutput):
-    """`loss` is the weighted sum of the others; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V]."""
+    """`loss`: the weighted sum of the losses; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V]."""
 
     loss: torch.Tensor | None = None
     itc_loss: torch.Tensor | None = None
@@ -95,7 +95,7 @@ class XFormerForPreTrainingOutput(ModelOutput):
 
 @dataclass
 class XFormerForImageTextRetrievalOutput(ModelOutput):
-    """ITC: `logits_per_image` [images, texts], a cosine; ITM: `logits_per_image` [B, 2], no pair / pair, a row a pair."""
+    """`logits_per_image`: with ITC cosines [images, texts], with ITM [B, 2] (no pair, pair), a row for each pair."""
 
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
@@ -106,7 +106,7 @@ class XFormerForImageTextRetrievalOutput(ModelOutput):
 
 @dataclass
 class XFormerForConditionalGenerationOutput(ModelOutput):
-    """`loss` = `lm_loss` (+ `reconstruction_loss` in the variant that keeps it); `logits` [B, T, V], without labels."""
+    """`loss`: `lm_loss`, plus `reconstruction_loss` in the variant that keeps it; `logits` [B, T, V], without labels."""
 
     loss: torch.Tensor | None = None
     lm_loss: torch.Tensor | None = None
@@ -125,10 +125,20 @@ class XFormerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     # Trained parts stay fp32 whatever the frozen ones are loaded in.
-    _keep_in_fp32_modules_strict = (
-        "clip_layernorm query_tokens embeddings qformer fusion vision_projection text_projection itm_head itg_transform "
-        "itg_bias temperature language_projection"
-    ).split()
+    _keep_in_fp32_modules_strict = [
+        "clip_layernorm",
+        "query_tokens",
+        "embeddings",
+        "qformer",
+        "fusion",
+        "vision_projection",
+        "text_projection",
+        "itm_head",
+        "itg_transform",
+        "itg_bias",
+        "temperature",
+        "language_projection",
+    ]
     _no_split_modules = ("Blip2QFormerLayer", "DualCrossAttentionBlock")
 
     @torch.no_grad()
@@ -141,6 +151,9 @@ class XFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, XFormerModel):
             # Zeros, as transformers has them, would make all queries equal for ever.
             init.normal_(module.query_tokens, std=self.config.initializer_range)
+            if module.mae_encoder is not None:  # transformers leaves these positions at zero, too
+                positions = module.mae_encoder.embeddings.position_embeddings
+                init.copy_(positions, mae_positions(positions.shape[1] - 1, positions.shape[2]))
         elif isinstance(module, XFormerForPreTraining):
             init.constant_(module.temperature, self.config.initial_temperature)
             init.zeros_(module.itg_bias)

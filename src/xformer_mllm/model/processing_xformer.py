@@ -115,7 +115,11 @@ class XFormerProcessor(ProcessorMixin):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], padding: bool | str, max_length: int | None, padding_side: str
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    padding: bool | str,
+    max_length: int | None,
+    padding_side: str,
 ) -> dict[str, torch.Tensor]:
     """Texts -> input_ids and attention_mask, int64[B, T]. A text that is cut is said so once in the log."""
     encoded = tokenizer(texts, return_token_type_ids=False)["input_ids"]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, Blip2VisionModel
+from transformers import AutoModel, Blip2VisionModel, ViTMAEModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 
 def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, dtype: torch.dtype) -> torch.Tensor:
@@ -30,7 +31,7 @@ def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, d
 
 
 def build_tower(config: PreTrainedConfig) -> nn.Module:
-    """A vision tower from its configuration, randomly initialised: any that AutoModel knows, or EVA-CLIP (BLIP-2's)."""
+    """A randomly initialised vision tower: any that AutoModel knows, or BLIP-2's EVA-CLIP."""
     if config.model_type == Blip2VisionModel.config_class.model_type:
         return Blip2VisionModel._from_config(config)
     return AutoModel.from_config(config)
@@ -76,11 +77,22 @@ class ClipEncoder(nn.Module):
         return [states[index] for index in self.read_layers]
 
 
+def mae_positions(patches: int, width: int) -> torch.Tensor:
+    """The MAE's fixed sine-cosine positions, a zero row for CLS first: [1, 1+L, D].
+
+    facebookresearch/mae puts the columns' half before the rows'; pretrained weights rely on it.
+    """
+    side = round(patches**0.5)
+    positions = build_2d_sinusoidal_position_embedding(side, side, width, cls_token=True)
+    rows, columns = positions.chunk(2, dim=-1)
+    return torch.cat([columns, rows], dim=-1)[None]
+
+
 @dataclass
 class MaeTokens:
     """What the MAE encoder saw.
 
-    tokens: [B, 1+K, D], CLS first, then the kept patches in the order of `ids_restore`'s shuffle (row order if none is masked).
+    tokens: [B, 1+K, D], CLS first, then the kept patches in the order of the shuffle (row order if none is masked).
     mask: [B, L], 1 = masked (removed), 0 = kept.
     ids_restore: int64[B, L], position of each patch in the shuffled sequence (kept first, masked behind).
     """
@@ -91,13 +103,13 @@ class MaeTokens:
 
 
 def encode_mae(
-    encoder: nn.Module, pixels: torch.Tensor, mask_ratio: float = 0.0, noise: torch.Tensor | None = None
+    encoder: ViTMAEModel, pixels: torch.Tensor, mask_ratio: float = 0.0, noise: torch.Tensor | None = None
 ) -> MaeTokens:
     """transformers' `ViTMAEModel` with a mask ratio per call; a ratio of 0 does not shuffle.
 
     transformers takes the ratio from the configuration alone and shuffles the patches even when it keeps them all.
-    The masking is the MAE's (facebookresearch/mae models_mae.py `random_masking`): keep the int(L * (1 - ratio)) patches
-    with the lowest noise.
+    The masking is the MAE's (facebookresearch/mae models_mae.py `random_masking`): the int(L * (1 - ratio)) patches with
+    the lowest noise are kept.
 
     Args:
         encoder: a `ViTMAEModel`.
@@ -124,4 +136,4 @@ def encode_mae(
     return MaeTokens(encoder.layernorm(states), (ids_restore >= kept).to(pixels.dtype), ids_restore)
 
 
-__all__ = ["ClipEncoder", "MaeTokens", "build_tower", "encode_mae", "scaled"]
+__all__ = ["ClipEncoder", "MaeTokens", "build_tower", "encode_mae", "mae_positions", "scaled"]

@@ -33,16 +33,17 @@ class _Cutter:
         if len(parts) > self.limit and not self.said:
             self.said = True
             logger.warning(
-                "%s: a text of %d tokens is cut to %d, and so are other long texts (--max-text-tokens sets the length)",
+                "%s: a text of %d tokens is cut to %d, and so is any other (--max-text-tokens sets the length)",
                 name, len(parts), self.limit,
             )  # fmt: skip
         return parts[: self.limit]
 
 
 class Stage1Collator:
-    """[{"id", "image", "caption"}] -> pixel_values uint8[B, 3, H, W], qformer_input_ids and _attention_mask int64[B, T].
+    """[{"id", "image", "caption"}] -> a batch of stage 1.
 
-    A caption longer than `max_text_tokens` (with [CLS] and [SEP]) is cut; [SEP] stays. Raises ValueError for an empty
+    pixel_values uint8[B, 3, H, W]; qformer_input_ids, qformer_attention_mask int64[B, T], padded on the right. A
+    caption longer than `max_text_tokens` (with [CLS] and [SEP]) is cut; [SEP] stays. Raises ValueError for an empty
     caption.
     """
 
@@ -69,11 +70,11 @@ class Stage1Collator:
 class Stage2Collator:
     """[{"id", "image", "caption"} or {"id", "image", "question", "answer"}] -> a batch of stage 2.
 
-    pixel_values uint8[B, 3, H, W]; input_ids, attention_mask, labels int64[B, T]. A row is [image placeholders][prompt]
-    [target][end token][padding], its prompt exactly what the processor makes of it at inference (nothing for a caption,
-    the question prompt for a question). Labels are IGNORED but on the target and the end token. A target longer than
-    `max_text_tokens` is cut and then has no end token, for the text does not end there; a question is cut to as many
-    words. Raises ValueError for an empty text.
+    pixel_values uint8[B, 3, H, W]; input_ids, attention_mask, labels int64[B, T]. A row is [image placeholders]
+    [prompt][target][end token][padding], up to the target exactly what the processor makes of the prompt at inference
+    (nothing for a caption, the question prompt for a question). Labels are IGNORED but on the target and the end
+    token. A target longer than `max_text_tokens` is cut and then has no end token, for the text does not end there; a
+    question is cut to as many words. Raises ValueError for an empty text.
     """
 
     def __init__(self, processor: Any, end_token_id: int, max_text_tokens: int):

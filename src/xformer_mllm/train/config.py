@@ -1,8 +1,8 @@
 """What a training run is made of: every default of `xformer train stage1|stage2`, in one place.
 
-tyro turns a dataclass into the command's flags and the text under a field into its `--help`. The resolved configuration
-is written to `config.json` beside the run's results; `--config THAT_FILE` runs it again. Defaults are those of the
-embedded world (48x48 scenes, two CPU cores); `recipes/` names other settings.
+tyro turns a dataclass into the command's flags and the text under a field into its `--help`. The resolved
+configuration is written to `config.json` beside the run's results; `--config THAT_FILE` runs it again. Defaults are
+those of the embedded world (48x48 scenes, two CPU cores); `recipes/` names other settings.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class RunConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 for never."""
     bf16: Literal["auto", "yes", "no"] = "auto"
-    """Mixed precision; auto: where the hardware is fast at it (GPUs that have it, CPUs with AMX)."""
+    """Mixed precision; auto: where the hardware has it (many GPUs; CPUs with AMX or AVX-512 BF16)."""
 
     max_text_tokens: int = 32
     """Longer captions, questions and answers are cut (and it is said once)."""

@@ -1,9 +1,10 @@
-"""Trains what the embedded world ships: the tiny CLIP, the tiny MAE with its decoder, the tiny OPT, and two tokenizers.
+"""Trains what the embedded world ships: the tiny CLIP, the tiny MAE with its decoder, the tiny OPT, two tokenizers.
 
-Each training sees every scene of the train split once, in order: nothing is repeated, so nothing is learned by heart. All are
-transformers' own classes; `recipe.json` beside the weights says how they came about and what they reach on validation.
+Each training sees every scene of the train split once, in order: nothing is repeated, so nothing is learned by heart.
+All are transformers' own classes; `recipe.json` beside the weights says how they came about and what they reach on
+validation.
 
-Legend: B batch, T text tokens, S segments of a packed LM sequence.
+Legend: B batch, H height, W width, T text tokens.
 """
 
 import json
@@ -12,7 +13,6 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers import (
     GenerationConfig,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ViTMAEConfig,
     ViTMAEForPreTraining,
@@ -40,16 +41,31 @@ from xformer_mllm.data.scene_questions import ask
 from xformer_mllm.data.scenes import caption, description
 from xformer_mllm.data.world import IMAGE_SIZE, draw_scene, render
 
-# uint8 / 255 minus mean, over deviation: OpenAI CLIP's for CLIP, ImageNet's for MAE, as the published checkpoints have them.
+# (uint8 / 255 - mean) / deviation: OpenAI CLIP's for CLIP, ImageNet's for MAE, as published checkpoints have them.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAE_MEAN, MAE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Words of easy-VQA (and a few of any question) that the scenes lack: known to the tokenizers so that they stay one token.
+# Words of easy-VQA, and of questions in general, that scenes may lack: in the vocabularies, to stay one token.
 OTHER_WORDS = (
-    "an answer any are black brown color contain contains describe do does five four gray how image in is it many no not "
-    "object of on one orange other pink picture present question rectangle several shape shapes six some star the this three "
-    "two what where which white with yes"
-).split()
+    *(
+        "an",
+        "answer",
+        "any",
+        "are",
+        "black",
+        "brown",
+        "color",
+        "contain",
+        "contains",
+        "describe",
+        "do",
+        "does",
+        "five",
+    ),
+    *("four", "gray", "how", "image", "in", "is", "it", "many", "no", "not", "object", "of", "on", "one", "orange"),
+    *("other", "pink", "picture", "present", "question", "rectangle", "several", "shape", "shapes", "six", "some"),
+    *("star", "the", "this", "three", "two", "what", "where", "which", "white", "with", "yes"),
+)
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"()-"
 
 
@@ -84,9 +100,9 @@ class LmConfig:
     """The language model's training: full descriptions, then captions and questions with answers about them."""
 
     output: Path = Path("weights")
-    steps: int = 4000
-    batch_size: int = 48
-    learning_rate: float = 1.5e-3
+    steps: int = 5000
+    batch_size: int = 32
+    learning_rate: float = 2e-3
     width: int = 128
     layers: int = 4
     questions_per_scene: int = 5
@@ -111,12 +127,12 @@ def train_encoders(config: EncodersConfig) -> dict[str, dict[str, float]]:
         return {"clip": clip.result(), "mae": mae.result()}
 
 
-# --- tokenizers ---------------------------------------------------------------------------------------------------------
+# --- tokenizers ------------------------------------------------------------------------------------
 
 
 def world_words() -> list[str]:
     """Every word of the scenes' texts and of OTHER_WORDS, sorted."""
-    texts = list(OTHER_WORDS)
+    texts = [*OTHER_WORDS]
     for index in range(3000):
         scene = draw_scene("train", index)
         texts += [caption(scene), description(scene), *(f"{q.question} {q.answer}" for q in ask(scene, 4))]
@@ -125,7 +141,7 @@ def world_words() -> list[str]:
 
 
 def _word_piece(specials: list[str]) -> Tokenizer:
-    """Lower-casing WordPiece over the world's words; other words fall into characters, other characters into unknown."""
+    """Lower-casing WordPiece over the world's words; other words fall into characters, other characters to unknown."""
     pieces = [*specials, *world_words(), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     unknown = next(token for token in specials if "unk" in token.lower())
@@ -156,7 +172,7 @@ def qformer_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def lm_tokenizer() -> PreTrainedTokenizerFast:
-    """The language model's: </s> in front, as OPT has it; <end> closes an answer; <image> is the soft prompt's place."""
+    """The language model's: </s> in front, as OPT has it; <end> closes an answer; <image> is a soft prompt's place."""
     tokenizer = _word_piece(["<s>", "<pad>", "</s>", "<unk>", "<end>", "<image>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     return PreTrainedTokenizerFast(
@@ -174,11 +190,12 @@ def lm_tokenizer() -> PreTrainedTokenizerFast:
 def save_qformer_tokenizer(output: Path) -> None:
     """Writes qformer_tokenizer/ under `output`."""
     tokenizer = qformer_tokenizer()
-    recipe = {"command": "xformer train encoders", "vocabulary": len(tokenizer), "data": "words of the scenes' texts and of easy-VQA"}
+    data = "words of the scenes' texts and of easy-VQA"
+    recipe = {"command": "xformer train encoders", "vocabulary": len(tokenizer), "data": data}
     _write(tokenizer.save_pretrained, output / "qformer_tokenizer", recipe)
 
 
-# --- CLIP ---------------------------------------------------------------------------------------------------------------
+# --- CLIP ------------------------------------------------------------------------------------------
 
 
 def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
@@ -195,9 +212,7 @@ def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPMode
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(config.seed)
-    model_config = CLIPConfig(
-        text_config=text, vision_config=vision, projection_dim=64, attn_implementation="eager"
-    )
+    model_config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
     return CLIPModel(model_config)
 
 
@@ -216,7 +231,7 @@ def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
 
     _optimise(model, loss, config.steps, config.learning_rate, "clip")
     metrics = clip_retrieval(model, tokenizer)
-    recipe = _recipe("encoders", config, metrics, started, "image-caption pairs of the scenes, train split, each seen once")
+    recipe = _recipe("encoders", config, metrics, started, "scenes and captions, train split, each seen once")
     recipe["pixels"] = {"mean": CLIP_MEAN, "std": CLIP_STD, "scale": 1 / 255}
 
     def save(folder: Path) -> None:
@@ -229,7 +244,7 @@ def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
 
 
 def load_clip(folder: Path) -> CLIPModel:
-    """The whole CLIP, for its retrieval metrics: the vision tower from clip/, the rest from retrieval.safetensors there."""
+    """The whole CLIP, for its retrieval metrics: the vision tower and, from retrieval.safetensors, the rest."""
     recipe = json.loads((folder / "recipe.json").read_text())
     model = new_clip(ClipConfig(**recipe["config"]), qformer_tokenizer())
     weights = load_file(folder / "retrieval.safetensors")
@@ -238,7 +253,9 @@ def load_clip(folder: Path) -> CLIPModel:
     return model
 
 
-def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: np.ndarray, captions: list[str]) -> Tensor:
+def _clip_logits(
+    model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: np.ndarray, captions: list[str]
+) -> Tensor:
     """Similarities images x captions, float[B, B]; the learned scale is held at 50 at most."""
     text = tokenizer(captions, padding=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
@@ -253,7 +270,7 @@ def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: n
 
 @torch.no_grad()
 def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, rounds: int = 10) -> dict[str, float]:
-    """Recall at 1 among 100 validation scenes, both ways, mean over `rounds` hundreds (equal captions count as misses)."""
+    """Recall at 1 among 100 validation scenes, both ways, mean over `rounds` hundreds (equal captions: misses)."""
     model.eval()
     text, image = [], []
     for part in range(rounds):
@@ -264,7 +281,7 @@ def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, rounds:
     return {"image_to_text_r1_of_100": float(np.mean(text)), "text_to_image_r1_of_100": float(np.mean(image))}
 
 
-# --- MAE ----------------------------------------------------------------------------------------------------------------
+# --- MAE -------------------------------------------------------------------------------------------
 
 
 def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
@@ -285,7 +302,6 @@ def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
             mask_ratio=config.mask_ratio,
             norm_pix_loss=config.norm_pix_loss,
             layer_norm_eps=1e-6,
-            attn_implementation="eager",
         )
     )
     model.vit.embeddings.initialize_weights()
@@ -308,7 +324,7 @@ def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
 
     _optimise(model, loss, config.steps, config.learning_rate, "mae")
     metrics = mae_loss(model)
-    recipe = _recipe("encoders", config, metrics, started, "images of the scenes, train split, each seen once")
+    recipe = _recipe("encoders", config, metrics, started, "scenes, train split, each seen once")
     recipe["pixels"] = {"mean": MAE_MEAN, "std": MAE_STD, "scale": 1 / 255}
     _write(model.save_pretrained, output / "mae", recipe)
     return metrics
@@ -326,7 +342,7 @@ def mae_loss(model: ViTMAEForPreTraining, size: int = 512) -> dict[str, float]:
     }
 
 
-# --- language model -----------------------------------------------------------------------------------------------------
+# --- language model --------------------------------------------------------------------------------
 
 
 def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
@@ -345,7 +361,6 @@ def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausal
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            attn_implementation="eager",
         )
     )
     model.generation_config = GenerationConfig(
@@ -357,9 +372,9 @@ def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausal
 def train_lm(config: LmConfig) -> dict[str, float]:
     """Language modelling of descriptions, captions and questions; writes opt/ and returns its accuracy on validation.
 
-    A sequence is one description, then several segments "</s> Question: ... Answer: ... <end>" and one "</s> caption <end>".
-    Each segment sees the description and itself only, and counts its positions from the description's end: what the model
-    learns is [description][</s> text <end>], the layout that stage 2 has with soft prompts in the description's place.
+    A sequence is one description, then segments "</s> Question: ... Answer: ... <end>" and one "</s> caption <end>".
+    Each segment sees the description and itself only, and counts its positions from the description's end: the model
+    learns [description][</s> text <end>], the layout that stage 2 has with soft prompts in the description's place.
     """
     torch.set_num_threads(1)
     started = time.time()
@@ -437,26 +452,24 @@ def pack(scenes: list[list[list[int]]], tokenizer: PreTrainedTokenizerFast) -> d
 
 @torch.no_grad()
 def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: int = 300) -> dict[str, float]:
-    """Share of validation questions answered from the full description, by generation, over all and by question type."""
+    """Share of validation questions answered from the full description by generation: over all, and by type."""
     model.eval()
+    questions = [(scene, q) for scene in (draw_scene("validation", i) for i in range(scenes)) for q in ask(scene, 4)]
     right: dict[str, list[bool]] = {}
-    for index in range(scenes):
-        scene = draw_scene("validation", index)
-        questions = ask(scene, 4)
-        prompts = [f"{description(scene)} </s> Question: {q.question} Answer:" for q in questions]
-        inputs = tokenizer(
-            prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        )
+    for first in range(0, len(questions), 200):
+        batch = questions[first : first + 200]
+        prompts = [f"{description(scene)} </s> Question: {q.question} Answer:" for scene, q in batch]
+        inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
         inputs.pop("token_type_ids", None)
-        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)  # type: ignore[misc]
         answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for question, answer in zip(questions, answers, strict=True):
+        for (_, question), answer in zip(batch, answers, strict=True):
             right.setdefault(question.question_type, []).append(answer.strip() == question.answer)
     metrics = {"accuracy": float(np.mean([r for rs in right.values() for r in rs]))}
     return metrics | {f"accuracy_{kind}": float(np.mean(rs)) for kind, rs in sorted(right.items())}
 
 
-# --- shared -------------------------------------------------------------------------------------------------------------
+# --- shared ----------------------------------------------------------------------------------------
 
 
 def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -474,8 +487,9 @@ def _pairs(split: str, first: int, count: int) -> tuple[np.ndarray, list[str]]:
     return np.stack([render(scene) for scene in scenes]), [caption(scene) for scene in scenes]
 
 
-def _optimise(model: nn.Module, loss_at: Any, steps: int, learning_rate: float, label: str) -> None:
-    """AdamW with warm-up and a cosine to zero; gradient clipped at 1. Raises FloatingPointError at a loss that is not finite."""
+def _optimise(model: PreTrainedModel, loss_at: Any, steps: int, learning_rate: float, label: str) -> None:
+    """AdamW, warm-up, cosine to zero, gradient clipped at 1. Raises FloatingPointError where a loss is not finite."""
+    model.set_attn_implementation("eager")  # on a CPU in bf16, sdpa's backward pass takes several times as long
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +43,8 @@ def freeze_table(model: nn.Module) -> list[Part]:
     return list(parts.values())
 
 
-def _bytes(parameter: torch.Tensor) -> memoryview:
-    return memoryview(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def _bytes(parameter: torch.Tensor) -> Any:
+    return parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def show(table: list[Part]) -> str:

@@ -54,6 +54,7 @@ def run_stage1(config: Stage1Config) -> Path:
     if _is_finished(config, "train stage1"):
         return config.output_dir
     set_seed(config.seed)
+    processor: Any
     model, processor = start_pretraining(config.variant, config.seed)
     train, held_out = _captions(config)
     tokenizer = processor.qformer_tokenizer
@@ -71,7 +72,7 @@ def run_stage2(config: Stage2Config) -> Path:
     if _is_finished(config, "train stage2"):
         return config.output_dir
     set_seed(config.seed)
-    model, processor = start_generation(_pretrained(config), config.llm)
+    model, processor = start_generation(_pretrained(config), config.llm, config.seed)
     train, held_out = _questions(config) if config.text == "questions" else _captions(config)
     end = model.generation_config.eos_token_id
     collator = Stage2Collator(processor, end if isinstance(end, int) else end[0], config.max_text_tokens)
@@ -125,7 +126,10 @@ def _first(dataset: Dataset) -> Records:
 
 
 def _pretrained(config: Stage2Config) -> Path:
-    """The stage-1 model's folder. Raises FileNotFoundError if there is none, ValueError if it is of another variant."""
+    """The stage-1 model's folder.
+
+    Raises FileNotFoundError if there is none, ValueError if it is of another variant than asked for.
+    """
     run = config.from_pretraining
     if not (run / "model").is_dir():
         if (run / "model.safetensors").is_file():
@@ -140,20 +144,21 @@ def _pretrained(config: Stage2Config) -> Path:
 
 
 def _is_finished(config: RunConfig, command: str) -> bool:
-    """Whether output_dir holds this very run, finished. Otherwise clears or keeps what is there, as --resume says.
+    """Whether output_dir holds this very run, finished; with --no-resume, nothing is there any more.
 
-    Raises ValueError if another run is there and --no-resume is not given.
+    Raises ValueError if another run is there.
     """
     folder = config.output_dir
     if not (folder / CONFIG_FILE).is_file():
         return False
+    there = read_config(folder / CONFIG_FILE, type(config), command)
     if not config.resume:
         _clear(folder)
         return False
-    there = read_config(folder / CONFIG_FILE, type(config), command)
     if changed := differences(config, there):
         raise ValueError(
-            f"{folder}: holds another run ({'; '.join(changed)}); choose another --output-dir, or --no-resume to delete it"
+            f"{folder}: holds another run ({'; '.join(changed)}); "
+            "choose another --output-dir, or --no-resume to delete that run"
         )
     if (folder / "model").is_dir():
         print(f"{folder}: this run is finished; nothing to do (--no-resume to train it anew)")
@@ -163,12 +168,9 @@ def _is_finished(config: RunConfig, command: str) -> bool:
 
 def _clear(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else."""
-    for path in [
-        *folder.glob("checkpoint-*"),
-        *folder.glob("partial-*"),
-        *map(folder.joinpath, ("model", "tensorboard", "samples")),
-    ]:
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in ("checkpoint-*", "partial-*", "model", "tensorboard", "samples"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
     for name in (LOG, SAMPLES, "freeze.json", "summary.json", "stopped.json", CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -27,12 +27,14 @@ class NonFiniteError(ValueError):
 def wants_bf16(choice: str) -> bool:
     """Whether to train in bf16 for --bf16 auto|yes|no.
 
-    auto: on GPUs that have it, and on CPUs with AMX. AVX-512 alone has the instructions but is slower at our sizes,
-    because the casts cost more than the products save.
+    auto: on GPUs that have it, and on CPUs with bf16 products in hardware (AMX, or AVX-512's). Elsewhere it is
+    emulated, and slower than fp32.
     """
     if choice != "auto":
         return choice == "yes"
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -88,6 +90,7 @@ class XFormerTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         for callback in callbacks:
             self.add_callback(callback)
+        self.folder = config.output_dir
         self.data_seconds = 0.0
         self._averages: dict[str, list[float]] = {}  # name -> [sum, count] since the last log
         self._ids: list[str] = []
@@ -124,13 +127,13 @@ class XFormerTrainer(Trainer):
     def _stop(self, what: str, values: dict[str, float]) -> None:
         """Raise NonFiniteError with the step, the batch and what to do; all of the batch's ids go into a file."""
         step = self.state.global_step + 1
-        report = Path(self.args.output_dir) / "stopped.json"
+        report = self.folder / "stopped.json"
         found = {"step": step, "values": {name: str(value) for name, value in values.items()}, "ids": self._ids}
         report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         ids = ", ".join(self._ids[:IDS_SHOWN]) + (", ..." if len(self._ids) > IDS_SHOWN else "")
         raise NonFiniteError(
-            f"stopped at step {step}: {what}, on the batch of {len(self._ids)} [{ids}] (all in {report}). Look at these "
-            "records; if they are sound, lower --learning-rate, raise --warmup-steps, or set --bf16 no"
+            f"stopped at step {step}: {what}, on the batch of {len(self._ids)} [{ids}] (all in {report}). Look at "
+            "these records; if they are sound, lower --learning-rate, raise --warmup-steps, or set --bf16 no"
         )
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -151,9 +154,8 @@ class XFormerTrainer(Trainer):
     # ---- checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self.args.output_dir)
-        complete = folder / f"checkpoint-{self.state.global_step}"
-        partial = folder / f"partial-{complete.name}"
+        complete = self.folder / f"checkpoint-{self.state.global_step}"
+        partial = self.folder / f"partial-{complete.name}"
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -166,7 +168,7 @@ class XFormerTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(complete, ignore_errors=True)
             partial.rename(complete)
-            rotate_checkpoints(str(folder), self.args.save_total_limit)
+            rotate_checkpoints(str(self.folder), self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         state.load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))

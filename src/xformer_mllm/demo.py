@@ -1,0 +1,613 @@
+"""`xformer demo`: train the variants through both stages with equal budgets, ask them the same questions, say who won.
+
+Each variant is a lane of parts (stage 1, stage 2, questions), one after another, each part a process of its own that
+runs the command line that a user would type. Lanes run side by side, one thread each: two one-thread processes are
+quicker on two cores than one process with two threads. A part that is finished is not run again for the same settings
+and the same code; a part that was interrupted goes on where it was.
+
+    runs/demo/VARIANT/{stage1,stage2,questions}/    what the commands write
+    runs/demo/VARIANT/{stage1,stage2,questions}.log what they print
+    runs/demo/metrics.json, runs/demo/report.html   the results
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from xformer_mllm import report
+from xformer_mllm.evaluate.inference import ReconstructConfig, reconstruct
+from xformer_mllm.evaluate.questions import compare, questions_of, read_predictions
+
+PACKAGE = Path(__file__).parent
+# A finished part stays valid as long as the code and weights that made it are the same.
+TRAINING_SOURCES = ("model", "data", "train", "weights", "variants.py", "checkpoints.py", "language_models.py")
+QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate")
+
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
+LINES_OF_A_FAILURE = 15
+PICTURES_TO_TRY = 4
+RECONSTRUCTED_PICTURES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train X-Former and the Q-Former baseline with equal budgets and compare them on held-out pictures."""
+
+    data: Literal["scenes", "easy-vqa"] = "scenes"
+    """The embedded world, or easy-VQA's pictures and questions."""
+    llm: str = "opt"
+    """The frozen language model: opt (tiny, shipped), smollm2, or a folder or hub name of a causal model."""
+    variants: tuple[str, ...] = ("qformer", "xformer")
+    """Which models; the others are compared with the first one."""
+    seed: int = 0
+    """Of the initial weights, the batches and the masks."""
+    output_dir: Path = Path("runs/demo")
+    """Where everything goes."""
+    stage1_steps: int = 1_200
+    """Steps of stage 1, for each variant."""
+    stage2_steps: int | None = None
+    """Steps of stage 2, for each variant; by default 900, and 250 with another language model than opt."""
+    train_size: int = 24_000
+    """At most this many training pictures."""
+    test_size: int = 2_000
+    """Held-out scenes to ask about; easy-VQA's test questions are always asked all."""
+    zero_shot: bool = False
+    """Also run stage 2 on captions alone, and ask the questions that it has never seen: the paper's setting."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in one line, for settings that cannot be."""
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            raise ValueError("--variants needs one or more names, each once")
+        for name in ("stage1_steps", "stage2_steps", "train_size", "test_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of a lane. `steps`: how long its log.jsonl gets, None if it writes none."""
+
+    title: str
+    folder: Path
+    arguments: tuple[str, ...]
+    sources: tuple[str, ...]
+    steps: int | None = None
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes; the marker that it is finished lies beside it."""
+        return self.folder.with_name(self.folder.name + ".log")
+
+    @property
+    def marker(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".part.json")
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """Run the demo and return the report's path.
+
+    Raises ValueError if a part fails, after its last lines were shown; KeyboardInterrupt goes through once the
+    processes are stopped.
+    """
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    lanes = [Lane(variant, parts_of(config, variant)) for variant in config.variants]
+    run_lanes(lanes)
+    settings = gather(config)
+    for name, setting in settings.items():
+        _write(config.output_dir / name, json.dumps(setting.metrics, indent=2) + "\n")
+        print(f"\n{setting.name}\n\n{table(setting, config.variants)}\n\n{sentence(setting, config.variants)}")
+    pictures = write_pictures(config)
+    page = write_page(config, list(settings.values()), lanes, pictures, time.time() - began)
+    print(f"\n{what_next(config, page, pictures)}")
+    return page
+
+
+def parts_of(config: DemoConfig, variant: str) -> list[Part]:
+    """A variant's parts in order. Equal budgets: nothing but the variant's name differs between the lanes."""
+    lane = config.output_dir / variant
+    steps = config.stage2_steps or (900 if config.llm == "opt" else 250)
+    common = ("--data", config.data, "--train-size", str(config.train_size), "--seed", str(config.seed))
+    first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common)
+    parts = [_training_part("stage 1", lane / "stage1", first, config.stage1_steps)]
+    for text, ending in text_settings(config):
+        second = ("train", "stage2", "--from-pretraining", str(lane / "stage1"), "--llm", config.llm, "--text", text)
+        folder = lane / f"stage2{ending}"
+        title = f"stage 2 on {text}"
+        parts.append(_training_part(title, folder, (*second, "--steps", str(steps), *common), steps))
+        parts.append(_questions_part(config, title, folder, lane / f"questions{ending}"))
+    return parts
+
+
+def text_settings(config: DemoConfig) -> list[tuple[str, str]]:
+    """(what stage 2 learns to say, what its folders' names end in)."""
+    return [("questions", ""), *([("captions", "-zero-shot")] if config.zero_shot else [])]
+
+
+def _training_part(title: str, folder: Path, arguments: tuple[str, ...], steps: int) -> Part:
+    return Part(title, folder, (*arguments, "--output-dir", str(folder)), TRAINING_SOURCES, steps)
+
+
+def _questions_part(config: DemoConfig, title: str, model: Path, folder: Path) -> Part:
+    asked = ("evaluate", str(model), "--data", config.data, "--split", "test", "--size", str(config.test_size))
+    return Part(f"questions after {title}", folder, (*asked, "--output-dir", str(folder)), QUESTION_SOURCES)
+
+
+# ------------------------------------------------------------------------------------------------- parts and processes
+
+
+class Lane:
+    """One variant's parts, one after another."""
+
+    def __init__(self, variant: str, parts: Sequence[Part]):
+        self.variant = variant
+        self.parts = list(parts)
+        self.seconds: dict[str, float] = {}  # title of a finished part -> how long it took
+        self.process: subprocess.Popen | None = None
+        self._keys = part_keys(parts)
+        self._began = (0.0, 0)  # when the process started, and the step that its log was at
+        self._said: list[str] = []
+
+    @property
+    def current(self) -> Part | None:
+        """The part that is running or next; None when all are finished."""
+        return self.parts[len(self.seconds)] if len(self.seconds) < len(self.parts) else None
+
+    def skip_finished(self) -> None:
+        """Pass over the parts that an earlier demo has finished with the same settings and code."""
+        while (part := self.current) is not None and (seconds := self._finished(part)) is not None:
+            self.seconds[part.title] = seconds
+            print(f"{self.variant}: {part.title} is already there ({part.folder}), not run again")
+
+    def _finished(self, part: Part) -> float | None:
+        """How long the part took, if it is finished and made from what it would be made from now."""
+        there = _read_json(part.marker)
+        return there.get("seconds") if there.get("key") == self._keys[part.title] and part.folder.is_dir() else None
+
+    def start(self) -> None:
+        """Start the current part: afresh, or on from its last checkpoint if it is the same part interrupted."""
+        part = self.current
+        assert part is not None
+        key = self._keys[part.title]
+        if _read_json(part.marker).get("key") != key:
+            _remove(part)
+        part.folder.parent.mkdir(parents=True, exist_ok=True)
+        _write(part.marker, json.dumps({"key": key, "command": command_line(part)}, indent=2) + "\n")
+        self._began = (time.monotonic(), last_log(part).get("step", 0))
+        with part.log.open("a", encoding="utf-8") as log:
+            log.write(f"$ {command_line(part)}\n")
+            log.flush()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "xformer_mllm.cli", *part.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C comes to us alone, and we stop it with all that it has started
+            )
+
+    def look(self) -> None:
+        """Note a part that has ended. Raises ValueError if it failed."""
+        part, process = self.current, self.process
+        if part is None or process is None or process.poll() is None:
+            return
+        self.process = None
+        if process.returncode:
+            print(f"\n{self.variant}, {part.title}: the last lines of {part.log}\n", file=sys.stderr)
+            print("\n".join(tail(part.log, LINES_OF_A_FAILURE)), file=sys.stderr)
+            raise ValueError(
+                f"{self.variant}: {part.title} failed (exit status {process.returncode}); all it said is in {part.log}"
+            )
+        seconds = time.monotonic() - self._began[0]
+        self.seconds[part.title] = seconds
+        marker = {"key": self._keys[part.title], "command": command_line(part), "seconds": round(seconds, 1)}
+        _write(part.marker, json.dumps(marker, indent=2) + "\n")
+
+    def stop(self) -> None:
+        """End the running process and everything that it has started."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience)
+                return
+
+    def status(self) -> str:
+        """One line: where this lane is."""
+        part = self.current
+        if part is None:
+            return f"{self.variant}: finished"
+        place = f"{self.variant}: {part.title} ({len(self.seconds) + 1} of {len(self.parts)})"
+        if self.process is None:
+            return f"{place}, waiting"
+        row = last_log(part)
+        if part.steps is None or "step" not in row:
+            return f"{place}, {clock(time.monotonic() - self._began[0])} so far"
+        losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.3f}" for name in row if name.endswith("_loss"))
+        left = self._seconds_left(part, row["step"])
+        return f"{place}  step {row['step']}/{part.steps}  {losses}  {left}"
+
+    def _seconds_left(self, part: Part, step: int) -> str:
+        started, first_step = self._began
+        if part.steps is None or step <= first_step:
+            return ""
+        return f"{clock((time.monotonic() - started) / (step - first_step) * (part.steps - step))} left"
+
+
+def run_lanes(lanes: Sequence[Lane]) -> None:
+    """Run every lane to its end, as many at once as there are cores. Whatever happens, no process is left behind."""
+    for lane in lanes:
+        lane.skip_finished()
+    board = Board()
+    with _stopping_signals():
+        try:
+            while any(lane.current for lane in lanes):
+                for lane in lanes:
+                    lane.look()
+                running = sum(lane.process is not None for lane in lanes)
+                waiting = [lane for lane in lanes if lane.current and lane.process is None]
+                for lane in waiting[: max(0, _cores() - running)]:
+                    lane.start()
+                board.show([lane.status() for lane in lanes])
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            board.show([lane.status() for lane in lanes])
+        finally:
+            for lane in lanes:
+                lane.stop()
+
+
+@contextlib.contextmanager
+def _stopping_signals() -> Iterator[None]:
+    """`kill` and a closed terminal stop us as Ctrl-C does, so that the processes are stopped too."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Board:
+    """Status lines: rewritten in place on a terminal, else printed now and then."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty()
+        self._drawn = 0
+        self._printed_at = float("-inf")
+
+    def show(self, lines: Sequence[str]) -> None:
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            up = f"\x1b[{self._drawn}F" if self._drawn else ""
+            print(up + "".join(f"{line[:width]}\x1b[K\n" for line in lines), end="", flush=True)
+            self._drawn = len(lines)
+        elif time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
+            print("   ".join(lines), flush=True)
+            self._printed_at = time.monotonic()
+
+
+def part_keys(parts: Sequence[Part]) -> dict[str, str]:
+    """A hash for each part of what it is made from: its command, those of the parts before it, code and weights."""
+    fingerprints = {sources: _fingerprint(sources) for sources in {part.sources for part in parts}}
+    keys, so_far = {}, hashlib.sha256()
+    for part in parts:
+        so_far.update("\0".join((*part.arguments, fingerprints[part.sources])).encode())
+        keys[part.title] = so_far.hexdigest()
+    return keys
+
+
+def _fingerprint(sources: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for source in sources:
+        path = PACKAGE / source
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _remove(part: Part) -> None:
+    """Make room for a part: delete what an earlier demo left in its place.
+
+    Raises ValueError if something is there that no demo has made.
+    """
+    if part.folder.exists():
+        if not part.marker.is_file():
+            raise ValueError(f"{part.folder}: not made by xformer demo; choose another --output-dir")
+        shutil.rmtree(part.folder)
+    part.log.unlink(missing_ok=True)
+
+
+def command_line(part: Part) -> str:
+    """What a user would type."""
+    return shlex.join(["xformer", *part.arguments])
+
+
+def last_log(part: Part) -> dict[str, Any]:
+    """The newest row of the part's log.jsonl, {} if there is none."""
+    rows = read_rows(part.folder / "log.jsonl")
+    return rows[-1] if rows else {}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that may still be written to: a last line cut short is left out; [] without a file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end is not complete
+    return [json.loads(line) for line in lines if line]
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log; each state of a progress bar that rewrites itself counts as one."""
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    return [line for line in text.splitlines() if line.strip()][-lines:]
+
+
+def clock(seconds: float) -> str:
+    """95.4 -> '1:35'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+
+def gather(config: DemoConfig) -> dict[str, report.Setting]:
+    """File name of the scores -> the setting: what every variant answered to the same questions."""
+    named = {
+        "questions": (
+            "metrics.json",
+            "with questions in stage 2",
+            "Stage 2 learned from questions about training pictures. (The paper's stage 2 sees captions alone.)",
+        ),
+        "captions": (
+            "metrics_zero_shot.json",
+            "zero-shot",
+            "Stage 2 saw captions alone, as in the paper: what was trained has never met a question. (The shipped "
+            "language model opt has, in text.)",
+        ),
+    }
+    settings = {}
+    for text, ending in text_settings(config):
+        file, name, note = named[text]
+        folders = {variant: config.output_dir / variant / f"questions{ending}" for variant in config.variants}
+        metrics = {variant: _read_json(folder / "metrics.json")["scores"] for variant, folder in folders.items()}
+        rows = {variant: read_predictions(folder / "predictions.jsonl") for variant, folder in folders.items()}
+        first = rows[config.variants[0]]
+        differences = {variant: compare(first, rows[variant]) for variant in config.variants[1:]}
+        settings[file] = report.Setting(name, note, metrics, differences, rows)
+    return settings
+
+
+def table(setting: report.Setting, variants: Sequence[str]) -> str:
+    """The scores as text: a row for each type of question, in %, with 95 % intervals."""
+    compared = [variant for variant in variants if variant in setting.differences]
+    head = ["", "questions", "majority", *map(report.display_name, variants)]
+    head += [f"{report.display_name(variant)} - {report.display_name(variants[0])}" for variant in compared]
+    rows = [head]
+    for group, score in setting.metrics[variants[0]].items():
+        if ":" not in group:
+            scores = [setting.metrics[variant][group] for variant in variants]
+            row = [report.plain(group), f"{score['n']:,}", f"{100 * score['majority']:.1f}"]
+            row += [_cell(100 * s["accuracy"], s["ci95"], ".1f") for s in scores]
+            entries = [setting.differences[variant][group] for variant in compared]
+            row += [_cell(100 * entry["difference"], entry["ci95"], "+.1f") for entry in entries]
+            rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: float, interval: Sequence[float], form: str) -> str:
+    low, high = (format(100 * end, form) for end in interval)
+    return f"{value:{form}} [{low}, {high}]"
+
+
+def sentence(setting: report.Setting, variants: Sequence[str]) -> str:
+    """Who won, and what the intervals leave out."""
+    overall = " ".join(report.verdict(setting, variants)[: max(1, len(variants) - 1)]).replace("\u00a0", " ")
+    return textwrap.fill(f"{overall} One training run each: another seed moves these numbers too.", 100)
+
+
+def write_pictures(config: DemoConfig) -> dict[Path, str]:
+    """A few held-out pictures to try the models on: path -> a question that is asked about it."""
+    folder = config.output_dir / "pictures"
+    folder.mkdir(exist_ok=True)
+    dataset = questions_of(config.data, "test", config.test_size)
+    items: dict[str, dict[str, Any]] = {}
+    for place in range(len(dataset)):  # type: ignore[arg-type]
+        item = dataset[place]
+        items.setdefault(item["image_id"], item)
+        if len(items) == PICTURES_TO_TRY:
+            break
+    written = {}
+    for number, item in enumerate(items.values()):
+        path = folder / f"{number}.png"
+        item["image"].save(path)
+        written[path] = item["question"]
+    return written
+
+
+def reconstructions(lanes: Sequence[Lane], pictures: Sequence[Path]) -> list[report.Strip]:
+    """What the variants that learned to reconstruct make of pictures with half of their patches hidden."""
+    strips = []
+    for lane in lanes:
+        stage1 = lane.parts[0].folder
+        if not any(part["name"] == "mae_decoder" for part in _read_json(stage1 / "freeze.json")):
+            continue
+        sheet = stage1.with_name("reconstructions.png")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            found = reconstruct(ReconstructConfig(images=tuple(map(str, pictures)), model=stage1, output=sheet))
+        alone, fused = (sum(row[key] for row in found) / len(found) for key in ("mae_error", "xformer_error"))
+        label = (
+            "From left to right: original, masked, painted by the MAE alone, painted by it from M' of "
+            f"{report.display_name(lane.variant)}. Mean squared error on hidden pixels: {alone:.4f} and {fused:.4f}."
+        )
+        with Image.open(sheet) as image:
+            strips.append(report.Strip(report.display_name(lane.variant), [(label, image.convert("RGB"))]))
+    return strips
+
+
+def write_page(
+    config: DemoConfig,
+    settings: Sequence[report.Setting],
+    lanes: Sequence[Lane],
+    pictures: Mapping[Path, str],
+    seconds: float,
+) -> Path:
+    """runs/demo/report.html."""
+    names = [report.display_name(variant) for variant in config.variants]
+    asked = settings[0].metrics[config.variants[0]]["all"]["n"]
+    steps = next(part.steps for part in lanes[0].parts if part.title.startswith("stage 2"))
+    page = report.Report(
+        title=f"{' and '.join(names)} on {'the embedded scenes' if config.data == 'scenes' else 'easy-VQA'}",
+        variants=config.variants,
+        introduction=(
+            f"Trained with equal budgets ({config.stage1_steps:,} steps of stage 1, {steps:,} of stage 2, the same "
+            f"pictures in the same order, language model {config.llm}, frozen) and asked the same {asked:,} questions "
+            "about pictures that were not trained on."
+        ),
+        settings=settings,
+        runs=[run for lane in lanes for run in runs_of(lane)],
+        reconstructions=reconstructions(lanes, list(pictures)[:RECONSTRUCTED_PICTURES]),
+        configuration=asdict(config),
+        provenance=provenance(config, lanes, seconds),
+        pictures=pictures_of(config, settings[0], lanes),
+        seed=config.seed,
+    )
+    return report.write_report(config.output_dir / "report.html", page)
+
+
+def runs_of(lane: Lane) -> list[report.Run]:
+    """The lane's training runs, as their folders tell them."""
+    runs = []
+    for part in lane.parts:
+        if part.steps is not None:
+            run = _read_json(part.folder / "config.json")
+            runs.append(
+                report.Run(
+                    variant=lane.variant,
+                    stage=part.title.capitalize(),
+                    log=read_rows(part.folder / "log.jsonl"),
+                    samples=read_rows(part.folder / "samples.jsonl"),
+                    freeze=_read_json(part.folder / "freeze.json"),
+                    config=run,
+                    batch_size=run["batch_size"],
+                )
+            )
+    return runs
+
+
+def pictures_of(config: DemoConfig, setting: report.Setting, lanes: Sequence[Lane]) -> Any:
+    """A function from the id of a picture, held out for testing or for samples, to the picture."""
+    dataset = questions_of(config.data, "test", config.test_size)
+    place: dict[str, int] = {}
+    for number, row in enumerate(setting.predictions[config.variants[0]]):
+        place.setdefault(row["image_id"], number)
+    sampled = {
+        row["id"]: part.folder / row["picture"]
+        for lane in lanes
+        for part in lane.parts
+        for row in read_rows(part.folder / "samples.jsonl")
+    }
+
+    def picture(identity: str) -> Image.Image | None:
+        if identity in place:
+            return dataset[place[identity]]["image"]
+        path = sampled.get(identity)
+        return Image.open(path) if path is not None and path.is_file() else None
+
+    return picture
+
+
+def provenance(config: DemoConfig, lanes: Sequence[Lane], seconds: float) -> dict[str, str]:
+    """How, when and on what this was made."""
+    times = {lane.variant: [f"{title} {clock(taken)}" for title, taken in lane.seconds.items()] for lane in lanes}
+    packages = [f"{name} {version(name)}" for name in ("xformer-mllm", "torch", "transformers")]
+    return {
+        "Command": demo_command(config),
+        "Seed": str(config.seed),
+        "Machine": f"{_processor()}, {_cores()} cores, {platform.system()} {platform.machine()}",
+        "Versions": ", ".join([*packages, f"Python {platform.python_version()}"]),
+        "Finished": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "Wall time": f"{clock(seconds)} min for this call; parts that were there already were not run again",
+        **{f"Time of {variant}": ", ".join(parts) for variant, parts in times.items()},
+    }
+
+
+def what_next(config: DemoConfig, page: Path, pictures: Mapping[Path, str]) -> str:
+    """The report, and commands to try on what was trained."""
+    variant = "xformer" if "xformer" in config.variants else config.variants[-1]
+    lane, (picture, question) = config.output_dir / variant, next(iter(pictures.items()))
+    is_default = lane == DemoConfig.output_dir / "xformer"  # what the commands take when no model is named
+    stage1 = ["--model", str(lane / "stage1")]
+    commands = {
+        "ask": ["ask", str(picture), question, *([] if is_default else ["--model", str(lane / "stage2")])],
+        "caption": ["caption", str(picture), *stage1],
+        "reconstruct": ["reconstruct", str(picture), *([] if is_default else stage1)],
+    }
+    lines = [f"  {shlex.join(['xformer', *words])}" for words in commands.values()]
+    return "\n".join([f"The report: {page}", "", "To try:", *lines, f"  tensorboard --logdir {config.output_dir}"])
+
+
+def demo_command(config: DemoConfig) -> str:
+    """The command with this configuration: what differs from the defaults."""
+    words = ["xformer", "demo"]
+    for name, value in asdict(config).items():
+        if value != getattr(DemoConfig, name):
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, *(value if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "processor unknown"
+
+
+def _read_json(path: Path) -> Any:
+    """{} if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,358 @@
+"""Using a trained model on pictures: `xformer caption`, `ask`, `features` and `reconstruct`.
+
+A picture is a path, or `scene:SPLIT:INDEX` (e.g. scene:test:3) for a scene of the embedded world. Each command prints
+what it found, and returns it; `--json` prints it as JSON for programs.
+
+B pictures, L MAE patches, P values of a patch, as in model/.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+
+from xformer_mllm.data.scenes import SceneCaptions
+from xformer_mllm.evaluate.questions import MAX_NEW_TOKENS, PROMPT
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.images import load_image
+from xformer_mllm.model.modeling_xformer import (
+    XFormerForConditionalGeneration,
+    XFormerForPreTraining,
+    XFormerModelOutput,
+)
+from xformer_mllm.model.processing_xformer import XFormerProcessor
+from xformer_mllm.model.reconstruction import patch_statistics, patchify, unpatchify
+
+STAGE1 = Path("runs/demo/xformer/stage1/model")
+STAGE2 = Path("runs/demo/xformer/stage2/model")
+KINDS = {kind.__name__: kind for kind in (XFormerForPreTraining, XFormerForConditionalGeneration)}
+
+PANEL_PIXELS = 192  # a reconstruction's panels are enlarged to about this width
+MASKED_GREY = 0.5
+FEATURES = ("clip_tokens", "mae_tokens", "queries", "fused_queries", "enriched_mae_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """What every command shares."""
+
+    model: Path = STAGE2
+    """Folder of a trained model, or of the run that trained it."""
+    batch_size: int = 32
+    """Pictures (or questions) at a time."""
+    json: bool = False
+    """Print JSON, for programs."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in one line, for a number that cannot be."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig(InferenceConfig):
+    """Describe pictures. A stage-2 model answers through its language model, a stage-1 model by its Q-Former alone."""
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
+    max_new_tokens: int = 30
+    """Longest caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskConfig(InferenceConfig):
+    """Ask questions about a picture."""
+
+    image: Annotated[str, tyro.conf.Positional]
+    """A path, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
+    questions: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """One or more, each in quotes."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """Longest answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(InferenceConfig):
+    """Write what every part of the model makes of pictures: C, M, Z_q, Z', M' of the paper's figure."""
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
+    output: Path = Path("features.safetensors")
+    """One tensor a feature, its first dimension the pictures; their names are in the file's metadata."""
+    attention: bool = False
+    """Also the queries' attention maps: over C in each Q-Former layer that reads it, over M' in each fusion block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(InferenceConfig):
+    """Hide patches of pictures from the MAE and paint what it and X-Former put there, side by side in a PNG.
+
+    The MAE's own decoder paints both: once from M, once from M', which has read the queries, and they, through CLIP, the
+    whole picture.
+    """
+
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
+    model: Path = STAGE1
+    """Folder of a trained model with reconstruction, or of its run; by default stage 1, which trains it."""
+    output: Path = Path("reconstruction.png")
+    """A row for each picture."""
+    mask_ratio: float = 0.5
+    """Share of the patches that are hidden; 0.5 in training."""
+    seed: int = 0
+    """Which patches; the same ones in every picture."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be above 0 and below 1")
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@torch.inference_mode()
+def caption(config: CaptionConfig) -> list[dict[str, str]]:
+    """Run `xformer caption`: [{"image", "caption"}]. Raises ValueError or FileNotFoundError in one line."""
+    _check_pictures(config.images)
+    model, processor = _load(config.model, KINDS)
+    found = []
+    for names, pixels in _batches(config, config.images, model, processor):
+        if isinstance(model, XFormerForPreTraining):
+            tokenizer = processor.qformer_tokenizer
+            tokens = model.caption(pixels, tokenizer.sep_token_id, max_new_tokens=config.max_new_tokens)
+        else:
+            tokenizer = processor.tokenizer
+            text = processor(text=[""] * len(names)).to(model.device)
+            tokens = model.generate(pixels, **text, max_new_tokens=config.max_new_tokens, do_sample=False)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        found += [{"image": name, "caption": text.strip()} for name, text in zip(names, texts, strict=True)]
+    _print_texts(config, found, "image", "caption")
+    return found
+
+
+@torch.inference_mode()
+def ask(config: AskConfig) -> list[dict[str, str]]:
+    """Run `xformer ask`: [{"image", "question", "answer"}]; prompt and decoding are those of `evaluate/questions.py`."""
+    if not config.questions or not all(question.strip() for question in config.questions):
+        raise ValueError('ask a question, e.g. xformer ask photo.jpg "What colour is the circle?"')
+    model, processor = _load(config.model, ("XFormerForConditionalGeneration",))
+    ((_, pixels),) = _batches(config, [config.image], model, processor)
+    soft_prompt = model.get_image_features(pixels)
+    found = []
+    for questions in _chunks(config.questions, config.batch_size):
+        text = processor(text=[PROMPT.format(question=question.strip()) for question in questions]).to(model.device)
+        tokens = model.generate(
+            soft_prompt=soft_prompt.expand(len(questions), -1, -1),
+            **text,
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+        )
+        answers = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        found += [
+            {"image": config.image, "question": question, "answer": answer.strip()}
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+    _print_texts(config, found, "question", "answer")
+    return found
+
+
+@torch.inference_mode()
+def features(config: FeaturesConfig) -> dict[str, Any]:
+    """Run `xformer features`: {"file", "images", "shapes": {feature: shape}}; the tensors are in the file."""
+    _check_pictures(config.images)
+    attention = "eager" if config.attention else None  # no other implementation keeps the maps
+    model, processor = _load(config.model, KINDS, attention)
+    batches = [
+        _tensors(model.xformer(pixels, output_attentions=config.attention))
+        for _, pixels in _batches(config, config.images, model, processor)
+    ]
+    tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    partial = _partial(config.output)
+    save_file(tensors, partial, metadata={"images": json.dumps(config.images), "model": str(config.model)})
+    os.replace(partial, config.output)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    found = {"file": str(config.output), "images": list(config.images), "shapes": shapes}
+    lines = [f"  {name:22}{shape}" for name, shape in shapes.items()]
+    print(json.dumps(found) if config.json else "\n".join([str(config.output), *lines]))
+    return found
+
+
+@torch.inference_mode()
+def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
+    """Run `xformer reconstruct`: [{"image", "file", "mae_error", "xformer_error"}].
+
+    The errors are mean squared errors over the hidden pixels, which lie in [0, 1].
+    """
+    _check_pictures(config.images)
+    model, processor = _load(config.model, KINDS)
+    if model.xformer.mae_decoder is None:
+        raise ValueError(
+            f"{config.model}: this variant has no reconstruction; `xformer train stage1 --variant xformer` has"
+        )
+    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Image.Image]] = []
+    for names, pixels in _batches(config, config.images, model, processor):
+        pictures = _reconstructions(model, pixels, config.mask_ratio, config.seed)
+        hidden = pictures.pop("hidden")
+        errors = {
+            key: ((pictures[label] - pictures["original"]).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))
+            for key, label in (("mae_error", "MAE"), ("xformer_error", "X-Former"))
+        }
+        for place, name in enumerate(names):
+            rows.append({label: _to_image(batch[place]) for label, batch in pictures.items()})
+            measured = {key: error[place].item() for key, error in errors.items()}
+            found.append({"image": name, "file": str(config.output), **measured})
+    partial = _partial(config.output)
+    _panels(rows).save(partial, format="PNG")
+    os.replace(partial, config.output)
+    if config.json:
+        print(json.dumps(found))
+    else:
+        print(f"{config.output}; mean squared error over the hidden pixels:")
+        for row in found:
+            print(f"  {row['image']}: MAE {row['mae_error']:.4f}, X-Former {row['xformer_error']:.4f}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- models and pictures
+
+
+def _load(folder: Path, kinds: Iterable[str], attention: str | None = None) -> tuple[Any, Any]:
+    """Model (evaluation mode, on the GPU if there is one) and processor from a model's folder or its run's.
+
+    Raises FileNotFoundError if there is none, ValueError if it is none of `kinds`.
+    """
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no trained model there; `make demo` trains one, --model names another")
+    kind = next(iter(XFormerConfig.from_pretrained(folder).architectures or []), "unknown")
+    if kind not in kinds:
+        raise ValueError(f"{folder}: holds a model of kind {kind}; needed: {' or '.join(kinds)}")
+    transformers.utils.logging.disable_progress_bar()
+    model = KINDS[kind].from_pretrained(folder, attn_implementation=attention).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), XFormerProcessor.from_pretrained(folder)
+
+
+def _check_pictures(images: Sequence[str]) -> None:
+    if not images:
+        raise ValueError("name at least one picture: a path, or scene:test:0 for a scene of the embedded world")
+
+
+def open_picture(name: str) -> Image.Image:
+    """A path or scene:SPLIT:INDEX -> RGB. Raises ValueError or FileNotFoundError, in one line, if there is none."""
+    if not name.startswith("scene:"):
+        return load_image(name)
+    split, _, index = name.removeprefix("scene:").partition(":")
+    if not index.isdecimal():
+        raise ValueError(f"{name}: a scene is named scene:SPLIT:INDEX, e.g. scene:test:3")
+    return SceneCaptions(split, int(index) + 1)[int(index)]["image"]
+
+
+def _batches(
+    config: InferenceConfig, images: Sequence[str], model: Any, processor: Any
+) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
+    """Names and pixels uint8[B, 3, S, S] of `batch_size` pictures at a time."""
+    for names in _chunks(images, config.batch_size):
+        pixels = processor(images=[open_picture(name) for name in names])["pixel_values"]
+        yield names, pixels.to(model.device)
+
+
+def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def _print_texts(config: InferenceConfig, found: list[dict[str, str]], key: str, value: str) -> None:
+    """One text alone, several each behind what it belongs to."""
+    if config.json:
+        print(json.dumps(found, ensure_ascii=False))
+    elif len(found) == 1:
+        print(found[0][value])
+    else:
+        print("\n".join(f"{row[key]}: {row[value]}" for row in found))
+
+
+def _tensors(output: XFormerModelOutput) -> dict[str, torch.Tensor]:
+    """What is to be written of a model's output: the features that the variant has, and attention maps by number."""
+    tensors = {name: output[name] for name in FEATURES if output.get(name) is not None}
+    for name in ("clip_attentions", "mae_attentions"):
+        for number, attention in enumerate(output.get(name) or ()):
+            tensors[f"{name}.{number}"] = attention
+    # clone: in a variant without fusion Z' is Z_q itself, and a safetensors file takes no tensor twice.
+    return {name: tensor.float().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _reconstructions(model: Any, pixel_values: torch.Tensor, mask_ratio: float, seed: int) -> dict[str, torch.Tensor]:
+    """{"original", "masked", "MAE", "X-Former", "hidden"}: float[B, 3, S, S] in [0, 1], in the MAE's resolution.
+
+    Only hidden patches are painted. A decoder that was trained to predict patches normalised each by itself says
+    nothing about their mean and deviation: there the original's are used, for both.
+    """
+    base, config = model.xformer, model.config
+    size, patches = config.mae_config.patch_size, base.mae_encoder.embeddings.patch_embeddings.num_patches
+    noise = torch.rand(1, patches, generator=torch.Generator().manual_seed(seed)).expand(len(pixel_values), -1)
+    image = base.encode_image(pixel_values, mask_ratio, noise)
+    output = base.read(image)
+    hidden = output.mae_mask[..., None].float()  # [B, L, 1]
+    original = patchify(image.pixels.float(), size)  # [B, L, P]
+    painted = {
+        "MAE": base.reconstruct(replace(output, enriched_mae_tokens=output.mae_tokens)).float(),
+        "X-Former": base.reconstruct(output).float(),
+    }
+    if config.mae_config.norm_pix_loss:
+        mean, deviation = patch_statistics(original)
+        painted = {label: prediction * deviation + mean for label, prediction in painted.items()}
+    mean, std = (
+        torch.tensor(values, device=original.device).view(1, 3, 1, 1) for values in (config.mae_mean, config.mae_std)
+    )
+
+    def picture(prediction: torch.Tensor) -> torch.Tensor:
+        return (unpatchify(prediction * hidden + original * (1 - hidden), size) * std + mean).clamp(0, 1)
+
+    hidden_pixels = unpatchify(hidden.expand_as(original), size)
+    whole = picture(original)
+    masked = whole * (1 - hidden_pixels) + MASKED_GREY * hidden_pixels
+    return {
+        "original": whole,
+        "masked": masked,
+        **{label: picture(prediction) for label, prediction in painted.items()},
+        "hidden": hidden_pixels,
+    }
+
+
+def _to_image(pixels: torch.Tensor) -> Image.Image:
+    """float[3, S, S] in [0, 1] -> RGB."""
+    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _panels(rows: list[dict[str, Image.Image]]) -> Image.Image:
+    """A row for each picture, a labelled column for each stage; pixels enlarged without smoothing."""
+    size = rows[0]["original"].width
+    size *= max(1, round(PANEL_PIXELS / size))
+    gap, header, font = 8, 28, ImageFont.load_default(size=16)
+    sheet = Image.new("RGB", (gap + len(rows[0]) * (size + gap), header + len(rows) * (size + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(rows[0]):
+        draw.text((gap + column * (size + gap), gap // 2), label, fill="black", font=font)
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures.values()):
+            enlarged = picture.resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + column * (size + gap), header + row * (size + gap)))
+    return sheet
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(path.name + ".partial")

@@ -1,0 +1,58 @@
+"""Configurations survive their JSON, and impossible ones say why in one line."""
+
+import pytest
+from conftest import TOWERS, tiny_config
+from transformers import AutoConfig, ViTMAEConfig
+
+from xformer_mllm import VARIANTS, XFormerConfig
+from xformer_mllm.variants import variant_config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_variant_survives_saving(tmp_path, variant, tower):
+    config = variant_config(variant, tiny_config(tower))
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, XFormerConfig)
+    a, b = config.to_dict(), again.to_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        a.pop(volatile, None), b.pop(volatile, None)
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "dual"}, "fusion 'dual' is unknown; choose one of none, concat"),
+        ({"mae_config": None}, "needs a second encoder"),
+        ({"fusion": "concat"}, "no other fusion changes the tokens M"),
+        ({"clip_feature_layer": 3}, "the CLIP tower has 3 layers"),
+        ({"clip_shallow_layer": 1}, "both name the source of M"),
+        ({"mask_ratio": 1.0}, "below 1"),
+        ({"mask_ratio": 0.0}, "mask_ratio above 0"),
+        ({"reconstruction": False, "reconstruction_in_stage2": True}, "needs reconstruction"),
+        ({"mae_config": ViTMAEConfig(image_size=30, patch_size=8)}, "30 is no multiple of patch_size 8"),
+    ],
+)
+def test_what_cannot_go_together_is_said_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        tiny_config(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_encoder_widths_that_disagree_are_said():
+    config = tiny_config()
+    config.qformer_config.encoder_hidden_size = 33
+    with pytest.raises(ValueError, match="encoder_hidden_size is 33, but the CLIP tower is 32 wide"):
+        XFormerConfig(
+            clip_config=config.clip_config, mae_config=config.mae_config, qformer_config=config.qformer_config
+        )
+
+
+def test_a_variant_leaves_its_base_alone():
+    base = tiny_config()
+    before = base.to_dict()
+    for variant in VARIANTS.values():
+        variant(base)
+    assert base.to_dict() == before
