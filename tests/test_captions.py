@@ -134,10 +134,18 @@ def test_splits_are_disjoint_complete_and_stay_when_pictures_are_added(tmp_path)
     assert ids["validation"] <= {item["id"] for item in CaptionFolder(tmp_path, load_image, "validation")}
 
 
-def test_split_without_pictures(tmp_path):
+def test_few_pictures_still_have_one_for_validation(tmp_path):
+    for name in ("a", "b", "c"):
+        add(tmp_path, f"{name}.png", name)
+    train, validation = (CaptionFolder(tmp_path, load_image, split, 0.0) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (2, 1)
+    assert {item["id"] for item in train} | {item["id"] for item in validation} == {"a.png", "b.png", "c.png"}
+
+
+def test_one_picture_cannot_be_split(tmp_path):
     add(tmp_path, "one.png", "One.")
-    with pytest.raises(ValueError, match="none of its 1 pictures falls into the split 'validation'"):
-        CaptionFolder(tmp_path, load_image, "validation", validation_share=0.0)
+    with pytest.raises(ValueError, match="one picture cannot be split"):
+        CaptionFolder(tmp_path, load_image, "train")
 
 
 def test_worker_processes_can_take_it(tmp_path):

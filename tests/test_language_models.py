@@ -143,3 +143,43 @@ def test_real_smollm2_answers_from_text():
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     new = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_smollm2_takes_a_training_step_and_generates(tmp_path):
+    """As the frozen language model of stage 2: what is trained changes, the language model does not."""
+    pytest.importorskip("gguf")
+    import torch
+
+    from xformer_mllm.checkpoints import start_generation, start_pretraining
+    from xformer_mllm.data.scenes import SceneQuestions
+    from xformer_mllm.train.batches import Stage2Collator
+
+    torch.manual_seed(0)
+    for part in start_pretraining("xformer", 0):
+        part.save_pretrained(tmp_path)
+    model, processor = start_generation(tmp_path, "smollm2")
+    model.freeze()
+    model.train()
+    questions = SceneQuestions("train", 4, questions_per_scene=1)
+    end = model.generation_config.eos_token_id
+    batch = Stage2Collator(processor, end, 32)([questions[i] for i in range(4)])
+    assert ((batch["labels"] == end).sum(-1) == 1).all()  # the end of every answer is learned: pads are another token
+    del batch["ids"]
+    frozen = {name: tensor.clone() for name, tensor in model.language_model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = model(**batch).loss
+        loss.backward()
+        assert model.language_projection.weight.grad.abs().sum() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in model.language_model.named_parameters())
+    model.eval()
+    text = processor(text=["Question: How many objects are there? Answer:"] * 2)
+    new = model.generate(batch["pixel_values"][:2], **text, max_new_tokens=5, do_sample=False)
+    assert new.shape[0] == 2
+    assert 1 <= new.shape[1] <= 5

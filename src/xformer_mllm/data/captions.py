@@ -60,11 +60,11 @@ class CaptionFolder(Dataset):
         found = self._find()
         if not found:
             raise ValueError(f"{self.folder}: no picture with a caption{self._skipped_line()}; {LAYOUT}")
-        if any(self.skipped.values()):
+        if any(self.skipped.values()) and split != "validation":  # said once, by its training split
             logger.warning("%s: %d pictures with captions%s", self.folder, len(found), self._skipped_line())
-        self._items = [item for item in found if split is None or _split_of(item[0], validation_share) == split]
+        self._items = found if split is None else _split(found, validation_share)[split]
         if not self._items:
-            raise ValueError(f"{self.folder}: none of its {len(found)} pictures falls into the split {split!r}")
+            raise ValueError(f"{self.folder}: one picture cannot be split into training and validation; add more")
 
     def __len__(self) -> int:
         return len(self._items)
@@ -125,6 +125,17 @@ def _first_line(path: Path) -> str:
     return next((line.strip() for line in lines if line.strip()), "")
 
 
-def _split_of(name: str, validation_share: float) -> str:
-    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
-    return "validation" if position < validation_share else "train"
+def _split(items: list[tuple[str, str]], validation_share: float) -> dict[str, list[tuple[str, str]]]:
+    """By the hash of the name. Of the fewest pictures, too, there is one for validation: the one with the lowest hash."""
+    validation = {name for name, _ in items if _place(name) < validation_share} or {
+        min((n for n, _ in items), key=_place)
+    }
+    return {
+        "train": [item for item in items if item[0] not in validation],
+        "validation": [item for item in items if item[0] in validation],
+    }
+
+
+def _place(name: str) -> float:
+    """Uniform in [0, 1), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -51,11 +51,6 @@ class InferenceConfig:
     json: bool = False
     """Print JSON, for programs."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for a number that cannot be."""
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(InferenceConfig):
@@ -95,8 +90,8 @@ class FeaturesConfig(InferenceConfig):
 class ReconstructConfig(InferenceConfig):
     """Hide patches of pictures from the MAE and paint what it and X-Former put there, side by side in a PNG.
 
-    The MAE's own decoder paints both: once from M, once from M', which has read the queries, and they, through CLIP, the
-    whole picture.
+    The MAE's own decoder paints both: once from M, once from M', which has read the queries; and they have read CLIP's
+    view of the whole picture.
     """
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -109,11 +104,6 @@ class ReconstructConfig(InferenceConfig):
     """Share of the patches that are hidden; 0.5 in training."""
     seed: int = 0
     """Which patches; the same ones in every picture."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be above 0 and below 1")
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -141,7 +131,7 @@ def caption(config: CaptionConfig) -> list[dict[str, str]]:
 
 @torch.inference_mode()
 def ask(config: AskConfig) -> list[dict[str, str]]:
-    """Run `xformer ask`: [{"image", "question", "answer"}]; prompt and decoding are those of `evaluate/questions.py`."""
+    """Run `xformer ask`: [{"image", "question", "answer"}]; prompt and decoding as in `evaluate/questions.py`."""
     if not config.questions or not all(question.strip() for question in config.questions):
         raise ValueError('ask a question, e.g. xformer ask photo.jpg "What colour is the circle?"')
     model, processor = _load(config.model, ("XFormerForConditionalGeneration",))
@@ -193,6 +183,8 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
     The errors are mean squared errors over the hidden pixels, which lie in [0, 1].
     """
     _check_pictures(config.images)
+    if not 0 < config.mask_ratio < 1:
+        raise ValueError(f"mask_ratio is {config.mask_ratio}; it must be above 0 and below 1")
     model, processor = _load(config.model, KINDS)
     if model.xformer.mae_decoder is None:
         raise ValueError(
@@ -267,6 +259,8 @@ def _batches(
 
 
 def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {size}")
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

@@ -94,8 +94,16 @@ class XFormerConfig(PreTrainedConfig):
         self.text_config = _nested(self.text_config)
         if isinstance(self.qformer_config, dict):
             self.qformer_config = Blip2QFormerConfig(**self.qformer_config)
-        if self.clip_config is None:
+        if self.clip_config is None:  # the paper's encoders
             self.clip_config = Blip2VisionConfig()
+            if self.mae_config is None and self.fusion != "none":
+                self.mae_config = ViTMAEConfig(
+                    hidden_size=1280,
+                    num_hidden_layers=32,
+                    num_attention_heads=16,
+                    intermediate_size=5120,
+                    patch_size=14,
+                )
         if self.qformer_config is None:  # BERT-base with [DEC] added to its vocabulary
             self.qformer_config = Blip2QFormerConfig(
                 vocab_size=30523, encoder_hidden_size=self.clip_config.hidden_size, use_qformer_text_input=True
@@ -110,20 +118,10 @@ class XFormerConfig(PreTrainedConfig):
     @classmethod
     def paper(cls, llm: PreTrainedConfig | None = None) -> XFormerConfig:
         """The sizes of the paper (section "Parts" of its set-up); `llm` defaults to OPT 2.7B's."""
-        return cls(
-            clip_config=Blip2VisionConfig(),
-            mae_config=ViTMAEConfig(
-                hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, patch_size=14
-            ),
-            text_config=llm
-            or OPTConfig(
-                hidden_size=2560,
-                ffn_dim=10240,
-                num_hidden_layers=32,
-                num_attention_heads=32,
-                word_embed_proj_dim=2560,
-            ),
+        opt = OPTConfig(
+            hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=2560
         )
+        return cls(text_config=llm or opt)
 
     @property
     def has_second_encoder(self) -> bool:

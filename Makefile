@@ -1,0 +1,43 @@
+# make demo: train and compare X-Former and the Q-Former (BLIP-2) on this machine; make test, make lint: what CI runs.
+# Each sets up .venv by itself. PYTHON=python3.12 make … picks another interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Two threads of one process collapse on a small machine; the demo runs two processes of one thread side by side.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: .venv/demo.stamp
+	$(BIN)/xformer demo
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -n 2 --dist worksteal
+
+test-slow: .venv/dev.stamp
+	$(BIN)/pytest -m slow
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/demo.stamp
+	$(BIN)/python benchmarks/step.py
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "xformer-mllm needs Python 3.11 or newer: PYTHON=python3.12 make …"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,easy-vqa,gguf,dev]'
+	@touch $@ .venv/demo.stamp
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,93 @@
+"""From the shipped parts to stage 1, from stage 1 to stage 2, and through transformers' own doors."""
+
+import pytest
+import torch
+from conftest import randomise
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, ViTMAEForPreTraining, pipeline
+
+from xformer_mllm import VARIANTS
+from xformer_mllm.checkpoints import WEIGHTS, _copy, start_generation, start_pretraining
+from xformer_mllm.model.vision_encoders import scaled
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+
+
+def test_the_shipped_weights_are_small_and_safe():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+
+
+def test_the_frozen_parts_are_the_shipped_ones_and_random_mae_is_not(images):
+    mae = ViTMAEForPreTraining.from_pretrained(WEIGHTS / "mae").eval()
+    mae.config.mask_ratio = 0.5
+    noise = torch.rand(3, mae.vit.embeddings.patch_embeddings.num_patches)
+    model, _ = start_pretraining("xformer")
+    config = model.config
+    with torch.no_grad():
+        theirs = mae(scaled(images, 48, config.mae_mean, config.mae_std, torch.float32), noise=noise)
+        image = model.xformer.encode_image(images, 0.5, noise)
+        ours = model.xformer.reconstruction_loss(image, model.xformer.read(image))
+    torch.testing.assert_close(ours, theirs.loss, atol=1e-5, rtol=1e-4)
+
+    control, _ = start_pretraining("random_mae")
+    name = "layers.0.mlp.fc1.weight"
+    assert not torch.equal(control.xformer.mae_encoder.state_dict()[name], mae.vit.state_dict()[name])
+
+
+def test_the_seed_decides_the_new_weights():
+    weights = [start_pretraining("xformer", seed)[0].xformer.query_tokens for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stage_2_starts_with_what_stage_1_learned(variant, images, tmp_path):
+    first, processor = start_pretraining(variant)
+    randomise(first, 0.02).eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    second, processor = start_generation(tmp_path)
+    second.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(second.xformer(images).fused_queries, first.xformer(images).fused_queries)
+    shipped = AutoModelForCausalLM.from_pretrained(WEIGHTS / "opt").state_dict()
+    assert all(torch.equal(tensor, shipped[name]) for name, tensor in second.language_model.state_dict().items())
+    left_behind = [name for name, _ in second.xformer.named_parameters() if "embeddings.word" in name]
+    left_behind += [name for name, _ in second.xformer.qformer.named_parameters() if ".intermediate." in name]
+    assert not [name for name in left_behind if "encoder.tower" not in name]
+
+
+def test_batched_answers_equal_single_ones_and_the_pipeline_gives_them_too(images, tmp_path):
+    first, processor = start_pretraining("xformer")
+    randomise(first, 0.05).save_pretrained(tmp_path / "stage1")
+    processor.save_pretrained(tmp_path / "stage1")
+    model, processor = start_generation(tmp_path / "stage1")
+    randomise(model.language_projection, 1.0)
+    model.eval().save_pretrained(tmp_path / "stage2")
+    processor.save_pretrained(tmp_path / "stage2")
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stage2")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stage2")
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    prompts = ["Question: how many circles are there? Answer:", "", "Question: what? Answer:"]
+    batch = model.generate(**processor(images=pictures, text=prompts), max_new_tokens=5)
+    texts = processor.batch_decode(batch, skip_special_tokens=True)
+    for picture, prompt, text in zip(pictures, prompts, texts, strict=True):
+        one = model.generate(**processor(images=picture, text=prompt), max_new_tokens=5)
+        assert processor.batch_decode(one, skip_special_tokens=True)[0] == text
+
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    answer = pipe(images=pictures[0], text=prompts[0], max_new_tokens=5, return_full_text=False)
+    assert answer[0]["generated_text"].strip() == texts[0].strip()
+
+
+def test_a_part_that_does_not_fit_names_the_tensor():
+    part = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="MAE: the checkpoint has no tensor 'weight'"):
+        _copy({}, part, "MAE")
+    with pytest.raises(ValueError, match=r"'weight' is \(2, 4\) in the checkpoint, the model needs \(2, 3\)"):
+        _copy({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, part, "MAE")

@@ -1,0 +1,221 @@
+"""caption, ask, features and reconstruct through the real command line, on models that were never trained."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from xformer_mllm.checkpoints import start_generation, start_pretraining
+from xformer_mllm.cli import main
+from xformer_mllm.evaluate.inference import open_picture
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run folders stage1, stage2 and qformer (stage 1, no second encoder); the shipped encoders, the rest random."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def save(parts, name):
+        for part in parts:
+            part.save_pretrained(folder / name / "model")
+
+    model, processor = start_pretraining("xformer", seed=0)
+    with torch.no_grad():  # a fusion that does something: fresh, M' is M
+        for parameter in model.xformer.fusion.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    save((model, processor), "stage1")
+    save(start_generation(folder / "stage1" / "model"), "stage2")
+    save(start_pretraining("qformer", seed=0), "qformer")
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.radial_gradient("L").convert("RGBA").save(path)
+    return str(path)
+
+
+def run(capsys, *words):
+    """Exit code, stdout, stderr of `xformer WORDS`."""
+    code = main([str(word) for word in words])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def run_json(capsys, *words):
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_caption(runs, photo, capsys, stage):
+    (row,) = run_json(capsys, "caption", photo, "--model", runs / stage)
+    assert row["image"] == photo
+    assert isinstance(row["caption"], str)
+    assert "<" not in row["caption"]  # no special tokens
+    code, out, _ = run(capsys, "caption", photo, "--model", runs / stage / "model")
+    assert (code, out) == (0, row["caption"] + "\n")  # one picture: the caption alone
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_captions_of_several_pictures_do_not_depend_on_the_batch(runs, photo, capsys, stage):
+    pictures = [photo, "scene:test:0", "scene:test:1"]
+    together = run_json(capsys, "caption", *pictures, "--model", runs / stage)
+    alone = run_json(capsys, "caption", *pictures, "--model", runs / stage, "--batch-size", "1")
+    assert together == alone
+    assert [row["image"] for row in together] == pictures
+    _, out, _ = run(capsys, "caption", *pictures, "--model", runs / stage)
+    assert out.splitlines() == [f"{row['image']}: {row['caption']}" for row in together]
+
+
+def test_max_new_tokens(runs, photo, capsys):
+    texts = [
+        run_json(capsys, "caption", photo, "--model", runs / "stage1", "--max-new-tokens", n)[0]["caption"]
+        for n in (1, 8)
+    ]
+    assert len(texts[0]) < len(texts[1])
+    assert texts[1].startswith(texts[0])
+
+
+def test_ask(runs, capsys):
+    questions = ["How many objects are there in the image?", "What colour is the circle?"]
+    rows = run_json(capsys, "ask", "scene:test:3", *questions, "--model", runs / "stage2")
+    assert [(row["image"], row["question"]) for row in rows] == [("scene:test:3", question) for question in questions]
+    code, out, _ = run(capsys, "ask", "scene:test:3", questions[0], "--model", runs / "stage2")
+    assert (code, out) == (0, rows[0]["answer"] + "\n")
+
+
+def test_ask_answers_as_the_evaluation_scores(runs, capsys):
+    from xformer_mllm.data.scenes import SceneQuestions
+    from xformer_mllm.evaluate.questions import answer_questions, load
+
+    dataset = SceneQuestions("test", 3, questions_per_scene=2)
+    model, processor, _ = load(runs / "stage2")
+    scored = answer_questions(model.float(), processor, dataset, progress=False)
+    for row in scored:
+        split, index = row["image_id"].split("/")[-2:]
+        (asked,) = run_json(capsys, "ask", f"scene:{split}:{index}", row["question"], "--model", runs / "stage2")
+        assert asked["answer"] == row["prediction"]
+
+
+def tensors_of(file):
+    with safe_open(file, "pt") as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()  # noqa: SIM118
+
+
+def test_features(runs, photo, tmp_path, capsys):
+    output = tmp_path / "new" / "features.safetensors"
+    words = ("features", photo, "scene:test:0", "--model", runs / "stage2", "--output", output)
+    found = run_json(capsys, *words, "--batch-size", "1")
+    tensors, metadata = tensors_of(output)
+    assert set(tensors) == {"clip_tokens", "mae_tokens", "queries", "fused_queries", "enriched_mae_tokens"}
+    assert found["shapes"] == {name: list(tensor.shape) for name, tensor in tensors.items()}
+    assert all(tensor.shape[0] == 2 and tensor.isfinite().all() for tensor in tensors.values())
+    assert not torch.equal(tensors["queries"], tensors["fused_queries"])
+    assert json.loads(metadata["images"]) == [photo, "scene:test:0"]
+    assert [path.name for path in output.parent.iterdir()] == ["features.safetensors"]  # nothing partial left
+
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "fused_queries         [2, 12, 128]" in out
+    batched, _ = tensors_of(output)
+    torch.testing.assert_close(batched, tensors, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_maps_are_distributions(runs, photo, tmp_path, capsys):
+    output = tmp_path / "features.safetensors"
+    run_json(capsys, "features", photo, "--model", runs / "stage1", "--output", output, "--attention")
+    tensors, _ = tensors_of(output)
+    maps = [name for name in tensors if "attentions" in name]
+    assert maps == ["clip_attentions.0", "clip_attentions.1", "mae_attentions.0"]
+    for name in maps:
+        torch.testing.assert_close(tensors[name].sum(-1), torch.ones(tensors[name].shape[:-1]))
+
+
+def test_features_of_a_model_without_a_second_encoder(runs, photo, tmp_path, capsys):
+    output = tmp_path / "features.safetensors"
+    run_json(capsys, "features", photo, "--model", runs / "qformer", "--output", output)
+    tensors, _ = tensors_of(output)
+    assert set(tensors) == {"clip_tokens", "queries", "fused_queries"}
+    assert torch.equal(tensors["queries"], tensors["fused_queries"])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_reconstruct(runs, tmp_path, capsys, stage):
+    output = tmp_path / "panels.png"
+    words = ("reconstruct", "scene:test:0", "scene:test:1", "--model", runs / stage, "--output", output)
+    rows = run_json(capsys, *words)
+    sheet = Image.open(output)
+    assert sheet.format == "PNG"
+    assert sheet.size == (8 + 4 * 200, 28 + 2 * 200)  # four panels of 4 x 48 pixels in each of two rows
+    for row in rows:
+        assert 0 < row["mae_error"] < 0.2
+        assert row["mae_error"] != row["xformer_error"]
+
+    panels = [sheet.crop((8 + 200 * i, 28, 8 + 200 * i + 192, 28 + 192)) for i in range(4)]
+    original, masked, mae, xformer = (panel.resize((48, 48), Image.Resampling.NEAREST) for panel in panels)
+    assert original.tobytes() == open_picture("scene:test:0").tobytes()
+    patches = [(x, y, x + 8, y + 8) for x in range(0, 48, 8) for y in range(0, 48, 8)]
+    hidden = [box for box in patches if masked.crop(box).getcolors() == [(64, (128, 128, 128))]]
+    assert len(hidden) == len(patches) // 2
+    for box in patches:
+        for painted in (mae, xformer):
+            same = painted.crop(box).tobytes() == original.crop(box).tobytes()
+            assert same == (box not in hidden)
+
+
+def test_reconstruct_mask_depends_on_seed_and_ratio_alone(runs, tmp_path, capsys):
+    def errors(*words):
+        output = tmp_path / "panels.png"
+        rows = run_json(capsys, "reconstruct", *words, "--model", runs / "stage1", "--output", output)
+        return [(row["mae_error"], row["xformer_error"]) for row in rows]
+
+    together = errors("scene:test:0", "scene:test:1")
+    assert errors("scene:test:1")[0] == pytest.approx(together[1])
+    assert errors("scene:test:1", "--seed", "1")[0] != pytest.approx(together[1])
+    assert errors("scene:test:1", "--mask-ratio", "0.75")[0] != pytest.approx(together[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["caption", "missing.png", "--model", "stage2"], "missing.png: no such picture"),
+        (["caption", "--model", "stage2"], "at least one picture"),
+        (["caption", "scene:test", "--model", "stage2"], "scene:SPLIT:INDEX"),
+        (["caption", "scene:moon:1", "--model", "stage2"], "unknown split 'moon'"),
+        (["caption", "scene:test:1", "--model", "nothing"], "no trained model there; `make demo` trains one"),
+        (["caption", "scene:test:1", "--model", "stage2", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["ask", "scene:test:1", "--model", "stage2"], "ask a question"),
+        (["ask", "scene:test:1", " ", "--model", "stage2"], "ask a question"),
+        (["ask", "scene:test:1", "What?", "--model", "stage1"], "needed: XFormerForConditionalGeneration"),
+        (["reconstruct", "scene:test:1", "--model", "qformer"], "no reconstruction"),
+        (["reconstruct", "scene:test:1", "--model", "stage1", "--mask-ratio", "1"], "above 0 and below 1"),
+    ],
+)
+def test_errors_are_one_line(runs, capsys, words, message):
+    place = words.index("--model") + 1
+    code, out, err = run(capsys, *words[:place], runs / words[place], *words[place + 1 :])
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_default_model_names_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in (["caption", "scene:test:1"], ["ask", "scene:test:1", "What?"], ["reconstruct", "scene:test:1"]):
+        code, _, err = run(capsys, *command)
+        assert code == 2
+        assert "runs/demo/xformer/stage" in err
+        assert "make demo" in err
+
+
+def test_a_process_of_its_own(runs, photo):
+    command = [sys.executable, "-m", "xformer_mllm.cli", "caption", photo, "--model", str(runs / "stage2"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)[0]["image"] == photo
