@@ -146,7 +146,7 @@ def test_real_smollm2_answers_from_text():
 
 
 @pytest.mark.slow
-def test_smollm2_takes_a_training_step_and_generates(tmp_path):
+def test_smollm2_takes_training_steps_and_generates(tmp_path):
     """As the frozen language model of stage 2: what is trained changes, the language model does not."""
     pytest.importorskip("gguf")
     import torch
@@ -167,16 +167,16 @@ def test_smollm2_takes_a_training_step_and_generates(tmp_path):
     assert ((batch["labels"] == end).sum(-1) == 1).all()  # the end of every answer is learned: pads are another token
     del batch["ids"]
     frozen = {name: tensor.clone() for name, tensor in model.language_model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     losses = []
-    for _ in range(2):
+    for _ in range(10):  # a single step is lost in bf16's rounding: the loss moves by 0.1 for that alone
         loss = model(**batch).loss
         loss.backward()
         assert model.language_projection.weight.grad.abs().sum() > 0
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[1] < losses[0]
+    assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(frozen[name], tensor) for name, tensor in model.language_model.named_parameters())
     model.eval()
     text = processor(text=["Question: How many objects are there? Answer:"] * 2)

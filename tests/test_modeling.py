@@ -281,6 +281,24 @@ def test_train_save_load_gives_the_same_outputs(images, texts, variant, tmp_path
     )
 
 
+def test_a_bf16_language_model_stays_bf16_and_what_is_trained_fp32(images, tmp_path):
+    model = XFormerForConditionalGeneration(tiny_config()).eval()
+    for part in (
+        model.language_model,
+        model.xformer.clip_encoder,
+        model.xformer.mae_encoder,
+        model.xformer.mae_decoder,
+    ):
+        part.to(torch.bfloat16)
+    model.config.text_config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in again.named_parameters()}
+    ids, mask = llm_inputs(model.config, 4)
+    with torch.no_grad():
+        assert torch.equal(model(images, ids, mask).logits, again(images, ids, mask).logits)
+
+
 def test_retrieval_loads_from_stage_1_and_scores_the_same(images, texts, tmp_path):
     first = randomise(stage(XFormerForPreTraining, "xformer")).eval()
     first.save_pretrained(tmp_path)

@@ -22,6 +22,7 @@ from transformers import (
 from .language_models import language_model_dir
 from .model.configuration_xformer import XFormerConfig
 from .model.modeling_xformer import (
+    FROZEN,
     XFormerForConditionalGeneration,
     XFormerForPreTraining,
     XFormerModel,
@@ -154,5 +155,8 @@ def start_generation(
     nn.init.normal_(model.language_projection.weight, std=config.initializer_range)
     nn.init.zeros_(model.language_projection.bias)
     model.language_model = language_model
+    for name, part in model.xformer.named_children():
+        if name in FROZEN:  # one dtype for all that is frozen
+            part.to(language_model.dtype)
     model.generation_config = language_model.generation_config
     return model, processor

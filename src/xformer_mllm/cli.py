@@ -5,6 +5,7 @@ exit code 2; Ctrl-C is 130; anything else is a bug and keeps its traceback.
 """
 
 import difflib
+import inspect
 import os
 import pkgutil
 import sys
@@ -63,6 +64,8 @@ COMMANDS = {
     ),
 }
 
+RUN_AGAIN = ("train stage1", "train stage2")  # they take --config FILE
+
 # Packages that only some commands need -> the extra that brings them.
 EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf"}
 
@@ -104,7 +107,7 @@ def _dispatch(words: list[str]) -> int:
     if group:
         print(_overview(group))
         return 0 if {"-h", "--help"} & set(words) else 2
-    near = difflib.get_close_matches(asked, COMMANDS, n=1)
+    near = difflib.get_close_matches(asked, [*COMMANDS, *(name.split()[0] for name in COMMANDS)], n=1)
     hint = f"did you mean {near[0]}?" if near else "see xformer --help"
     raise ValueError(f"unknown command {asked!r}; {hint}")
 
@@ -127,15 +130,15 @@ def _run(name: str, command: Command, words: list[str]) -> None:
     import tyro
 
     kind = pkgutil.resolve_name(f"xformer_mllm.{command.config}")
-    words, file = _take_config_file(words)
     default = None
-    if file is not None:
+    if name in RUN_AGAIN:
         from xformer_mllm.train.config import read_config
 
-        default = read_config(file, kind, name)
-    description = command.summary[0].upper() + command.summary[1:] + "."
-    if name in ("train stage1", "train stage2"):
-        description += " --config FILE takes the settings of a run's config.json; flags beside it override them."
+        words, file = _take_config_file(words)
+        default = read_config(file, kind, name) if file else None
+    description = inspect.cleandoc(kind.__doc__)
+    if name in RUN_AGAIN:
+        description += "\n\n--config FILE takes the settings of a run's config.json; flags beside it override them."
     config: Any = tyro.cli(kind, args=words, default=default, prog=f"xformer {name}", description=description)
     run = pkgutil.resolve_name(f"xformer_mllm.{command.run}")
     from transformers.utils import logging

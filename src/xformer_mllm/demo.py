@@ -36,6 +36,7 @@ from xformer_mllm.evaluate.inference import ReconstructConfig, reconstruct
 from xformer_mllm.evaluate.questions import compare, questions_of, read_predictions
 
 PACKAGE = Path(__file__).parent
+COMMAND = (sys.executable, "-m", "xformer_mllm.cli")
 # A finished part stays valid as long as the code and weights that made it are the same.
 TRAINING_SOURCES = ("model", "data", "train", "weights", "variants.py", "checkpoints.py", "language_models.py")
 QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate")
@@ -163,8 +164,8 @@ class Lane:
         self.seconds: dict[str, float] = {}  # title of a finished part -> how long it took
         self.process: subprocess.Popen | None = None
         self._keys = part_keys(parts)
-        self._began = (0.0, 0)  # when the process started, and the step that its log was at
-        self._said: list[str] = []
+        self._began = 0.0  # when the process started
+        self._first: tuple[float, int] | None = None  # when its first step was seen, and which it was
 
     @property
     def current(self) -> Part | None:
@@ -191,12 +192,12 @@ class Lane:
             _remove(part)
         part.folder.parent.mkdir(parents=True, exist_ok=True)
         _write(part.marker, json.dumps({"key": key, "command": command_line(part)}, indent=2) + "\n")
-        self._began = (time.monotonic(), last_log(part).get("step", 0))
+        self._began, self._first = time.monotonic(), None
         with part.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {command_line(part)}\n")
             log.flush()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "xformer_mllm.cli", *part.arguments],
+                [*COMMAND, *part.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -216,7 +217,7 @@ class Lane:
             raise ValueError(
                 f"{self.variant}: {part.title} failed (exit status {process.returncode}); all it said is in {part.log}"
             )
-        seconds = time.monotonic() - self._began[0]
+        seconds = time.monotonic() - self._began
         self.seconds[part.title] = seconds
         marker = {"key": self._keys[part.title], "command": command_line(part), "seconds": round(seconds, 1)}
         _write(part.marker, json.dumps(marker, indent=2) + "\n")
@@ -242,16 +243,17 @@ class Lane:
             return f"{place}, waiting"
         row = last_log(part)
         if part.steps is None or "step" not in row:
-            return f"{place}, {clock(time.monotonic() - self._began[0])} so far"
+            return f"{place}, {clock(time.monotonic() - self._began)} so far"
         losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.3f}" for name in row if name.endswith("_loss"))
-        left = self._seconds_left(part, row["step"])
-        return f"{place}  step {row['step']}/{part.steps}  {losses}  {left}"
+        return f"{place}  step {row['step']}/{part.steps}  {losses}{self._left(part.steps, row['step'])}"
 
-    def _seconds_left(self, part: Part, step: int) -> str:
-        started, first_step = self._began
-        if part.steps is None or step <= first_step:
+    def _left(self, steps: int, step: int) -> str:
+        """How long the part will still take, by the steps since the first that was seen: starting up is not counted."""
+        now = time.monotonic()
+        first_seen, first_step = self._first = self._first or (now, step)
+        if step <= first_step:
             return ""
-        return f"{clock((time.monotonic() - started) / (step - first_step) * (part.steps - step))} left"
+        return f"  {clock((now - first_seen) / (step - first_step) * (steps - step))} left"
 
 
 def run_lanes(lanes: Sequence[Lane]) -> None:

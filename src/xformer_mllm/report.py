@@ -435,7 +435,7 @@ def _curves(report: Report) -> str:
     parts = []
     for stage in dict.fromkeys(run.stage for run in report.runs):
         runs = [run for run in report.runs if run.stage == stage and run.log]
-        charts = [chart for name in CURVES if (chart := _curve(report, runs, name))]
+        charts = [chart for name in _curves_of(runs) if (chart := _curve(report, runs, name))]
         if charts:
             variants = list(dict.fromkeys(run.variant for run in runs))
             parts += [
@@ -451,6 +451,13 @@ def _curves(report: Report) -> str:
         f"{percent(ITM_CHANCE_ACCURACY)} for the accuracy."
     )
     return _section("Training", _paragraph(note, "small"), *parts)
+
+
+def _curves_of(runs: Sequence[Run]) -> list[str]:
+    """The curves of a stage that are worth a chart: where there is one loss alone, its sum is the same curve again."""
+    logged = {name for run in runs for row in run.log for name in row}
+    components = [name for name in CURVES if name.endswith("_loss") and name in logged]
+    return [name for name in CURVES if name in logged and not (name == "loss" and len(components) == 1)]
 
 
 def _curve(report: Report, runs: Sequence[Run], name: str) -> str:
@@ -570,7 +577,7 @@ def _caption_block(report: Report, runs: Sequence[Run], picture_id: str, questio
                 said.setdefault(sample["step"], {})[run.variant] = sample["text"]
                 reference = sample["reference"]
     variants = [run.variant for run in runs]
-    rows = [[f"{step:,}", *(escape(row.get(name, "–")) for name in variants)] for step, row in sorted(said.items())]
+    rows = [[f"{step:,}", *(escape(row.get(name) or "–") for name in variants)] for step, row in sorted(said.items())]
     picture = report.pictures(picture_id)
     shown = _image(picture, f"Held-out picture {picture_id}") if picture is not None else ""
     told = f"<p><b>{escape(question or 'Its own caption:')}</b> {escape(reference)}</p>"

@@ -5,7 +5,7 @@ controls: a ViT that was never trained, and both encoders together. A probe is o
 words (a bag: their order is lost) to the tokens, a small MLP and a linear read-out; its epoch is chosen on validation
 and its accuracy reported on test.
 
-Legend: B batch, N tokens of all encoders together, D width.
+Legend: B batch, N tokens of an encoder, D their width, H heads.
 """
 
 import json
@@ -53,13 +53,18 @@ class ProbeConfig:
 
 
 class AttentiveProbe(nn.Module):
-    """Question words ask the tokens: one cross-attention, one MLP, one linear read-out."""
+    """Question words ask the tokens: one cross-attention of H heads, one MLP, one linear read-out.
 
-    def __init__(self, words: int, answers: int, token_widths: list[int], width: int):
+    With one query a picture, keys and values need not be made for every token: the query goes through the key matrix
+    and the attended mean through the value matrix. The result is the same and the cost a fraction.
+    """
+
+    def __init__(self, words: int, answers: int, token_widths: list[int], width: int, heads: int = 4):
         super().__init__()
         self.words = nn.EmbeddingBag(words, width, mode="sum", padding_idx=0)
-        self.project = nn.ModuleList(nn.Linear(d, width) for d in token_widths)
-        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.query = nn.Linear(width, width)
+        self.keys = nn.ParameterList(torch.randn(heads, width // heads, d) * d**-0.5 for d in token_widths)
+        self.values = nn.ParameterList(torch.randn(heads, d, width // heads) * d**-0.5 for d in token_widths)
         self.mlp = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
@@ -67,10 +72,20 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, question: Tensor, tokens: list[Tensor]) -> Tensor:
         """question int64[B, words], tokens per encoder float[B, N, D] -> answer logits float[B, answers]."""
-        asked = self.words(question)[:, None]
-        seen = torch.cat([project(t) for project, t in zip(self.project, tokens, strict=True)], dim=1)
-        state = asked + self.attention(asked, seen, seen, need_weights=False)[0]
-        return self.read((state + self.mlp(state))[:, 0])
+        asked = self.words(question)
+        heads, part = self.keys[0].shape[:2]
+        query = self.query(asked).view(-1, heads, part) * part**-0.5
+        scores = [
+            torch.einsum("bhd,bnd->bhn", torch.einsum("bhe,hed->bhd", query, key), t)
+            for key, t in zip(self.keys, tokens, strict=True)
+        ]
+        weights = torch.cat(scores, -1).softmax(-1).split([t.shape[1] for t in tokens], -1)
+        seen = [
+            torch.einsum("bhd,hde->bhe", torch.einsum("bhn,bnd->bhd", weight, t), value)
+            for weight, t, value in zip(weights, tokens, self.values, strict=True)
+        ]
+        state = asked + torch.stack(seen).sum(0).flatten(1)
+        return self.read(state + self.mlp(state))
 
 
 def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
@@ -80,13 +95,15 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
     scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}
     features = {name: _features(encoder, scenes) for name, encoder in _encoders(config).items()}
     results: dict[str, dict[str, Any]] = {}
-    for attribute in tqdm(ATTRIBUTES, desc="probe"):
+    progress = tqdm(ATTRIBUTES, desc="probe")
+    for attribute in progress:
         asked = {split: _questions(attribute, some) for split, some in scenes.items()}
         results[attribute] = _majority(asked)
         for name, parts in TOKENS.items():
             validation, test = _fit(asked, [features[part] for part in parts], config)
             results[attribute][name] = test
             results[attribute]["validation"][name] = validation
+        progress.write(f"{attribute} on validation: {results[attribute]['validation']}")
     return results
 
 
@@ -125,7 +142,8 @@ def _features(encoder: Any, scenes: dict[str, list[Scene]]) -> dict[str, Tensor]
     tokens = {}
     for split, some in scenes.items():
         batches = [np.stack([render(s) for s in some[i : i + 250]]) for i in range(0, len(some), 250)]
-        tokens[split] = torch.cat([encoder(batch).float() for batch in batches])
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens[split] = torch.cat([encoder(batch).float() for batch in batches])
     mean, std = tokens["train"].mean((0, 1)), tokens["train"].std((0, 1))
     return {split: (t - mean) / (std + 1e-6) for split, t in tokens.items()}
 

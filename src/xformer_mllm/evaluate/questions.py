@@ -328,7 +328,9 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """What `write_predictions` wrote."""
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split within an answer, at U+2028
+    return [json.loads(line) for line in lines if line]
 
 
 def _write(path: Path, text: str) -> None:

@@ -128,7 +128,8 @@ class XFormerPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = [
         "clip_layernorm",
         "query_tokens",
-        "embeddings",
+        "xformer.embeddings",  # the Q-Former's; towers have some of that name, too
+        "word_embeddings",
         "qformer",
         "fusion",
         "vision_projection",
@@ -490,6 +491,14 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, dtype=None, config=None, **kwargs):
+        """As transformers' own; the frozen parts come in the dtype that their language model was saved in."""
+        if dtype is None:
+            config = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            dtype = config.text_config.dtype or "auto"
+        return super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype, config=config, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -582,7 +591,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             input_ids = torch.tensor(start, device=soft_prompt.device).expand(len(soft_prompt), -1)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        generate_kwargs.setdefault("generation_config", self.generation_config)
+        self.language_model.generation_config = self.generation_config
         return self.language_model.generate(
             inputs_embeds=self._with_soft_prompt(input_ids, soft_prompt),
             attention_mask=attention_mask,

@@ -122,7 +122,7 @@ def encode(
     padding_side: str,
 ) -> dict[str, torch.Tensor]:
     """Texts -> input_ids and attention_mask, int64[B, T]. A text that is cut is said so once in the log."""
-    encoded = tokenizer(texts, return_token_type_ids=False)["input_ids"]
+    encoded = tokenizer(texts, return_token_type_ids=False, verbose=False)["input_ids"]
     longest = max(len(ids) for ids in encoded)
     if max_length is not None and longest > max_length:
         logger.warning("a text of %d tokens was cut to %d: '%.60s…'", longest, max_length, max(texts, key=len))

@@ -188,6 +188,7 @@ def _run(
     """What both stages share: freeze, train or go on, save."""
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stopped.json").unlink(missing_ok=True)
     model.freeze()
     table = freeze.freeze_table(model)
     print(freeze.show(table))

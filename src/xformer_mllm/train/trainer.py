@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -107,7 +107,12 @@ class XFormerTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss. Raises NonFiniteError if it, or a component of it, is not a finite number."""
         self._ids = inputs.pop("ids")
-        outputs = model(**inputs)
+        try:
+            outputs = model(**inputs)
+        except RuntimeError as error:
+            if "probabilit" not in str(error):
+                raise
+            self._stop(f"no negatives can be drawn ({error})", {})  # from similarities that are not numbers
         scalars = {name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0}
         values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()  # one synchronisation
         now = dict(zip(scalars, values, strict=True))
@@ -124,7 +129,7 @@ class XFormerTrainer(Trainer):
             self._stop(f"gradient norm {norm}", {"grad_norm": norm})
         return norm
 
-    def _stop(self, what: str, values: dict[str, float]) -> None:
+    def _stop(self, what: str, values: dict[str, float]) -> NoReturn:
         """Raise NonFiniteError with the step, the batch and what to do; all of the batch's ids go into a file."""
         step = self.state.global_step + 1
         report = self.folder / "stopped.json"

@@ -1,0 +1,126 @@
+"""The command line: what it offers, and one clear line for what a user can do something about."""
+
+import pkgutil
+
+import pytest
+
+from xformer_mllm import cli
+from xformer_mllm.train.config import Stage2Config, write_config
+from xformer_mllm.variants import VARIANTS
+
+
+def error_line(capsys, *words: str) -> str:
+    """The one line on stderr of a command that a user got wrong."""
+    assert cli.main(list(words)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xformer: ")]
+    return line.removeprefix("xformer: ")
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"xformer {name} " in shown for name in cli.COMMANDS)
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "xformer train stage1" in shown
+    assert "xformer caption" not in shown
+    assert cli.main([]) == 2
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists(name):
+    command = cli.COMMANDS[name]
+    assert isinstance(pkgutil.resolve_name(f"xformer_mllm.{command.config}"), type)
+    assert callable(pkgutil.resolve_name(f"xformer_mllm.{command.run}"))
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_its_defaults(name, capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.main([*name.split(), "--help"])
+    assert exited.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"xformer {name}" in shown
+    assert "--" in shown
+
+
+def test_training_help_shows_every_field_explained(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "stage2", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--config FILE takes the settings of a run's config.json" in shown
+    assert "--max-grad-norm FLOAT Gradients are scaled down to this norm; 0 for never. (default: 1.0)" in shown
+    assert "--steps INT Optimiser steps; the cosine schedule ends there. (default: 900)" in shown
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("xformer-mllm ")
+
+
+def test_an_unknown_command_is_told_the_nearest(capsys):
+    assert error_line(capsys, "tran") == "unknown command 'tran'; did you mean train?"
+    assert error_line(capsys, "train", "stage3") == "unknown command 'train stage3'; did you mean train stage2?"
+    assert error_line(capsys, "fly") == "unknown command 'fly'; see xformer --help"
+
+
+def test_an_unknown_variant_is_told_the_names(capsys, tmp_path):
+    line = error_line(capsys, "train", "stage1", "--variant", "xfromer", "--output-dir", str(tmp_path / "run"))
+    assert "xfromer" in line
+    assert all(name in line for name in VARIANTS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_data_and_impossible_numbers_are_one_line(capsys, tmp_path):
+    output = ("--output-dir", str(tmp_path / "run"))
+    line = error_line(capsys, "train", "stage1", "--data", str(tmp_path / "none"), *output)
+    assert line == f"--data {tmp_path / 'none'}: neither scenes nor easy-vqa, nor a folder that exists"
+    with pytest.raises(SystemExit) as exited:  # tyro's own words around ours
+        cli.main(["train", "stage1", "--steps", "0", *output])
+    assert exited.value.code == 2
+    assert "steps must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_a_wrong_configuration_file_is_one_line(capsys, tmp_path):
+    missing = tmp_path / "config.json"
+    assert error_line(capsys, "train", "stage1", "--config", str(missing)) == f"{missing}: no such configuration file"
+    assert error_line(capsys, "train", "stage1", "--config").startswith("--config needs a file")
+    write_config(Stage2Config(output_dir=tmp_path), "train stage2")
+    assert error_line(capsys, "train", "stage1", f"--config={missing}") == (
+        f"{missing}: the configuration of `xformer train stage2`, not of `xformer train stage1`"
+    )
+    missing.write_text('{"model_type": "xformer"}')
+    assert "not a run's configuration" in error_line(capsys, "train", "stage1", "--config", str(missing))
+    missing.write_text('{"command": "train stage1", "stepps": 3}')
+    assert "unknown field 'stepps'; fields: batch_size" in error_line(
+        capsys, "train", "stage1", "--config", str(missing)
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "xformer: interrupted"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ValueError("two\nlines"), 2, "xformer: two lines\n"),
+        (ModuleNotFoundError("no", name="easy_vqa"), 2, "pip install 'xformer-mllm[easy-vqa]'"),
+        (ModuleNotFoundError("no", name="tyro"), 2, "pip install 'xformer-mllm[train]'"),
+    ],
+)
+def test_what_a_user_can_do_something_about_has_no_traceback(monkeypatch, capsys, raised, code, said):
+    def dispatch(words):
+        raise raised
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    assert cli.main(["caption"]) == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("a bug"), ModuleNotFoundError("a bug", name="xformer_mllm.nothing")])
+def test_a_bug_keeps_its_traceback(monkeypatch, raised):
+    def dispatch(words):
+        raise raised
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    with pytest.raises(type(raised), match="a bug"):
+        cli.main(["caption"])

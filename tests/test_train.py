@@ -1,0 +1,394 @@
+"""Training: real runs of a few steps on a few scenes, killed, resumed, repeated and broken on purpose."""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers.utils import ModelOutput
+
+from xformer_mllm.checkpoints import start_generation, start_pretraining
+from xformer_mllm.cli import main
+from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
+from xformer_mllm.train import freeze
+from xformer_mllm.train.batches import IGNORED, QUESTION_PROMPT, Stage1Collator, Stage2Collator
+from xformer_mllm.train.callbacks import keep_until
+from xformer_mllm.train.config import Stage1Config, Stage2Config, differences, read_config, write_config
+from xformer_mllm.train.stages import run_stage1, run_stage2
+from xformer_mllm.train.trainer import NonFiniteError, XFormerTrainer, newest_checkpoint
+
+# 8 scenes in batches of 3: two batches an epoch, so that checkpoints fall in the middle and at the end of epochs; a log
+# every 4 steps and a checkpoint every 3, so that an average runs across a resumption.
+TINY = ["--train-size", "8", "--batch-size", "3", "--steps", "8", "--logging-steps", "4", "--save-steps", "3"]
+STAGE1 = ["train", "stage1", *TINY, "--sample-steps", "4", "--warmup-steps", "2"]
+
+KILL_WHILE_WRITING = """
+import os, signal, sys
+from xformer_mllm.cli import main
+from xformer_mllm.train import state
+def save_process(folder, rank, averages):
+    if folder.name.endswith("-6"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(folder, rank, averages)
+save, state.save_process = state.save_process, save_process
+main(sys.argv[1:])
+"""
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen:
+    arguments = [sys.executable, *command, *STAGE1, "--output-dir", str(folder)]
+    output = folder.with_suffix(".out").open("w")
+    return subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """`undisturbed` stage 1; `killed` after its first checkpoint; `cut`, killed in the middle of writing its second."""
+    folder = tmp_path_factory.mktemp("runs")
+    cut = start(folder / "cut", "-c", KILL_WHILE_WRITING)
+    killed = start(folder / "killed", "-m", "xformer_mllm.cli")
+    assert main([*STAGE1, "--output-dir", str(folder / "undisturbed")]) == 0
+    deadline = time.monotonic() + 120
+    while newest_checkpoint(folder / "killed") is None and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    for process, name in ((killed, "killed"), (cut, "cut")):
+        assert process.wait(120) == -signal.SIGKILL, (folder / name).with_suffix(".out").read_text()
+        assert not (folder / name / "model").exists()
+    return folder
+
+
+def test_a_run_folder_holds_what_it_should(runs):
+    run = runs / "undisturbed"
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.json", "freeze.json", "log.jsonl", "model", "samples", "samples.jsonl", "summary.json", "tensorboard"
+    }  # fmt: skip
+    log = lines(run / "log.jsonl")
+    assert [record["step"] for record in log] == [1, 4, 8]
+    for record in log:
+        parts = [record[f"{name}_loss"] for name in ("itc", "itm", "itg", "reconstruction")]
+        assert sum(parts) == pytest.approx(record["loss"], rel=1e-5)
+        assert 0 <= record["itc_accuracy"] <= 1
+        assert 0 <= record["itm_accuracy"] <= 1
+    samples = lines(run / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [4] * 4 + [8] * 4
+    assert all((run / sample["picture"]).is_file() and sample["reference"] for sample in samples)
+
+
+def test_checkpoints_hold_what_was_trained_and_no_pickle(runs):
+    checkpoint = newest_checkpoint(runs / "cut")
+    assert checkpoint is not None
+    assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
+    model, _ = start_pretraining("xformer", 0)
+    model.freeze()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert load_file(checkpoint / "trained.safetensors").keys() == trained
+
+
+@pytest.mark.parametrize("name", ["killed", "cut"])
+def test_after_kill_9_a_run_goes_on_as_if_undisturbed(runs, name, capsys):
+    run = runs / name
+    if name == "cut":
+        assert (run / "partial-checkpoint-6" / "trained.safetensors").is_file()
+        assert newest_checkpoint(run).name == "checkpoint-3"
+    assert main([*STAGE1, "--output-dir", str(run)]) == 0
+    assert f"going on from {run / 'checkpoint-'}" in capsys.readouterr().out
+    assert lines(run / "log.jsonl") == lines(runs / "undisturbed" / "log.jsonl")
+    assert lines(run / "samples.jsonl") == lines(runs / "undisturbed" / "samples.jsonl")
+    assert same(weights(run), weights(runs / "undisturbed"))
+    assert not list(run.glob("*checkpoint*"))
+
+
+def test_a_written_configuration_runs_again(runs, tmp_path):
+    written = runs / "undisturbed" / "config.json"
+    assert main(["train", "stage1", "--config", str(written), "--output-dir", str(tmp_path / "again")]) == 0
+    assert lines(tmp_path / "again" / "log.jsonl") == lines(runs / "undisturbed" / "log.jsonl")
+    other = ["--output-dir", str(tmp_path / "other"), "--seed", "1", "--steps", "1"]
+    assert main(["train", "stage1", f"--config={written}", *other]) == 0
+    assert lines(tmp_path / "other" / "log.jsonl")[0]["loss"] != lines(tmp_path / "again" / "log.jsonl")[0]["loss"]
+
+
+def test_frozen_stays_frozen_and_the_rest_is_trained(runs):
+    model, _ = start_pretraining("xformer", 0)
+    model.freeze()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    after = dict(XFormerForPreTraining.from_pretrained(runs / "undisturbed" / "model").named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(before[name], after[name]) != parameter.requires_grad, name
+    table = json.loads((runs / "undisturbed" / "freeze.json").read_text())
+    assert {row["name"] for row in table if row["trainable"] == 0} == {"clip_encoder", "mae_encoder", "mae_decoder"}
+    assert sum(row["parameters"] for row in table) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("text", ["captions", "questions"])
+def test_stage_2_trains_on_a_stage_1_run(runs, tmp_path, text):
+    arguments = ["--from-pretraining", str(runs / "undisturbed"), "--text", text, "--output-dir", str(tmp_path)]
+    assert main(["train", "stage2", *TINY, "--steps", "3", "--warmup-steps", "1", *arguments]) == 0
+    model, _ = start_generation(runs / "undisturbed" / "model", "opt", 0)
+    model.freeze()
+    after = dict(XFormerForConditionalGeneration.from_pretrained(tmp_path / "model").named_parameters())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, after[name]), name
+    assert not torch.equal(model.language_projection.weight, after["language_projection.weight"])
+    assert "language_model" in {
+        row["name"] for row in json.loads((tmp_path / "freeze.json").read_text()) if not row["trainable"]
+    }
+    samples = lines(tmp_path / "samples.jsonl")
+    assert len(samples) == 4
+    assert all(("question" in sample) == (text == "questions") for sample in samples)
+
+
+def test_stage_2_needs_a_finished_stage_1(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no stage-1 model there; run: xformer train stage1"):
+        run_stage2(Stage2Config(from_pretraining=tmp_path, output_dir=tmp_path / "2"))
+    with pytest.raises(ValueError, match="holds the variant xformer, not qformer"):
+        run_stage2(Stage2Config(from_pretraining=runs / "undisturbed", output_dir=tmp_path / "2", variant="qformer"))
+    assert not (tmp_path / "2").exists()
+
+
+def test_a_folder_with_another_run_is_left_alone_until_told(runs, tmp_path, capsys):
+    config = Stage1Config(output_dir=tmp_path, steps=1, train_size=4, batch_size=2, sample_steps=9)
+    run_stage1(config)
+    (tmp_path / "mine.txt").write_text("kept")
+    capsys.readouterr()
+    run_stage1(config)
+    assert "this run is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds another run \\(seed 1, not 0\\)"):
+        run_stage1(dataclasses.replace(config, seed=1))
+    before = weights(tmp_path)
+    run_stage1(dataclasses.replace(config, steps=2, resume=False))
+    assert not same(before, weights(tmp_path))
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_a_run_does_not_go_on_with_other_frozen_weights(tmp_path):
+    model, _ = start_pretraining("qformer", 0)
+    model.freeze()
+    freeze.write(freeze.freeze_table(model), tmp_path / "freeze.json")
+    freeze.check_same_frozen(freeze.freeze_table(model), tmp_path / "freeze.json")
+    with torch.no_grad():
+        next(model.xformer.clip_encoder.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(ValueError, match="clip_encoder is not what this run began with"):
+        freeze.check_same_frozen(freeze.freeze_table(model), tmp_path / "freeze.json")
+
+
+def test_diverging_stops_the_run_naming_step_and_batch(tmp_path, capsys):
+    arguments = [*STAGE1, "--learning-rate", "1e30", "--warmup-steps", "0", "--output-dir", str(tmp_path)]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("xformer: stopped at step 2: ")
+    assert "lower --learning-rate" in message
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert stopped["step"] == 2
+    assert len(stopped["ids"]) == 3
+    assert all(name in message for name in stopped["ids"])
+    assert not (tmp_path / "model").exists()
+
+
+class Standin(nn.Module):
+    """A model of one weight whose loss is what the batch says."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.bias = nn.Parameter(torch.ones(2))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def forward(self, value):
+        loss = (self.weight.sum() + self.bias.sum()) * value.mean()
+        return ModelOutput(loss=loss, part_loss=value.mean(), vector=value)
+
+
+def standin_trainer(folder: Path, values: list[float], **config) -> XFormerTrainer:
+    folder.mkdir(exist_ok=True)
+    records = [{"id": f"record {number}", "value": value} for number, value in enumerate(values)]
+
+    def collate(batch):
+        return {"ids": [record["id"] for record in batch], "value": torch.tensor([r["value"] for r in batch])}
+
+    config = Stage1Config(output_dir=folder, batch_size=1, warmup_steps=0, bf16="no", **config)
+    return XFormerTrainer(Standin(), config, records, collate, [])
+
+
+@pytest.mark.parametrize(("bad", "what"), [(float("nan"), "loss nan, part_loss nan"), (3e38, "gradient norm inf")])
+def test_nan_names_its_step_and_its_records(tmp_path, bad, what):
+    trainer = standin_trainer(tmp_path, [1.0, 1.0, bad, 1.0], steps=4)
+    trainer.model.weight.data.mul_(1e-30)
+    trainer.model.bias.data.mul_(1e-30)
+    with pytest.raises(NonFiniteError, match=what) as error:
+        trainer.train()
+    step = trainer.state.global_step + 1
+    assert f"stopped at step {step}: " in str(error.value)
+    assert "on the batch of 1 [record 2]" in str(error.value)
+    assert torch.isfinite(trainer.model.weight).all()
+
+
+def test_every_scalar_is_averaged_between_logs_and_others_are_not_logged(tmp_path):
+    trainer = standin_trainer(tmp_path, [1.0, 2.0, 3.0, 4.0], steps=4, logging_steps=2, learning_rate=1e-12)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2, 4]
+    assert (logs[0]["part_loss"] + logs[1]["part_loss"] + 2 * logs[2]["part_loss"]) == pytest.approx(10.0)
+    assert all(log["loss"] == pytest.approx(6 * log["part_loss"]) for log in logs)
+    assert not any("vector" in log for log in logs)
+
+
+def test_accumulated_steps_are_the_mean_of_their_batches(tmp_path):
+    one = standin_trainer(tmp_path / "one", [1.0, 3.0], steps=1, gradient_accumulation_steps=2, max_grad_norm=0)
+    one.train()
+    assert one.state.log_history[0]["grad_norm"] == pytest.approx(2.0 * 6**0.5)
+
+
+def test_only_matrices_that_train_decay(tmp_path):
+    trainer = standin_trainer(tmp_path, [1.0], steps=1)
+    decayed, others = trainer.create_optimizer().param_groups
+    assert decayed["weight_decay"] == 0.05
+    assert [tuple(p.shape) for p in decayed["params"]] == [(2, 2)]
+    assert others["weight_decay"] == 0
+    assert [tuple(p.shape) for p in others["params"]] == [(2,)]
+
+
+def test_a_folder_of_pictures_trains_stage_1(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (30 + number, 50), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}\nein Bild\n")
+    run = tmp_path / "run"
+    arguments = ["--variant", "qformer", "--data", str(tmp_path), "--output-dir", str(run), "--steps", "1"]
+    assert main(["train", "stage1", *arguments, "--batch-size", "64"]) == 0
+    shown = {sample["reference"] for sample in lines(run / "samples.jsonl")}
+    assert shown
+    assert shown < {f"picture {number}" for number in range(6)}
+
+
+def test_over_long_captions_are_cut_and_it_is_said_once(caplog):
+    _, processor = start_pretraining("qformer", 0)
+    tokenizer = processor.qformer_tokenizer
+    picture = Image.new("RGB", (48, 48))
+    records = [{"id": f"n{n}", "image": picture, "caption": "red circle " * n} for n in (1, 40, 50)]
+    collator = Stage1Collator(processor, max_text_tokens=10)
+    with caplog.at_level(logging.WARNING):
+        collator(records)
+        batch = collator(records)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("xformer_mllm.train")]
+    assert said == ["n40: a text of 82 tokens is cut to 10, and so is any other (--max-text-tokens sets the length)"]
+    assert batch["qformer_input_ids"].shape == (3, 10)
+    assert batch["qformer_input_ids"][:, 0].tolist() == [tokenizer.cls_token_id] * 3
+    assert batch["qformer_input_ids"][1:, -1].tolist() == [tokenizer.sep_token_id] * 2
+    assert batch["qformer_attention_mask"].sum(1).tolist() == [4, 10, 10]
+    assert batch["qformer_input_ids"][0, 4:].tolist() == [tokenizer.pad_token_id] * 6
+
+
+@pytest.mark.parametrize("field", ["caption", "question", "answer"])
+def test_an_empty_text_is_named(runs, field):
+    _, processor = start_generation(runs / "undisturbed" / "model", "opt", 0)
+    texts = {"caption": {"caption": " "}, "question": {"question": " ", "answer": "no"}}
+    texts["answer"] = {"question": "Is it?", "answer": ""}
+    with pytest.raises(ValueError, match=f"cat.png: empty {field}"):
+        Stage2Collator(processor, 4, 32)([{"id": "cat.png", "image": Image.new("RGB", (48, 48)), **texts[field]}])
+
+
+def test_labels_are_the_target_and_the_end_alone_behind_the_prompt_of_inference(runs):
+    model, processor = start_generation(runs / "undisturbed" / "model", "opt", 0)
+    tokenizer, end = processor.tokenizer, model.generation_config.eos_token_id
+    lot = random.Random(0)
+    words = [word for word in tokenizer.get_vocab() if word.isalpha()]
+
+    def text(longest: int) -> str:
+        return " ".join(lot.choices(words, k=lot.randint(1, longest)))
+
+    records = []
+    for number in range(20):
+        texts = {"question": text(9), "answer": text(2)} if number % 2 else {"caption": text(12)}
+        records.append({"id": str(number), "image": Image.new("RGB", (48, 48)), **texts})
+    batch = Stage2Collator(processor, end, max_text_tokens=8)(records)
+    assert batch["ids"] == [record["id"] for record in records]
+    assert batch["pixel_values"].dtype == torch.uint8
+    for record, ids, mask, labels in zip(
+        records, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+    ):
+        words_asked = " ".join(record.get("question", "").split()[:8])
+        prompt = QUESTION_PROMPT.format(question=words_asked) if "question" in record else ""
+        inference = processor(text=[prompt])["input_ids"][0].tolist()
+        target = tokenizer(record.get("answer") or record["caption"], add_special_tokens=False)["input_ids"]
+        target = [*target, end][:8]
+        length = len(inference) + len(target)
+        assert ids.tolist()[:length] == inference + target
+        assert labels.tolist()[:length] == [IGNORED] * len(inference) + target
+        assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
+        assert set(ids.tolist()[length:]) <= {tokenizer.pad_token_id}
+        assert set(labels.tolist()[length:]) <= {IGNORED}
+
+
+def test_training_and_evaluation_ask_with_the_same_prompt():
+    questions = pytest.importorskip("xformer_mllm.evaluate.questions")
+    assert questions.PROMPT == QUESTION_PROMPT
+
+
+def test_a_configuration_survives_its_file(tmp_path):
+    config = Stage2Config(output_dir=tmp_path, betas=(0.8, 0.9), from_pretraining=Path("somewhere"), text="questions")
+    write_config(config, "train stage2")
+    read = read_config(tmp_path / "config.json", Stage2Config, "train stage2")
+    assert read == config
+    assert differences(read, Stage2Config(output_dir=tmp_path, save_steps=7, resume=False)) == [
+        "betas (0.8, 0.9), not (0.9, 0.999)", "from_pretraining somewhere, not runs/stage1", "text questions, not captions"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "learning_rate", "save_steps"])
+def test_impossible_numbers_are_refused(field):
+    with pytest.raises(ValueError, match=field):
+        Stage1Config(**{field: 0})
+
+
+def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    keep_until(log, 2)
+    assert lines(log) == [{"step": 1}, {"step": 2}]
+
+
+def test_data_is_not_what_a_step_waits_for():
+    """Preparing a batch takes a small part of what a training step takes (a third, with much room for a busy machine)."""
+    model, processor = start_pretraining("qformer", 0)
+    collator, scenes = Stage1Collator(processor, 32), SceneCaptions("train", 96)
+    collator([scenes[index] for index in range(48)])
+    began = time.process_time()
+    batch = collator([scenes[index] for index in range(48, 96)])
+    prepared = time.process_time()
+    del batch["ids"]
+    model(**batch).loss.backward()
+    assert prepared - began < (time.process_time() - prepared) / 3
+
+
+def test_scene_questions_make_a_stage_2_batch(runs):
+    model, processor = start_generation(runs / "undisturbed" / "model", "opt", 0)
+    questions = SceneQuestions("train", 2)
+    batch = Stage2Collator(processor, model.generation_config.eos_token_id, 32)([questions[n] for n in range(4)])
+    del batch["ids"]
+    assert torch.isfinite(model(**batch).loss)
