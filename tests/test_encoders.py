@@ -83,7 +83,7 @@ def test_no_text_is_refused_and_the_worlds_words_are_whole(make):
     tokenizer = make()
     assert tokenizer.unk_token_id not in tokenizer("Zebras, at 7 o'clock: (really)!")["input_ids"]
     assert tokenizer.unk_token_id in tokenizer("\N{SNOWMAN}")["input_ids"]
-    for word in ["does", "the", "image", "not", "contain", "a", "gray", "rectangle", "color", "teal", "brown", "black", "shape", "present", "is", "there"]:
+    for word in ("contain", "not", "gray", "rectangle", "color", "teal", "brown", "black", "shape", "present"):
         assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
     texts = [f"{q.question} {q.answer}" for i in range(200) for q in ask(draw_scene("test", i), 4)]
     assert not any("##" in t for text in texts for t in tokenizer.tokenize(text))
@@ -139,8 +139,9 @@ def test_lm_training_learns_and_is_reproducible(tmp_path):
     original = encoders.nn.functional.cross_entropy
 
     def record(*args, **kwargs):
-        losses.append(original(*args, **kwargs))
-        return losses[-1]
+        loss = original(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
 
     config = LmConfig(tmp_path, steps=12, batch_size=4, width=32, layers=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +149,7 @@ def test_lm_training_learns_and_is_reproducible(tmp_path):
         patch.setattr(encoders, "lm_accuracy", lambda *_: {"accuracy": 0.0})
         encoders.train_lm(config)
         encoders.train_lm(config)
-    assert [float(x) for x in losses[:12]] == [float(x) for x in losses[12:]]
+    assert losses[:12] == losses[12:]
     assert losses[11] < losses[0] - 0.3
     generation = OPTForCausalLM.from_pretrained(tmp_path / "opt").generation_config
     assert generation.eos_token_id == encoders.lm_tokenizer().eos_token_id

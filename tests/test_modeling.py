@@ -253,6 +253,16 @@ def test_a_soft_prompt_stands_for_its_image(images):
         torch.testing.assert_close(model(images, ids, mask).logits, model(None, ids, mask, soft_prompt=prompt).logits)
 
 
+def test_several_texts_of_an_image_share_its_encoding(images):
+    model = randomise(XFormerForConditionalGeneration(tiny_config())).eval()
+    ids, mask = llm_inputs(model.config, 6)
+    index = torch.tensor([0, 0, 1, 3, 3, 3])
+    labels = ids.masked_fill(ids == 59, -100)
+    with torch.no_grad():
+        shared = model(images, ids, mask, labels=labels, image_index=index).loss
+        torch.testing.assert_close(shared, model(images[index], ids, mask, labels=labels).loss)
+
+
 def test_wrong_number_of_placeholders_is_said(images):
     model = XFormerForConditionalGeneration(tiny_config())
     ids, mask = llm_inputs(model.config, 4)

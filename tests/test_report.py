@@ -194,6 +194,13 @@ def test_the_verdict_names_the_winner_and_the_losses(setting):
     assert "X-Former is behind Q-Former on count (−9.7)." in said
 
 
+def test_the_verdict_says_what_needs_no_picture(setting):
+    assert (
+        "Without the picture, the most frequent training answer to the type of question is right in 25.0"
+        in verdict(setting, ("qformer", "xformer"))[0]
+    )
+
+
 def test_the_verdict_says_when_xformer_does_not_win(setting):
     lost = {"all": difference(-0.05), "texture": difference(0.01, clear=False), "count": difference(-0.1)}
     said = verdict(replace(setting, differences={"xformer": lost}), ("qformer", "xformer"))

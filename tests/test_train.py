@@ -71,11 +71,11 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     cut = start(folder / "cut", "-c", KILL_WHILE_WRITING)
     killed = start(folder / "killed", "-m", "xformer_mllm.cli")
-    assert main([*STAGE1, "--output-dir", str(folder / "undisturbed")]) == 0
     deadline = time.monotonic() + 120
     while newest_checkpoint(folder / "killed") is None and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
+    assert main([*STAGE1, "--output-dir", str(folder / "undisturbed")]) == 0
     for process, name in ((killed, "killed"), (cut, "cut")):
         assert process.wait(120) == -signal.SIGKILL, (folder / name).with_suffix(".out").read_text()
         assert not (folder / name / "model").exists()

@@ -441,7 +441,7 @@ def _cell(value: float, interval: Sequence[float], form: str) -> str:
 
 def sentence(setting: report.Setting, variants: Sequence[str]) -> str:
     """Who won, and what the intervals leave out."""
-    overall = " ".join(report.verdict(setting, variants)[: max(1, len(variants) - 1)]).replace("\u00a0", " ")
+    overall = report.overall(setting, variants).replace("\u00a0", " ")
     return textwrap.fill(f"{overall} One training run each: another seed moves these numbers too.", 100)
 
 

@@ -174,12 +174,23 @@ def verdict(setting: Setting, variants: Sequence[str]) -> list[str]:
     if not present:
         return []
     first, others = present[0], present[1:]
-    sentences = [_overall_sentence(setting, first, other) for other in others] or [_alone_sentence(setting, first)]
+    sentences = [overall(setting, variants)]
     for other in others:
         sentences += _by_type_sentences(setting, first, other)
     for variant in present:
         sentences += _below_blind_sentence(setting, variant)
     return sentences
+
+
+def overall(setting: Setting, variants: Sequence[str]) -> str:
+    """The result over all questions: each variant against the first, and what needs no picture."""
+    first, *others = [variant for variant in variants if variant in setting.metrics]
+    sentences = [_overall_sentence(setting, first, other) for other in others] or [_alone_sentence(setting, first)]
+    score = setting.metrics[first]["all"]
+    blind = max((score[key], BLIND[key][1]) for key in BLIND if key in score) if _blind_keys(setting) else None
+    if blind is not None:
+        sentences.append(f"Without the picture, the {blind[1]} is right in {percent(blind[0])}.")
+    return " ".join(sentences)
 
 
 def _overall_sentence(setting: Setting, first: str, other: str) -> str:
@@ -202,13 +213,9 @@ def _overall_sentence(setting: Setting, first: str, other: str) -> str:
 
 def _alone_sentence(setting: Setting, variant: str) -> str:
     score = setting.metrics[variant]["all"]
-    sentence = (
-        f"{display_name(variant)} answers {percent(score['accuracy'])} of {score['n']:,} held-out questions correctly"
+    return (
+        f"{display_name(variant)} answers {percent(score['accuracy'])} of {score['n']:,} held-out questions correctly."
     )
-    if score.get("majority") is None:
-        return sentence + "."
-    baseline = percent(score["majority"])
-    return f"{sentence}; the most frequent training answer to each type of question is right in {baseline}."
 
 
 def _by_type_sentences(setting: Setting, first: str, other: str) -> list[str]:

@@ -28,13 +28,13 @@ COLOURS = {
     "purple": (150, 65, 180),
     "teal": (60, 180, 185),
 }
-SIZES = {"small": 9, "large": 14}  # pixels across
+SIZES = {"small": 11, "large": 14}  # pixels across
 TEXTURES = ("solid", "striped", "checked")
 GROUNDS = ("smooth", "rough", "wavy")
 
-TEXTURE_CONTRAST = 24.0  # grey levels above and below the object's colour
-GROUND_CONTRAST = 12.0
-NOISE = 26.0  # largest grey level of the uniform pixel noise
+TEXTURE_CONTRAST = 36.0  # grey levels above and below the object's colour
+GROUND_CONTRAST = 8.0
+NOISE = 20.0  # largest grey level of the uniform pixel noise
 PERIOD = 4  # pixels, of stripes and checks
 
 # One colour, shape and texture of each colour never occurs in training; validation and test draw it as any other.

@@ -14,6 +14,7 @@ import platform
 import random
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,9 @@ from tqdm import tqdm
 from transformers import CLIPVisionModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from xformer_mllm.data.scene_questions import QUESTION_TYPES
-from xformer_mllm.data.world import Scene, draw_scene, render
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-MAE_MEAN, MAE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from xformer_mllm.data.world import IMAGE_SIZE, Scene, draw_scene, render
+from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from xformer_mllm.model.vision_encoders import encode_mae, scaled
 
 ATTRIBUTES = (
     *("count_all", "count", "count_texture", "texture", "exists_texture"),
@@ -116,24 +116,17 @@ def _encoders(config: ProbeConfig) -> dict[str, Any]:
     untrained.vit.embeddings.initialize_weights()
 
     def clip_tokens(images: np.ndarray) -> Tensor:
-        return clip(_normalise(images, CLIP_MEAN, CLIP_STD), output_hidden_states=True).hidden_states[-2]
+        pixels = _pixels(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        return clip(pixels, output_hidden_states=True).hidden_states[-2]
 
-    def mae_tokens(model: ViTMAEForPreTraining) -> Any:
-        model.config.mask_ratio = 0.0  # all patches, in their own order: the noise below sorts as it stands
+    def mae_tokens(model: ViTMAEForPreTraining, images: np.ndarray) -> Tensor:
+        return encode_mae(model.vit, _pixels(images, IMAGENET_MEAN, IMAGENET_STD)).tokens
 
-        def tokens(images: np.ndarray) -> Tensor:
-            patches = model.vit.embeddings.patch_embeddings.num_patches
-            noise = torch.arange(patches).float().expand(len(images), -1)
-            return model.vit(_normalise(images, MAE_MEAN, MAE_STD), noise=noise).last_hidden_state
-
-        return tokens
-
-    return {"random": mae_tokens(untrained), "clip": clip_tokens, "mae": mae_tokens(mae)}
+    return {"random": partial(mae_tokens, untrained), "clip": clip_tokens, "mae": partial(mae_tokens, mae)}
 
 
-def _normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+def _pixels(images: np.ndarray, mean: list[float], std: list[float]) -> Tensor:
+    return scaled(torch.from_numpy(images).permute(0, 3, 1, 2), IMAGE_SIZE, mean, std, torch.float32)
 
 
 @torch.no_grad()

@@ -531,6 +531,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         soft_prompt: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
         **_,
     ) -> XFormerForConditionalGenerationOutput:
         """The language-modelling loss of texts behind images (paper section "Stage 2").
@@ -542,6 +543,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             labels: int64[B, T], -100 where nothing is to be learned; no loss if None.
             noise: [B, L] for the masking of the variant that keeps the reconstruction loss.
             soft_prompt: [B, Q, E] from `get_image_features`, in place of `pixel_values`.
+            image_index: int64[texts], the image of each text where images have several; one each, in order, if None.
 
         Raises:
             ValueError: if a text has not exactly as many placeholders as there are queries.
@@ -552,6 +554,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             image = self.xformer.encode_image(pixel_values, config.mask_ratio if reconstructs else 0.0, noise)
             output = self.xformer.read(image)
             soft_prompt = self.language_projection(output.fused_queries)
+        if image_index is not None:
+            soft_prompt = soft_prompt[image_index]
         embeds = self._with_soft_prompt(input_ids, soft_prompt)
         if labels is None:
             logits = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask).logits

@@ -15,6 +15,7 @@ import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,8 @@ from transformers import (
 from xformer_mllm.data.scene_questions import ask
 from xformer_mllm.data.scenes import caption, description
 from xformer_mllm.data.world import IMAGE_SIZE, draw_scene, render
-
-# (uint8 / 255 - mean) / deviation: OpenAI CLIP's for CLIP, ImageNet's for MAE, as published checkpoints have them.
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-MAE_MEAN, MAE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from xformer_mllm.model.vision_encoders import scaled
 
 # Words of easy-VQA, and of questions in general, that scenes may lack: in the vocabularies, to stay one token.
 OTHER_WORDS = (
@@ -85,12 +84,12 @@ class ClipConfig:
 class MaeConfig:
     """MAE's training; the decoder is 96 wide and 3 layers deep."""
 
-    steps: int = 1800
+    steps: int = 2000
     batch_size: int = 128
     learning_rate: float = 2e-3
     width: int = 128
     layers: int = 4
-    mask_ratio: float = 0.75
+    mask_ratio: float = 0.5
     norm_pix_loss: bool = False
     seed: int = 0
 
@@ -121,7 +120,7 @@ class EncodersConfig:
 def train_encoders(config: EncodersConfig) -> dict[str, dict[str, float]]:
     """Trains and writes clip/, mae/ and qformer_tokenizer/ under `config.output`; returns their validation metrics."""
     save_qformer_tokenizer(config.output)
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         clip = pool.submit(train_clip, config.clip, config.output)
         mae = pool.submit(train_mae, config.mae, config.output)
         return {"clip": clip.result(), "mae": mae.result()}
@@ -232,7 +231,7 @@ def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
     _optimise(model, loss, config.steps, config.learning_rate, "clip")
     metrics = clip_retrieval(model, tokenizer)
     recipe = _recipe("encoders", config, metrics, started, "scenes and captions, train split, each seen once")
-    recipe["pixels"] = {"mean": CLIP_MEAN, "std": CLIP_STD, "scale": 1 / 255}
+    recipe["pixels"] = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "scale": 1 / 255}
 
     def save(folder: Path) -> None:
         model.vision_model.save_pretrained(folder)
@@ -260,7 +259,7 @@ def _clip_logits(
     text = tokenizer(captions, padding=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(
-            pixel_values=normalise(images, CLIP_MEAN, CLIP_STD),
+            pixel_values=_pixels(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
             input_ids=text["input_ids"],
             attention_mask=text["attention_mask"],
         )
@@ -317,7 +316,7 @@ def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss(step: int) -> Tensor:
-        images = normalise(_images("train", step * config.batch_size, config.batch_size), MAE_MEAN, MAE_STD)
+        images = _pixels(_images("train", step * config.batch_size, config.batch_size), IMAGENET_MEAN, IMAGENET_STD)
         noise = torch.rand(len(images), 36, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             return model(images, noise=noise).loss
@@ -325,7 +324,7 @@ def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
     _optimise(model, loss, config.steps, config.learning_rate, "mae")
     metrics = mae_loss(model)
     recipe = _recipe("encoders", config, metrics, started, "scenes, train split, each seen once")
-    recipe["pixels"] = {"mean": MAE_MEAN, "std": MAE_STD, "scale": 1 / 255}
+    recipe["pixels"] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "scale": 1 / 255}
     _write(model.save_pretrained, output / "mae", recipe)
     return metrics
 
@@ -334,7 +333,7 @@ def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
 def mae_loss(model: ViTMAEForPreTraining, size: int = 512) -> dict[str, float]:
     """Reconstruction loss on validation scenes with fixed masks, and that of the best constant (the images' mean)."""
     model.eval()
-    images = normalise(_images("validation", 0, size), MAE_MEAN, MAE_STD)
+    images = _pixels(_images("validation", 0, size), IMAGENET_MEAN, IMAGENET_STD)
     noise = torch.rand(size, 36, generator=torch.Generator().manual_seed(0))
     return {
         "reconstruction_loss": model(images, noise=noise).loss.item(),
@@ -472,10 +471,9 @@ def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scene
 # --- shared ----------------------------------------------------------------------------------------
 
 
-def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def _pixels(images: np.ndarray, mean: list[float], std: list[float]) -> Tensor:
     """uint8[B, H, W, 3] -> float32[B, 3, H, W] with an encoder's own mean and deviation."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return scaled(torch.from_numpy(images).permute(0, 3, 1, 2), IMAGE_SIZE, mean, std, torch.float32)
 
 
 def _images(split: str, first: int, count: int) -> np.ndarray:
