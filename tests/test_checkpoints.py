@@ -4,7 +4,13 @@ import pytest
 import torch
 from conftest import randomise
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, ViTMAEForPreTraining, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    ViTMAEForPreTraining,
+    pipeline,
+)
 
 from xformer_mllm import VARIANTS
 from xformer_mllm.checkpoints import WEIGHTS, _copy, start_generation, start_pretraining

@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from xformer_mllm.data.questions import Question
+from xformer_mllm.data.questions import QUESTION_PROMPT, Question
 from xformer_mllm.data.scenes import SceneQuestions
 from xformer_mllm.evaluate import questions
 from xformer_mllm.evaluate.questions import (
-    PROMPT,
     Blind,
     EvaluateConfig,
     answer_questions,
@@ -24,7 +23,6 @@ from xformer_mllm.evaluate.questions import (
     wilson,
     write_predictions,
 )
-from xformer_mllm.train.batches import QUESTION_PROMPT
 
 
 def row(number, correct, kind="count", image=None, semantic=None, answer="1", question="how many?"):
@@ -39,10 +37,6 @@ def row(number, correct, kind="count", image=None, semantic=None, answer="1", qu
         "prediction": answer if correct else "wrong",
         "correct": correct,
     }
-
-
-def test_training_and_evaluation_ask_with_the_same_words():
-    assert PROMPT == QUESTION_PROMPT
 
 
 def test_wilson_against_the_textbook():
@@ -221,6 +215,6 @@ def test_evaluate_writes_predictions_and_scores(tmp_path, monkeypatch):
     predictions = read_predictions(folder / "predictions.jsonl")
     assert metrics["scores"]["all"]["n"] == len(predictions) == 12
     assert metrics["scores"]["all"]["accuracy"] == sum(p["correct"] for p in predictions) / 12
-    assert metrics["prompt"] == PROMPT
+    assert metrics["prompt"] == QUESTION_PROMPT
     assert metrics["config"]["size"] == 6
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "predictions.jsonl"}

@@ -20,10 +20,11 @@ from transformers.utils import ModelOutput
 
 from xformer_mllm.checkpoints import start_generation, start_pretraining
 from xformer_mllm.cli import main
+from xformer_mllm.data.questions import QUESTION_PROMPT, ByPicture
 from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.train import freeze
-from xformer_mllm.train.batches import IGNORED, QUESTION_PROMPT, Stage1Collator, Stage2Collator
+from xformer_mllm.train.batches import IGNORED, Stage1Collator, Stage2Collator
 from xformer_mllm.train.callbacks import keep_until
 from xformer_mllm.train.config import Stage1Config, Stage2Config, differences, read_config, write_config
 from xformer_mllm.train.stages import run_stage1, run_stage2
@@ -345,11 +346,6 @@ def test_labels_are_the_target_and_the_end_alone_behind_the_prompt_of_inference(
         assert set(labels.tolist()[length:]) <= {IGNORED}
 
 
-def test_training_and_evaluation_ask_with_the_same_prompt():
-    questions = pytest.importorskip("xformer_mllm.evaluate.questions")
-    assert questions.PROMPT == QUESTION_PROMPT
-
-
 def test_a_configuration_survives_its_file(tmp_path):
     config = Stage2Config(output_dir=tmp_path, betas=(0.8, 0.9), from_pretraining=Path("somewhere"), text="questions")
     write_config(config, "train stage2")
@@ -388,7 +384,10 @@ def test_data_is_not_what_a_step_waits_for():
 
 def test_scene_questions_make_a_stage_2_batch(runs):
     model, processor = start_generation(runs / "undisturbed" / "model", "opt", 0)
-    questions = SceneQuestions("train", 2)
-    batch = Stage2Collator(processor, model.generation_config.eos_token_id, 32)([questions[n] for n in range(4)])
-    del batch["ids"]
+    questions = SceneQuestions("train", 2, questions_per_scene=3)
+    by_picture = ByPicture(questions, [[0, 1, 2], [3, 4, 5]])
+    batch = Stage2Collator(processor, model.generation_config.eos_token_id, 32)([by_picture[0], by_picture[1]])
+    assert batch.pop("ids") == [questions[place]["id"] for place in range(6)]
+    assert batch["pixel_values"].shape[0] == 2
+    assert batch["image_index"].tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.isfinite(model(**batch).loss)

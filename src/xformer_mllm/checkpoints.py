@@ -107,6 +107,13 @@ def attention_for_device() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
+def bf16_is_fast() -> bool:
+    """On GPUs that have it, and on CPUs with bf16 products in hardware (AMX, or AVX-512's); elsewhere it is emulated."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen causal language model, without dropout, and its tokenizer.
 

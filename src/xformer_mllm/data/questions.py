@@ -1,9 +1,13 @@
-"""One record for every set of questions about pictures."""
+"""One record for every set of questions about pictures, and the words in which they are asked."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from PIL import Image
+from torch.utils.data import Dataset
+
+QUESTION_PROMPT = "Question: {question} Answer:"  # BLIP-2's for OPT
+CAPTION_PROMPT = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +30,21 @@ class Question:
     def item(self, image: Image.Image) -> dict[str, Any]:
         """The record with its picture: an item of a question data set."""
         return {**asdict(self), "image": image}
+
+
+class ByPicture(Dataset):
+    """A question data set, picture by picture: an item is the list of a picture's questions, in their order.
+
+    Args:
+        questions: the data set.
+        groups: for each picture the places of its questions in it.
+    """
+
+    def __init__(self, questions: Dataset, groups: list[list[int]]):
+        self.questions, self.groups = questions, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.questions[place] for place in self.groups[index]]

@@ -67,6 +67,12 @@ def _picture(scene: Scene) -> Image.Image:
     return Image.fromarray(render(scene))
 
 
+@lru_cache(maxsize=4096)
+def _asked(scene: Scene, questions: int) -> list:
+    """Kept for a while, as the picture is."""
+    return ask(scene, questions)
+
+
 class SceneCaptions(Dataset):
     """`size` scenes of a split ("train", "validation", "test") with their captions.
 
@@ -110,7 +116,7 @@ class SceneQuestions(Dataset):
             raise IndexError(index)
         scene_index, which = divmod(index, self.questions_per_scene)
         scene = draw_scene(self.split, scene_index, self.seed)
-        return ask(scene, self.questions_per_scene)[which].item(_picture(scene))
+        return _asked(scene, self.questions_per_scene)[which].item(_picture(scene))
 
 
 def answer_counts(questions: SceneQuestions) -> dict[str, Counter]:

@@ -19,8 +19,9 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
+from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.data.scenes import SceneCaptions
-from xformer_mllm.evaluate.questions import MAX_NEW_TOKENS, PROMPT
+from xformer_mllm.evaluate.questions import MAX_NEW_TOKENS
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.modeling_xformer import (
@@ -139,7 +140,9 @@ def ask(config: AskConfig) -> list[dict[str, str]]:
     soft_prompt = model.get_image_features(pixels)
     found = []
     for questions in _chunks(config.questions, config.batch_size):
-        text = processor(text=[PROMPT.format(question=question.strip()) for question in questions]).to(model.device)
+        text = processor(text=[QUESTION_PROMPT.format(question=question.strip()) for question in questions]).to(
+            model.device
+        )
         tokens = model.generate(
             soft_prompt=soft_prompt.expand(len(questions), -1, -1),
             **text,

@@ -24,13 +24,13 @@ import tyro
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.easy_vqa import EasyVqaQuestions
-from xformer_mllm.data.questions import Question
+from xformer_mllm.data.questions import QUESTION_PROMPT, Question
 from xformer_mllm.data.scene_questions import ask
 from xformer_mllm.data.scenes import SceneQuestions
 from xformer_mllm.data.world import draw_scene
 
-PROMPT = "Question: {question} Answer:"
 MAX_NEW_TOKENS = 8
 RESAMPLES = 2_000
 TRAINING_SCENES = 4_000  # enough to see which answer to a type of question is the most frequent one
@@ -57,7 +57,10 @@ def answer_questions(
     model.eval()
     device = next(model.parameters()).device
     predictions: list[Prediction] = []
-    with _precision(device), tqdm(total=len(dataset), disable=not progress, unit="question") as bar:  # type: ignore[arg-type]
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast()),
+        tqdm(total=len(dataset), disable=not progress, unit="question") as bar,
+    ):  # type: ignore[arg-type]
         for start in range(0, len(dataset), batch_size):  # type: ignore[arg-type]
             items = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]  # type: ignore[arg-type]
             answers = _answer_batch(model, processor, items, device)
@@ -70,7 +73,7 @@ def _answer_batch(model: Any, processor: Any, items: Sequence[Mapping[str, Any]]
     pictures = {item["image_id"]: item["image"] for item in items}
     place = {image_id: number for number, image_id in enumerate(pictures)}
     pixels = processor(images=list(pictures.values()), return_tensors="pt")["pixel_values"].to(device)
-    prompts = [PROMPT.format(question=item["question"]) for item in items]
+    prompts = [QUESTION_PROMPT.format(question=item["question"]) for item in items]
     text = processor(text=prompts, padding=True, padding_side="left", return_tensors="pt").to(device)
     soft_prompt = model.get_image_features(pixels)[[place[item["image_id"]] for item in items]]
     new_tokens = model.generate(
@@ -81,12 +84,6 @@ def _answer_batch(model: Any, processor: Any, items: Sequence[Mapping[str, Any]]
         do_sample=False,
     )
     return [answer.strip() for answer in processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-
-
-def _precision(device: torch.device) -> torch.autocast:
-    """bf16 where it is fast: GPUs that have it, and CPUs with AMX."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def _prediction(item: Mapping[str, Any], answer: str) -> Prediction:
@@ -305,7 +302,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     blind = Blind.learn(training_questions(config.data, config.questions_per_picture, config.seed))
     metrics = {
         "scores": score(predictions, blind),
-        "prompt": PROMPT,
+        "prompt": QUESTION_PROMPT,
         "decoding": f"greedy, at most {MAX_NEW_TOKENS} new tokens",
         "normalisation": "lower-cased, stripped, exact match",
         "seconds": round(time.perf_counter() - start, 1),

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
+
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # no loss there
-CAPTION_PROMPT = ""
-QUESTION_PROMPT = "Question: {question} Answer:"  # BLIP-2's for OPT; evaluation asks with the same
 
 
 def _require_text(record: dict[str, Any], field: str) -> str:
@@ -68,21 +68,23 @@ class Stage1Collator:
 
 
 class Stage2Collator:
-    """[{"id", "image", "caption"} or {"id", "image", "question", "answer"}] -> a batch of stage 2.
+    """[{"id", "image", "caption"}, or a list of one picture's {"id", "image", "question", "answer"}] -> a batch of stage 2.
 
-    pixel_values uint8[B, 3, H, W]; input_ids, attention_mask, labels int64[B, T]. A row is [image placeholders]
-    [prompt][target][end token][padding], up to the target exactly what the processor makes of the prompt at inference
-    (nothing for a caption, the question prompt for a question). Labels are IGNORED but on the target and the end
-    token. A target longer than `max_text_tokens` is cut and then has no end token, for the text does not end there; a
-    question is cut to as many words. Raises ValueError for an empty text.
+    pixel_values uint8[B, 3, H, W], each picture once; input_ids, attention_mask, labels int64[texts, T]; image_index
+    int64[texts], the picture of each text. A row is [image placeholders][prompt][target][end token][padding], up to the
+    target exactly what the processor makes of the prompt at inference (nothing for a caption, the question prompt for a
+    question). Labels are IGNORED but on the target and the end token. A target longer than `max_text_tokens` is cut and
+    then has no end token, for the text does not end there; a question is cut to as many words. Raises ValueError for an empty text.
     """
 
     def __init__(self, processor: Any, end_token_id: int, max_text_tokens: int):
         self.processor, self.end_token_id = processor, end_token_id
         self.cut = _Cutter(max_text_tokens)
 
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: list[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
+        pictures = [item if isinstance(item, list) else [item] for item in items]
+        records = [record for picture in pictures for record in picture]
         prompts, targets = zip(*map(self._prompt_and_target, records), strict=True)
         placeholders = [self.processor.image_token_id] * self.processor.num_query_tokens
         prompt_ids = [placeholders + ids for ids in tokenizer(list(prompts))["input_ids"]]
@@ -92,10 +94,10 @@ class Stage2Collator:
             learned = self.cut([*target, self.end_token_id], record["id"])
             rows.append([*prompt, *learned])
             labels.append([*[IGNORED] * len(prompt), *learned])
-        pixels = self.processor(images=[record["image"] for record in records], return_tensors="pt")["pixel_values"]
         return {
             "ids": [record["id"] for record in records],
-            "pixel_values": pixels,
+            "pixel_values": self.processor(images=[picture[0]["image"] for picture in pictures])["pixel_values"],
+            "image_index": torch.tensor([place for place, picture in enumerate(pictures) for _ in picture]),
             "input_ids": _pad(rows, tokenizer.pad_token_id),
             "attention_mask": _pad([[1] * len(row) for row in rows], 0),
             "labels": _pad(labels, IGNORED),

@@ -18,7 +18,7 @@ LOG, SAMPLES = "log.jsonl", "samples.jsonl"
 def keep_until(path: Path, step: int) -> None:
     """Drop what a killed run wrote to a JSONL file after `step`, its last checkpoint, and a line cut in two."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:

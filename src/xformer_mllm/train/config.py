@@ -37,7 +37,7 @@ class RunConfig:
     steps: int = 1_200
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 48
-    """Records per step and device."""
+    """Pictures per step and device."""
     gradient_accumulation_steps: int = 1
     """Batches per optimiser step (the contrastive loss sees one batch at a time)."""
     learning_rate: float = 1.5e-3
@@ -102,13 +102,13 @@ class Stage2Config(RunConfig):
     text: Literal["captions", "questions"] = "captions"
     """What is learned to be said: captions alone, as in the paper (questions are then zero-shot), or answers."""
     questions_per_picture: int = 4
-    """With --text questions: how many on each picture, where the data set draws them."""
+    """With --text questions: how many on each picture, where the data set draws them (scenes)."""
     output_dir: Path = Path("runs/stage2")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
     steps: int = 900
     """Optimiser steps; the cosine schedule ends there."""
-    batch_size: int = 96
-    """Records per step and device."""
+    batch_size: int = 48
+    """Pictures per step and device, each encoded once and with all its questions."""
 
 
 def write_config(config: Any, command: str) -> None:

@@ -22,10 +22,11 @@ from transformers import set_seed
 from xformer_mllm.checkpoints import start_generation, start_pretraining
 from xformer_mllm.data.captions import CaptionFolder
 from xformer_mllm.data.easy_vqa import EasyVqaCaptions, EasyVqaQuestions
+from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT, ByPicture
 from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
 from xformer_mllm.model.images import load_image
 from xformer_mllm.train import freeze
-from xformer_mllm.train.batches import CAPTION_PROMPT, QUESTION_PROMPT, Stage1Collator, Stage2Collator
+from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
 from xformer_mllm.train.callbacks import LOG, SAMPLES, HeldOutTexts, Progress, RunLog
 from xformer_mllm.train.config import (
     CONFIG_FILE,
@@ -98,16 +99,20 @@ def _captions(config: RunConfig) -> tuple[Dataset, Records]:
 
 
 def _questions(config: Stage2Config) -> tuple[Dataset, Records]:
-    """Questions with answers to train on, and one on each of a few held-out pictures."""
+    """Questions with answers to train on, picture by picture, and one on each of a few held-out pictures."""
     if config.data == "scenes":
-        train = SceneQuestions("train", config.train_size, questions_per_scene=config.questions_per_picture)
-        return train, _first(SceneQuestions("validation", HELD_OUT_PICTURES, questions_per_scene=1))
+        each = config.questions_per_picture
+        scenes = SceneQuestions("train", config.train_size, questions_per_scene=each)
+        groups = [list(range(first, first + each)) for first in range(0, len(scenes), each)]
+        return ByPicture(scenes, groups), _first(
+            SceneQuestions("validation", HELD_OUT_PICTURES, questions_per_scene=1)
+        )
     if config.data == "easy-vqa":
         questions = EasyVqaQuestions("train")
-        pictures = list(dict.fromkeys(question.image_id for question in questions.questions))[: config.train_size]
-        chosen = set(pictures)
-        indices = [index for index, question in enumerate(questions.questions) if question.image_id in chosen]
-        return Subset(questions, indices), _first(EasyVqaQuestions("validation"))
+        places: dict[str, list[int]] = {}
+        for place, question in enumerate(questions.questions):
+            places.setdefault(question.image_id, []).append(place)
+        return ByPicture(questions, list(places.values())[: config.train_size]), _first(EasyVqaQuestions("validation"))
     _require_folder(config.data)
     raise ValueError(f"{config.data}: a folder of pictures has captions, not questions; use --text captions")
 

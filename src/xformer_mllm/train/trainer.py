@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.train import state
 from xformer_mllm.train.config import RunConfig
 
@@ -22,19 +23,6 @@ IDS_SHOWN = 6
 
 class NonFiniteError(ValueError):
     """A loss or a gradient is nan or infinite: the run stops before the weights are touched."""
-
-
-def wants_bf16(choice: str) -> bool:
-    """Whether to train in bf16 for --bf16 auto|yes|no.
-
-    auto: on GPUs that have it, and on CPUs with bf16 products in hardware (AMX, or AVX-512's). Elsewhere it is
-    emulated, and slower than fp32.
-    """
-    if choice != "auto":
-        return choice == "yes"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -56,7 +44,7 @@ def _arguments(config: RunConfig, train_dataset: Dataset) -> TrainingArguments:
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
         max_grad_norm=config.max_grad_norm,
-        bf16=wants_bf16(config.bf16),
+        bf16=bf16_is_fast() if config.bf16 == "auto" else config.bf16 == "yes",
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         data_seed=config.seed,
