@@ -82,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         extra = EXTRAS.get(error.name, "train")
         return _say(f"needs the package {error.name}: pip install 'xformer-mllm[{extra}]'", 2)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         if os.environ.get("XFORMER_TRACEBACK"):
             raise

@@ -57,12 +57,11 @@ def answer_questions(
     model.eval()
     device = next(model.parameters()).device
     predictions: list[Prediction] = []
-    with (
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast()),
-        tqdm(total=len(dataset), disable=not progress, unit="question") as bar,
-    ):  # type: ignore[arg-type]
-        for start in range(0, len(dataset), batch_size):  # type: ignore[arg-type]
-            items = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]  # type: ignore[arg-type]
+    total = len(dataset)  # type: ignore[arg-type]
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast())
+    with precision, tqdm(total=total, disable=not progress, unit="question") as bar:
+        for start in range(0, total, batch_size):
+            items = [dataset[place] for place in range(start, min(start + batch_size, total))]
             answers = _answer_batch(model, processor, items, device)
             predictions += [_prediction(item, answer) for item, answer in zip(items, answers, strict=True)]
             bar.update(len(items))

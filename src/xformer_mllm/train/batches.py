@@ -68,13 +68,16 @@ class Stage1Collator:
 
 
 class Stage2Collator:
-    """[{"id", "image", "caption"}, or a list of one picture's {"id", "image", "question", "answer"}] -> a batch of stage 2.
+    """A list of items -> a batch of stage 2.
+
+    An item is {"id", "image", "caption"}, or a list of one picture's {"id", "image", "question", "answer"}.
 
     pixel_values uint8[B, 3, H, W], each picture once; input_ids, attention_mask, labels int64[texts, T]; image_index
     int64[texts], the picture of each text. A row is [image placeholders][prompt][target][end token][padding], up to the
     target exactly what the processor makes of the prompt at inference (nothing for a caption, the question prompt for a
     question). Labels are IGNORED but on the target and the end token. A target longer than `max_text_tokens` is cut and
-    then has no end token, for the text does not end there; a question is cut to as many words. Raises ValueError for an empty text.
+    then has no end token, for the text does not end there; a question is cut to as many words. Raises ValueError for an
+    empty text.
     """
 
     def __init__(self, processor: Any, end_token_id: int, max_text_tokens: int):
