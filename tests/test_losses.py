@@ -74,5 +74,10 @@ def test_hard_negatives_follow_the_softmax():
     assert frequency[3] == 0
 
 
+def test_similarities_that_are_not_numbers_draw_something():
+    drawn = losses.sample_hard_negatives(torch.full((3, 3), torch.nan), torch.eye(3, dtype=torch.bool))
+    assert ((drawn >= 0) & (drawn < 3)).all()
+
+
 def test_a_batch_of_one_has_no_negatives():
     assert losses.sample_hard_negatives(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)).tolist() == [-1]

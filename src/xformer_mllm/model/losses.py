@@ -41,9 +41,10 @@ def sample_hard_negatives(similarity: torch.Tensor, excluded: torch.Tensor) -> t
         int64[B]. A row in which all is excluded has no negative: there -1.
     """
     weights = similarity.detach().float().masked_fill(excluded, -torch.inf).softmax(-1).nan_to_num()
-    none_left = excluded.all(-1)
-    weights = weights.masked_fill(none_left[:, None], 1.0)
-    return torch.multinomial(weights, 1).squeeze(1).masked_fill(none_left, -1)
+    # A row without weights (nothing left, or similarities that are not numbers) must not stop multinomial: the loss will
+    # say nan, and the trainer where.
+    weights = weights.masked_fill(weights.sum(-1, keepdim=True) == 0, 1.0)
+    return torch.multinomial(weights, 1).squeeze(1).masked_fill(excluded.all(-1), -1)
 
 
 def itm_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,6 @@ Read top down, in the order of the paper's figure: `XFormerModel` (encoders, Q-F
 `B` batch, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` MAE patches, `D` Q-Former width, `E` LLM width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -17,102 +15,21 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
-from transformers.utils import ModelOutput
 
 from . import losses, masks
 from .configuration_xformer import XFormerConfig
 from .distributed import gather, rank
 from .fusion import ZeroLinear, build_fusion
+from .outputs import (
+    XFormerForConditionalGenerationOutput,
+    XFormerForImageTextRetrievalOutput,
+    XFormerForPreTrainingOutput,
+    XFormerModelOutput,
+)
 from .reconstruction import reconstruction_loss
-from .vision_encoders import ClipEncoder, MaeTokens, encode_mae, mae_positions, scaled
+from .vision_encoders import ClipEncoder, ImageTokens, MaeTokens, encode_mae, mae_positions, scaled
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
-
-
-@dataclass
-class ImageTokens:
-    """C and M of a batch of images, encoded once. `pixels`: the MAE's normalised input, what it must reconstruct."""
-
-    clip_tokens: torch.Tensor
-    mae: MaeTokens | None
-    pixels: torch.Tensor | None
-
-    def select(self, index: torch.Tensor) -> "ImageTokens":
-        """The same for a choice of the images: int64[P], each in [0, B)."""
-        mae = None if self.mae is None else MaeTokens(*(t[index] for t in vars(self.mae).values()))
-        return ImageTokens(self.clip_tokens[index], mae, None)
-
-    def gathered(self) -> "ImageTokens":
-        """The images of all processes."""
-        mae = None if self.mae is None else MaeTokens(*(gather(t) for t in vars(self.mae).values()))
-        return ImageTokens(gather(self.clip_tokens), mae, None)
-
-
-@dataclass
-class XFormerModelOutput(ModelOutput):
-    """Every stage of the figure.
-
-    Args:
-        clip_tokens: C behind its trainable layer norm, [B, N, D_clip].
-        mae_tokens: M, CLS first, [B, 1+K, D_mae]; None without a second encoder.
-        queries: Z_q, [B, Q, D].
-        fused_queries: Z', [B, Q, D].
-        enriched_mae_tokens: M', [B, 1+K, D_mae].
-        text_states: [B, T, D], where text was given.
-        mae_mask: [B, L], 1 = masked.
-        ids_restore: int64[B, L]; the order of M (see `vision_encoders.MaeTokens`).
-        clip_attentions: a map [B, heads, Q, N] for each Q-Former layer that reads C, on request.
-        mae_attentions: a map [B, heads, Q, 1+K] for each fusion block, on request.
-    """
-
-    clip_tokens: torch.Tensor | None = None
-    mae_tokens: torch.Tensor | None = None
-    queries: torch.Tensor | None = None
-    fused_queries: torch.Tensor | None = None
-    enriched_mae_tokens: torch.Tensor | None = None
-    text_states: torch.Tensor | None = None
-    mae_mask: torch.Tensor | None = None
-    ids_restore: torch.Tensor | None = None
-    clip_attentions: tuple | None = None
-    mae_attentions: tuple | None = None
-
-
-@dataclass
-class XFormerForPreTrainingOutput(ModelOutput):
-    """`loss`: the weighted sum of the losses; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V]."""
-
-    loss: torch.Tensor | None = None
-    itc_loss: torch.Tensor | None = None
-    itm_loss: torch.Tensor | None = None
-    itg_loss: torch.Tensor | None = None
-    reconstruction_loss: torch.Tensor | None = None
-    itc_accuracy: torch.Tensor | None = None
-    itm_accuracy: torch.Tensor | None = None
-    itm_logits: torch.Tensor | None = None
-    itg_logits: torch.Tensor | None = None
-    xformer_output: XFormerModelOutput | None = None
-
-
-@dataclass
-class XFormerForImageTextRetrievalOutput(ModelOutput):
-    """`logits_per_image`: with ITC cosines [images, texts], with ITM [B, 2] (no pair, pair), a row for each pair."""
-
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    xformer_output: XFormerModelOutput | None = None
-
-
-@dataclass
-class XFormerForConditionalGenerationOutput(ModelOutput):
-    """`loss`: `lm_loss`, plus `reconstruction_loss` in the variant that keeps it; `logits` [B, T, V], without labels."""
-
-    loss: torch.Tensor | None = None
-    lm_loss: torch.Tensor | None = None
-    reconstruction_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    xformer_output: XFormerModelOutput | None = None
 
 
 class XFormerPreTrainedModel(PreTrainedModel):

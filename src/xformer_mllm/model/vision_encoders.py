@@ -11,6 +11,8 @@ from transformers import AutoModel, Blip2VisionModel, ViTMAEModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
+from .distributed import gather
+
 
 def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, dtype: torch.dtype) -> torch.Tensor:
     """One image tensor -> what one encoder was trained on: its resolution, its mean and deviation.
@@ -102,6 +104,25 @@ class MaeTokens:
     ids_restore: torch.Tensor
 
 
+@dataclass
+class ImageTokens:
+    """C and M of a batch of images, encoded once. `pixels`: the MAE's normalised input, what it must reconstruct."""
+
+    clip_tokens: torch.Tensor
+    mae: MaeTokens | None
+    pixels: torch.Tensor | None
+
+    def select(self, index: torch.Tensor) -> "ImageTokens":
+        """The same for a choice of the images: int64[P], each in [0, B)."""
+        mae = None if self.mae is None else MaeTokens(*(t[index] for t in vars(self.mae).values()))
+        return ImageTokens(self.clip_tokens[index], mae, None)
+
+    def gathered(self) -> "ImageTokens":
+        """The images of all processes."""
+        mae = None if self.mae is None else MaeTokens(*(gather(t) for t in vars(self.mae).values()))
+        return ImageTokens(gather(self.clip_tokens), mae, None)
+
+
 def encode_mae(
     encoder: ViTMAEModel, pixels: torch.Tensor, mask_ratio: float = 0.0, noise: torch.Tensor | None = None
 ) -> MaeTokens:
@@ -136,4 +157,4 @@ def encode_mae(
     return MaeTokens(encoder.layernorm(states), (ids_restore >= kept).to(pixels.dtype), ids_restore)
 
 
-__all__ = ["ClipEncoder", "MaeTokens", "build_tower", "encode_mae", "mae_positions", "scaled"]
+__all__ = ["ClipEncoder", "ImageTokens", "MaeTokens", "build_tower", "encode_mae", "mae_positions", "scaled"]

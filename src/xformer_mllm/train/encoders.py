@@ -90,7 +90,7 @@ class MaeConfig:
     width: int = 128
     layers: int = 4
     mask_ratio: float = 0.5
-    norm_pix_loss: bool = False
+    norm_pix_loss: bool = True
     seed: int = 0
 
 

@@ -95,12 +95,7 @@ class XFormerTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss. Raises NonFiniteError if it, or a component of it, is not a finite number."""
         self._ids = inputs.pop("ids")
-        try:
-            outputs = model(**inputs)
-        except RuntimeError as error:
-            if "probabilit" not in str(error):
-                raise
-            self._stop(f"no negatives can be drawn ({error})", {})  # from similarities that are not numbers
+        outputs = model(**inputs)
         scalars = {name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0}
         values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()  # one synchronisation
         now = dict(zip(scalars, values, strict=True))

@@ -1,0 +1,84 @@
+"""What the X-Former models return: named tensors, every stage of the figure among them.
+
+`B` batch, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` MAE patches, `K` kept MAE patches, `D` width, `V` vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class XFormerModelOutput(ModelOutput):
+    """Every stage of the figure.
+
+    Args:
+        clip_tokens: C behind its trainable layer norm, [B, N, D_clip].
+        mae_tokens: M, CLS first, [B, 1+K, D_mae]; None without a second encoder.
+        queries: Z_q, [B, Q, D].
+        fused_queries: Z', [B, Q, D].
+        enriched_mae_tokens: M', [B, 1+K, D_mae].
+        text_states: [B, T, D], where text was given.
+        mae_mask: [B, L], 1 = masked.
+        ids_restore: int64[B, L]; the order of M (see `vision_encoders.MaeTokens`).
+        clip_attentions: a map [B, heads, Q, N] for each Q-Former layer that reads C, on request.
+        mae_attentions: a map [B, heads, Q, 1+K] for each fusion block, on request.
+    """
+
+    clip_tokens: torch.Tensor | None = None
+    mae_tokens: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    fused_queries: torch.Tensor | None = None
+    enriched_mae_tokens: torch.Tensor | None = None
+    text_states: torch.Tensor | None = None
+    mae_mask: torch.Tensor | None = None
+    ids_restore: torch.Tensor | None = None
+    clip_attentions: tuple | None = None
+    mae_attentions: tuple | None = None
+
+
+@dataclass
+class XFormerForPreTrainingOutput(ModelOutput):
+    """`loss`: the weighted sum of the losses; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V]."""
+
+    loss: torch.Tensor | None = None
+    itc_loss: torch.Tensor | None = None
+    itm_loss: torch.Tensor | None = None
+    itg_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    itc_accuracy: torch.Tensor | None = None
+    itm_accuracy: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    itg_logits: torch.Tensor | None = None
+    xformer_output: XFormerModelOutput | None = None
+
+
+@dataclass
+class XFormerForImageTextRetrievalOutput(ModelOutput):
+    """`logits_per_image`: with ITC cosines [images, texts], with ITM [B, 2] (no pair, pair), a row for each pair."""
+
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    xformer_output: XFormerModelOutput | None = None
+
+
+@dataclass
+class XFormerForConditionalGenerationOutput(ModelOutput):
+    """`loss`: `lm_loss`, plus `reconstruction_loss` in the variant that keeps it; `logits` [B, T, V], without labels."""
+
+    loss: torch.Tensor | None = None
+    lm_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    xformer_output: XFormerModelOutput | None = None
+
+
+__all__ = [
+    "XFormerForConditionalGenerationOutput",
+    "XFormerForImageTextRetrievalOutput",
+    "XFormerForPreTrainingOutput",
+    "XFormerModelOutput",
+]
