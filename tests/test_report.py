@@ -8,22 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from xformer_mllm.report import (
-    ITM_CHANCE_LOSS,
-    PAPER,
-    Report,
-    Run,
-    Setting,
-    Strip,
-    choose_disagreements,
-    choose_random,
-    line_chart,
-    nice_ticks,
-    render,
-    running_mean,
-    verdict,
-    write_report,
-)
+from xformer_mllm.report import Report, Run, Setting, Strip, verdict, write_report
+from xformer_mllm.report.charts import ITM_CHANCE_LOSS, line_chart, nice_ticks, running_mean
+from xformer_mllm.report.examples import choose_disagreements, choose_random
+from xformer_mllm.report.page import PAPER, render
 
 EVIL = "<script>alert('x')</script>&\"'"
 

@@ -12,6 +12,8 @@ from xformer_mllm.data.scenes import NUMBERS, SceneCaptions, SceneQuestions, cap
 from xformer_mllm.data.world import HELD_OUT, SPLITS, TEXTURES, draw_scene, render
 
 MANY = 6000
+TEXTS_DIGEST = "f8a7480c2831f68e80554a167c6a7534ea6a396cc58bd1ab52ef7ade7524501b"
+PIXEL_MEANS = [134.667, 104.473, 107.9, 138.209, 130.76]
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +247,3 @@ def test_textures_share_their_mean_colour():
     overall = np.concatenate(list(means.values()))
     for values in means.values():
         assert abs(np.mean(values) - overall.mean()) < 4 * overall.std() / math.sqrt(len(values))
-
-
-TEXTS_DIGEST = "f8a7480c2831f68e80554a167c6a7534ea6a396cc58bd1ab52ef7ade7524501b"
-PIXEL_MEANS = [134.667, 104.473, 107.9, 138.209, 130.76]

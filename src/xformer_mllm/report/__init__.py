@@ -1,0 +1,16 @@
+"""One run, one page: scores, curves, pictures and configuration as a single self-contained HTML file.
+
+Ground floor: plain data in, one file out. Nothing is fetched, neither when the page is written nor when it is read:
+pictures are embedded, plots are inline SVG or HTML that take their colours from the reader's light or dark setting.
+
+    write_report(Path("report.html"), Report(title=..., variants=("qformer", "xformer"), settings=[Setting(...)], ...))
+
+Every part may be empty; a part that is empty is left out. All text is escaped.
+"""
+
+from xformer_mllm.report.contents import Report, Run, Setting, Strip
+from xformer_mllm.report.findings import overall, verdict
+from xformer_mllm.report.page import write_report
+from xformer_mllm.report.wording import display_name, plain
+
+__all__ = ["Report", "Run", "Setting", "Strip", "display_name", "overall", "plain", "verdict", "write_report"]
