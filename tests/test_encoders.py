@@ -9,6 +9,7 @@ from transformers import CLIPVisionModel, OPTForCausalLM, PreTrainedTokenizerFas
 
 import xformer_mllm
 from xformer_mllm.data.scene_questions import ask
+from xformer_mllm.data.scenes import caption
 from xformer_mllm.data.world import draw_scene
 from xformer_mllm.train import encoders
 from xformer_mllm.train.encoders import ClipConfig, EncodersConfig, LmConfig, MaeConfig
@@ -99,25 +100,42 @@ def test_packed_segments_are_as_good_as_separate_sequences():
     model = encoders.new_lm(config, tokenizer).eval()
     scenes = [encoders._scene_text(i, config, tokenizer) for i in range(3)]
     batch = encoders.pack(scenes, tokenizer)
-    batch.pop("targets")
+    del batch["targets"], batch["answers"]
     packed = model(**batch).logits
-    for row, (body, *segments) in enumerate(scenes):
+    for row, ((body, _), *segments) in enumerate(scenes):
         start = len(body)
-        for segment in segments:
+        for segment, _ in segments:
             alone = model(input_ids=torch.tensor([body + segment])).logits[0, len(body) :]
             torch.testing.assert_close(packed[row, start : start + len(segment)], alone, atol=1e-5, rtol=1e-4)
             start += len(segment)
 
 
-def test_packed_targets_are_the_next_tokens():
+def test_packed_targets_are_the_next_tokens_that_are_learned():
     tokenizer = encoders.lm_tokenizer()
     end, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
-    batch = encoders.pack([[[20, 21], [bos, 30, end], [bos, 31, 32, end]], [[22], [bos, 33, end]]], tokenizer)
+    first = [([20, 21], 0), ([bos, 30, end], 2), ([bos, 31, 32, end], 2)]
+    batch = encoders.pack([first, [([22], 0), ([bos, 33, end], 1)]], tokenizer)
     assert batch["input_ids"][0].tolist() == [20, 21, bos, 30, end, bos, 31, 32, end]
-    assert batch["targets"][0].tolist() == [21, bos, 30, end, -100, 31, 32, end, -100]
+    assert batch["targets"][0].tolist() == [-100, -100, 30, end, -100, -100, 32, end, -100]
     assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5]
     assert batch["input_ids"][1].tolist() == [22, bos, 33, end] + [pad] * 5
-    assert batch["targets"][1].tolist() == [bos, 33, end] + [-100] * 6
+    assert batch["targets"][1].tolist() == [-100, -100, end] + [-100] * 6
+
+
+def test_answers_and_captions_are_what_is_learned():
+    tokenizer = encoders.lm_tokenizer()
+    scenes = [encoders._scene_text(i, LmConfig(questions_per_scene=2), tokenizer) for i in range(4)]
+    targets = encoders.pack(scenes, tokenizer)["targets"]
+    for index, row in enumerate(targets):
+        scene = draw_scene("train", index)
+        texts = [*(q.answer for q in ask(scene, 2)), caption(scene)]
+        assert tokenizer.decode(row[row != -100]) == tokenizer.decode(
+            [
+                i
+                for text in texts
+                for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            ]
+        )
 
 
 def test_encoders_train_and_load(tmp_path):

@@ -38,6 +38,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
+from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.data.scene_questions import ask
 from xformer_mllm.data.scenes import caption, description
 from xformer_mllm.data.world import IMAGE_SIZE, draw_scene, render
@@ -99,12 +100,12 @@ class LmConfig:
     """The language model's training: full descriptions, then captions and questions with answers about them."""
 
     output: Path = Path("weights")
-    steps: int = 5000
+    steps: int = 4000
     batch_size: int = 32
     learning_rate: float = 2e-3
     width: int = 128
     layers: int = 4
-    questions_per_scene: int = 5
+    questions_per_scene: int = 8
     seed: int = 0
 
 
@@ -369,11 +370,12 @@ def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausal
 
 
 def train_lm(config: LmConfig) -> dict[str, float]:
-    """Language modelling of descriptions, captions and questions; writes opt/ and returns its accuracy on validation.
+    """Language modelling of captions and answers behind descriptions; writes opt/, returns its accuracy on validation.
 
     A sequence is one description, then segments "</s> Question: ... Answer: ... <end>" and one "</s> caption <end>".
     Each segment sees the description and itself only, and counts its positions from the description's end: the model
-    learns [description][</s> text <end>], the layout that stage 2 has with soft prompts in the description's place.
+    learns [description][</s> text <end>], the layout that stage 2 has with soft prompts in the description's place. The
+    loss is on captions and answers: descriptions and questions are drawn by lot, there is little to learn in them.
     """
     torch.set_num_threads(1)
     started = time.time()
@@ -401,42 +403,48 @@ def train_lm(config: LmConfig) -> dict[str, float]:
     return metrics
 
 
-def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of a training scene: the description, then one list per segment."""
+def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
+    """Token ids of a training scene: the description, then its segments; each with how many of its last are learned."""
     scene = draw_scene("train", index)
     lot = random.Random(f"{scene.key}/lm/{config.seed}")
     words = description(scene, lot).split()
     if lot.random() < 0.1:  # soft prompts will not be complete either
         words = [word for word in words if lot.random() > 0.1]
-    texts = [f"Question: {q.question} Answer: {q.answer}" for q in ask(scene, config.questions_per_scene)]
-    texts.append(caption(scene))
-    encoded = tokenizer([" ".join(words), *texts], add_special_tokens=False)["input_ids"]
-    return [encoded[0], *([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded[1:])]
+    pairs = [(QUESTION_PROMPT.format(question=q.question), q.answer) for q in ask(scene, config.questions_per_scene)]
+    pairs.append((CAPTION_PROMPT, caption(scene)))
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    segments = [(encoded(" ".join(words)), 0)]
+    for prompt, text in pairs:
+        learned = [*encoded(text), tokenizer.eos_token_id]
+        segments.append(([tokenizer.bos_token_id, *encoded(prompt), *learned], len(learned)))
+    return segments
 
 
-def pack(scenes: list[list[list[int]]], tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
-    """Descriptions with their segments as one batch.
+def pack(scenes: list[list[tuple[list[int], int]]], tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
+    """Descriptions with their segments as one batch; each with how many of its last tokens are learned.
 
     Returns input_ids int64[B, T], position_ids int64[B, T], attention_mask float[B, 1, T, T] (0 or -inf, added to the
-    scores) and targets int64[B, T] (the next token; -100 at a segment's end and on padding).
+    scores) and targets int64[B, T] (the next token where it is learned, else -100).
     """
-    length = max(sum(map(len, segments)) for segments in scenes)
+    length = max(sum(len(segment) for segment, _ in segments) for segments in scenes)
     ids = np.full((len(scenes), length), tokenizer.pad_token_id)
     targets = np.full((len(scenes), length), -100)
     positions = np.zeros((len(scenes), length), np.int64)
     owner = np.full((len(scenes), length), -1)  # 0 the description, 1.. the segments, -1 padding
-    for row, (body, *segments) in enumerate(scenes):
+    for row, segments in enumerate(scenes):
         start = 0
-        for number, segment in enumerate([body, *segments]):
+        for number, (segment, learned) in enumerate(segments):
             end = start + len(segment)
             ids[row, start:end] = segment
-            targets[row, start : end - 1] = segment[1:]
-            first = 0 if number == 0 else len(body)
+            if learned:
+                targets[row, end - 1 - learned : end - 1] = segment[-learned:]
+            first = 0 if number == 0 else len(segments[0][0])
             positions[row, start:end] = np.arange(first, first + len(segment))
             owner[row, start:end] = number
             start = end
-        if body:
-            targets[row, len(body) - 1] = tokenizer.bos_token_id
     group = torch.from_numpy(owner)
     sees = (group[:, None, :] == group[:, :, None]) | ((group[:, None, :] == 0) & (group[:, :, None] > 0))
     sees &= torch.ones(length, length, dtype=torch.bool).tril()
