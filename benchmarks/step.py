@@ -122,7 +122,9 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if arguments.output:
-        head = "# Time and memory of a training step\n\nAt the embedded sizes; ratios to `qformer` in the same run.\n\n"
+        head = (
+            "# Time and memory of a training step\n\nAt the embedded sizes; ratios to `qformer` in the same run.\n\n"
+        )
         arguments.output.write_text(f"{head}{text}\n")
 
 

@@ -51,6 +51,25 @@ def test_the_seed_decides_the_new_weights():
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_an_instruction_aware_stage_2_reads_the_prompt_through_the_processor(images, tmp_path):
+    first, processor = start_pretraining("xformer")
+    randomise(first, 0.05).save_pretrained(tmp_path / "stage1")
+    processor.save_pretrained(tmp_path / "stage1")
+    model, processor = start_generation(tmp_path / "stage1", instruction_aware=True)
+    model.save_pretrained(tmp_path / "stage2")
+    processor.save_pretrained(tmp_path / "stage2")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stage2")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stage2")
+    with torch.no_grad():
+        prompts = []
+        for prompt in ("Question: how many circles are there? Answer:", "Question: is it red? Answer:", ""):
+            inputs = processor(images=[Image.fromarray(images[0].permute(1, 2, 0).numpy())], text=prompt)
+            read = {name: inputs[name] for name in inputs if name.startswith("qformer")}
+            prompts.append(model.get_image_features(inputs["pixel_values"], **read))
+    assert not torch.allclose(prompts[0], prompts[1])
+    assert not torch.allclose(prompts[0], prompts[2])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stage_2_starts_with_what_stage_1_learned(variant, images, tmp_path):
     first, processor = start_pretraining(variant)

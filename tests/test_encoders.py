@@ -100,7 +100,7 @@ def test_packed_segments_are_as_good_as_separate_sequences():
     model = encoders.new_lm(config, tokenizer).eval()
     scenes = [encoders._scene_text(i, config, tokenizer) for i in range(3)]
     batch = encoders.pack(scenes, tokenizer)
-    del batch["targets"], batch["answers"]
+    del batch["targets"]
     packed = model(**batch).logits
     for row, ((body, _), *segments) in enumerate(scenes):
         start = len(body)

@@ -263,6 +263,26 @@ def test_several_texts_of_an_image_share_its_encoding(images):
         torch.testing.assert_close(shared, model(images[index], ids, mask, labels=labels).loss)
 
 
+def test_instruction_aware_queries_read_the_prompt_of_their_text(images, texts):
+    config = tiny_config(instruction_aware=True)
+    model = randomise(XFormerForConditionalGeneration(config)).eval()
+    ids, mask = llm_inputs(config, 4)
+    read = {"qformer_input_ids": texts[0], "qformer_attention_mask": texts[1]}
+    longer = {name: torch.nn.functional.pad(tensor, (0, 3)) for name, tensor in read.items()}
+    swapped = {name: tensor.flip(0) for name, tensor in read.items()}
+    index = torch.tensor([2, 2, 0, 1])
+    with torch.no_grad():
+        logits = model(images, ids, mask, **read).logits
+        torch.testing.assert_close(model(images, ids, mask, **longer).logits, logits, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(model(images, ids, mask, **swapped).logits, logits)
+        shared = model(images, ids, mask, image_index=index, **read).logits
+        torch.testing.assert_close(shared, model(images[index], ids, mask, **read).logits)
+        with pytest.raises(ValueError, match="this model reads the prompt"):
+            model(images, ids, mask)
+    a = model.generate(images, ids, mask, image_index=index, max_new_tokens=3, **read)
+    assert torch.equal(a, model.generate(images[index], ids, mask, max_new_tokens=3, **read))
+
+
 def test_wrong_number_of_placeholders_is_said(images):
     model = XFormerForConditionalGeneration(tiny_config())
     ids, mask = llm_inputs(model.config, 4)

@@ -130,28 +130,34 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def start_generation(
-    pretrained: str | Path, llm: str = "opt", seed: int = 0
+    pretrained: str | Path, llm: str = "opt", seed: int = 0, instruction_aware: bool = False
 ) -> tuple[XFormerForConditionalGeneration, XFormerProcessor]:
     """Stage 1's result with a language model behind it: the start of stage 2 (paper section "Stage 2").
 
-    The Q-Former leaves its text feed-forwards and word embeddings behind, as BLIP-2 does.
+    The Q-Former leaves its text feed-forwards and word embeddings behind, as BLIP-2 does, unless it is to be
+    instruction-aware.
 
     Args:
         pretrained: directory of a saved `XFormerForPreTraining` with its processor.
         llm: as `load_language_model` takes it.
         seed: of the new projection.
+        instruction_aware: the queries read the prompt, too (InstructBLIP).
     """
     first = XFormerForPreTraining.from_pretrained(pretrained)
     processor = XFormerProcessor.from_pretrained(pretrained)
     language_model, tokenizer = load_language_model(llm)
     processor = XFormerProcessor(
-        processor.image_processor, tokenizer, processor.qformer_tokenizer, first.config.num_query_tokens
+        processor.image_processor,
+        tokenizer,
+        processor.qformer_tokenizer,
+        first.config.num_query_tokens,
+        instruction_aware,
     )
 
     config = first.config
     config.text_config = language_model.config
     config.image_token_index = processor.image_token_id
-    config.qformer_config.use_qformer_text_input = False
+    config.qformer_config.use_qformer_text_input = config.instruction_aware = instruction_aware
     config._attn_implementation = attention_for_device()
     with torch.device("meta"):  # the parts come from elsewhere; nothing large is initialised for nothing
         model = XFormerForConditionalGeneration(config)

@@ -32,9 +32,9 @@ SIZES = {"small": 11, "large": 14}  # pixels across
 TEXTURES = ("solid", "striped", "checked")
 GROUNDS = ("smooth", "rough", "wavy")
 
-TEXTURE_CONTRAST = 30.0  # grey levels above and below the object's colour
+TEXTURE_CONTRAST = 36.0  # grey levels above and below the object's colour
 GROUND_CONTRAST = 8.0
-NOISE = 22.0  # largest grey level of the uniform pixel noise
+NOISE = 20.0  # largest grey level of the uniform pixel noise
 PERIOD = 4  # pixels, of stripes and checks
 
 # One colour, shape and texture of each colour never occurs in training; validation and test draw it as any other.

@@ -137,14 +137,14 @@ def ask(config: AskConfig) -> list[dict[str, str]]:
         raise ValueError('ask a question, e.g. xformer ask photo.jpg "What colour is the circle?"')
     model, processor = _load(config.model, ("XFormerForConditionalGeneration",))
     ((_, pixels),) = _batches(config, [config.image], model, processor)
-    soft_prompt = model.get_image_features(pixels)
     found = []
     for questions in _chunks(config.questions, config.batch_size):
         text = processor(text=[QUESTION_PROMPT.format(question=question.strip()) for question in questions]).to(
             model.device
         )
         tokens = model.generate(
-            soft_prompt=soft_prompt.expand(len(questions), -1, -1),
+            pixels,
+            image_index=torch.zeros(len(questions), dtype=torch.long, device=model.device),
             **text,
             max_new_tokens=config.max_new_tokens,
             do_sample=False,

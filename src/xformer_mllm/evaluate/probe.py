@@ -45,9 +45,9 @@ class ProbeConfig:
     train: int = 8000
     validation: int = 2000
     test: int = 4000
-    epochs: int = 30
+    epochs: int = 40
     batch_size: int = 256
-    learning_rate: float = 4e-3
+    learning_rate: float = 5e-3
     width: int = 128
     seed: int = 0
 

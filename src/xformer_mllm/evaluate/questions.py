@@ -51,8 +51,8 @@ def answer_questions(
 ) -> list[Prediction]:
     """Ask `model` every question of `dataset`, in order; greedy.
 
-    A picture whose questions stand side by side is encoded once per batch: the soft prompt does not depend on the
-    question. Returns the record of each question (without its picture) with "prediction" and "correct".
+    A picture whose questions stand side by side is encoded once per batch. Returns the record of each question (without
+    its picture) with "prediction" and "correct".
     """
     model.eval()
     device = next(model.parameters()).device
@@ -74,11 +74,10 @@ def _answer_batch(model: Any, processor: Any, items: Sequence[Mapping[str, Any]]
     pixels = processor(images=list(pictures.values()), return_tensors="pt")["pixel_values"].to(device)
     prompts = [QUESTION_PROMPT.format(question=item["question"]) for item in items]
     text = processor(text=prompts, padding=True, padding_side="left", return_tensors="pt").to(device)
-    soft_prompt = model.get_image_features(pixels)[[place[item["image_id"]] for item in items]]
     new_tokens = model.generate(
-        soft_prompt=soft_prompt,
-        input_ids=text["input_ids"],
-        attention_mask=text["attention_mask"],
+        pixels,
+        image_index=torch.tensor([place[item["image_id"]] for item in items], device=device),
+        **text,
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
     )

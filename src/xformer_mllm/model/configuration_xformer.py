@@ -40,6 +40,8 @@ class XFormerConfig(PreTrainedConfig):
         fusion_blocks: number of dual cross-attention blocks.
         reconstruction: stage 1 has the masked-image reconstruction loss.
         reconstruction_in_stage2: stage 2 keeps it (the paper's ablation; it hurts).
+        instruction_aware: in stage 2 the queries also read the language model's prompt inside the Q-Former (InstructBLIP);
+            not in the paper.
         mask_ratio: share of the MAE's patches that are masked where there is a reconstruction loss.
         label_smoothing: of ITC and ITG (BLIP-2's 0.1).
         initial_temperature: of ITC, learned (BLIP-2's 0.07).
@@ -75,6 +77,7 @@ class XFormerConfig(PreTrainedConfig):
     fusion_blocks: int = 1
     reconstruction: bool = True
     reconstruction_in_stage2: bool = False
+    instruction_aware: bool = False
     mask_ratio: float = 0.5
     label_smoothing: float = 0.1
     initial_temperature: float = 0.07
@@ -159,6 +162,8 @@ class XFormerConfig(PreTrainedConfig):
                 "reconstruction needs a MAE and the dual cross-attention: no other fusion changes the tokens M, "
                 "so the loss would train nothing; set reconstruction=False"
             )
+        if self.instruction_aware and not self.qformer_config.use_qformer_text_input:
+            raise ValueError("instruction_aware needs qformer_config.use_qformer_text_input")
         if not 0.0 <= self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and below 1")
         if self.reconstruction and self.mask_ratio == 0.0:

@@ -425,9 +425,37 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The soft prompt of each image: pixels of B images -> [B, Q, E]."""
-        return self.language_projection(self.xformer(pixel_values).fused_queries)
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_index: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The soft prompt of each text: pixels of B images -> [texts, Q, E]; arguments as in `forward`."""
+        image = self.xformer.encode_image(pixel_values)
+        output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
+        return self._soft_prompt(output, image_index)
+
+    def _read(self, image: ImageTokens, image_index, input_ids, attention_mask) -> XFormerModelOutput:
+        """The queries read each image, or, instruction-aware, each text's image together with the text's prompt."""
+        if not self.config.instruction_aware:
+            return self.xformer.read(image)
+        if input_ids is None:
+            raise ValueError(
+                "this model reads the prompt: give qformer_input_ids, as XFormerProcessor does with a text"
+            )
+        if image_index is not None:
+            image = image.select(image_index)
+        return self.xformer.read(
+            image, input_ids, masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
+        )
+
+    def _soft_prompt(self, output: XFormerModelOutput, image_index: torch.Tensor | None) -> torch.Tensor:
+        """Z' -> [texts, Q, E]."""
+        soft_prompt = self.language_projection(output.fused_queries)
+        shared = image_index is not None and not self.config.instruction_aware
+        return soft_prompt[image_index] if shared else soft_prompt
 
     def _with_soft_prompt(self, input_ids: torch.Tensor, soft_prompt: torch.Tensor) -> torch.Tensor:
         """Embeddings of int64[B, T] with the soft prompt [B, Q, E] at the image placeholders -> [B, T, E]."""
@@ -449,6 +477,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         noise: torch.Tensor | None = None,
         soft_prompt: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         **_,
     ) -> XFormerForConditionalGenerationOutput:
         """The language-modelling loss of texts behind images (paper section "Stage 2").
@@ -459,8 +489,9 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             attention_mask: [B, T], 1 = token.
             labels: int64[B, T], -100 where nothing is to be learned; no loss if None.
             noise: [B, L] for the masking of the variant that keeps the reconstruction loss.
-            soft_prompt: [B, Q, E] from `get_image_features`, in place of `pixel_values`.
+            soft_prompt: [texts, Q, E] from `get_image_features`, in place of `pixel_values`.
             image_index: int64[texts], the image of each text where images have several; one each, in order, if None.
+            qformer_input_ids, qformer_attention_mask: int64[texts, T'], the prompts for an instruction-aware Q-Former.
 
         Raises:
             ValueError: if a text has not exactly as many placeholders as there are queries.
@@ -469,10 +500,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         reconstructs = config.reconstruction_in_stage2 and labels is not None
         if soft_prompt is None:
             image = self.xformer.encode_image(pixel_values, config.mask_ratio if reconstructs else 0.0, noise)
-            output = self.xformer.read(image)
-            soft_prompt = self.language_projection(output.fused_queries)
-        if image_index is not None:
-            soft_prompt = soft_prompt[image_index]
+            output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
+            soft_prompt = self._soft_prompt(output, image_index)
         embeds = self._with_soft_prompt(input_ids, soft_prompt)
         if labels is None:
             logits = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask).logits
@@ -487,6 +516,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         lm = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten())
         loss, reconstruction = lm, None
         if reconstructs:
+            if config.instruction_aware and image_index is not None:
+                image = image.select(image_index)
             reconstruction = self.xformer.reconstruction_loss(image, output)
             loss = loss + config.reconstruction_weight * reconstruction
         return XFormerForConditionalGenerationOutput(loss, lm, reconstruction, None, output)
@@ -498,6 +529,9 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         soft_prompt: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
         """Continue texts behind images: as `forward`, and the language model's `generate` arguments -> new tokens only.
@@ -505,7 +539,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         Pad on the left, as for any decoder. Without `input_ids` the text is the language model's start token.
         """
         if soft_prompt is None:
-            soft_prompt = self.get_image_features(pixel_values)
+            soft_prompt = self.get_image_features(pixel_values, image_index, qformer_input_ids, qformer_attention_mask)
         if input_ids is None:
             start = [self.config.image_token_index] * self.config.num_query_tokens
             start += [self.generation_config.bos_token_id]

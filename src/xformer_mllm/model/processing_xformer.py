@@ -39,12 +39,22 @@ class XFormerProcessor(ProcessorMixin):
         tokenizer: the language model's; before stage 2 there is none, and the Q-Former's stands here too.
         qformer_tokenizer: the Q-Former's, BERT's kind: [CLS] text [SEP].
         num_query_tokens: placeholders in front of each of the language model's texts.
+        instruction_aware: the language model's text is also given to the Q-Former, as the model's configuration asks.
     """
 
-    def __init__(self, image_processor, tokenizer, qformer_tokenizer, num_query_tokens: int | None = None, **kwargs):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        qformer_tokenizer,
+        num_query_tokens: int | None = None,
+        instruction_aware: bool = False,
+        **kwargs,
+    ):
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
         self.num_query_tokens = num_query_tokens
+        self.instruction_aware = instruction_aware
         super().__init__(image_processor, tokenizer, qformer_tokenizer, **kwargs)
 
     @property
@@ -82,8 +92,13 @@ class XFormerProcessor(ProcessorMixin):
             data["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         if text is not None:
             data |= self._llm_text(_as_list(text), padding, max_length)
+            if self.instruction_aware:
+                data |= self.qformer_inputs(_as_list(text), padding)
         if qformer_text is not None:
-            data |= self._qformer_text(_as_list(qformer_text), padding)
+            for caption in _as_list(qformer_text):
+                if not caption.strip():
+                    raise ValueError("a text for the Q-Former is empty; leave the pair out or give it a caption")
+            data |= self.qformer_inputs(_as_list(qformer_text), padding)
         if not data:
             raise ValueError("give the processor images, text or qformer_text")
         return BatchFeature(data, tensor_type=return_tensors)
@@ -99,10 +114,8 @@ class XFormerProcessor(ProcessorMixin):
             mask = torch.cat([torch.ones_like(placeholders), mask], dim=1)
         return {"input_ids": ids, "attention_mask": mask}
 
-    def _qformer_text(self, texts: list[str], padding: bool | str) -> dict:
-        for text in texts:
-            if not text.strip():
-                raise ValueError("a text for the Q-Former is empty; leave the pair out or give it a caption")
+    def qformer_inputs(self, texts: list[str], padding: bool | str = True) -> dict:
+        """Texts -> qformer_input_ids, qformer_attention_mask, int64[B, T], cut behind `MAX_CAPTION_TOKENS` tokens."""
         encoded = encode(self.qformer_tokenizer, texts, padding, MAX_CAPTION_TOKENS, padding_side="right")
         return {
             "qformer_input_ids": encoded["input_ids"],

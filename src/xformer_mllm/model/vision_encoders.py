@@ -115,7 +115,7 @@ class ImageTokens:
     def select(self, index: torch.Tensor) -> "ImageTokens":
         """The same for a choice of the images: int64[P], each in [0, B)."""
         mae = None if self.mae is None else MaeTokens(*(t[index] for t in vars(self.mae).values()))
-        return ImageTokens(self.clip_tokens[index], mae, None)
+        return ImageTokens(self.clip_tokens[index], mae, None if self.pixels is None else self.pixels[index])
 
     def gathered(self) -> "ImageTokens":
         """The images of all processes."""

@@ -73,7 +73,8 @@ class Stage2Collator:
     An item is {"id", "image", "caption"}, or a list of one picture's {"id", "image", "question", "answer"}.
 
     pixel_values uint8[B, 3, H, W], each picture once; input_ids, attention_mask, labels int64[texts, T]; image_index
-    int64[texts], the picture of each text. A row is [image placeholders][prompt][target][end token][padding], up to the
+    int64[texts], the picture of each text; for an instruction-aware model qformer_input_ids and qformer_attention_mask,
+    the prompts in the Q-Former's tokens. A row is [image placeholders][prompt][target][end token][padding], up to the
     target exactly what the processor makes of the prompt at inference (nothing for a caption, the question prompt for a
     question). Labels are IGNORED but on the target and the end token. A target longer than `max_text_tokens` is cut and
     then has no end token, for the text does not end there; a question is cut to as many words. Raises ValueError for an
@@ -97,7 +98,9 @@ class Stage2Collator:
             learned = self.cut([*target, self.end_token_id], record["id"])
             rows.append([*prompt, *learned])
             labels.append([*[IGNORED] * len(prompt), *learned])
+        read_by_qformer = self.processor.qformer_inputs(list(prompts)) if self.processor.instruction_aware else {}
         return {
+            **read_by_qformer,
             "ids": [record["id"] for record in records],
             "pixel_values": self.processor(images=[picture[0]["image"] for picture in pictures])["pixel_values"],
             "image_index": torch.tensor([place for place, picture in enumerate(pictures) for _ in picture]),

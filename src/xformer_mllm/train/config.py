@@ -101,13 +101,15 @@ class Stage2Config(RunConfig):
     """The frozen language model: opt (tiny, shipped), smollm2, or a local folder or hub id of a causal model."""
     text: Literal["captions", "questions"] = "captions"
     """What is learned to be said: captions alone, as in the paper (questions are then zero-shot), or answers."""
+    instruction_aware: bool = True
+    """With --text questions: the queries read the question, too, as in InstructBLIP (the paper's do not)."""
     questions_per_picture: int = 4
     """With --text questions: how many on each picture, where the data set draws them (scenes)."""
     output_dir: Path = Path("runs/stage2")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
     steps: int = 900
     """Optimiser steps; the cosine schedule ends there."""
-    batch_size: int = 48
+    batch_size: int = 32
     """Pictures per step and device, each encoded once and with all its questions."""
 
 

@@ -85,13 +85,13 @@ class ClipConfig:
 class MaeConfig:
     """MAE's training; the decoder is 96 wide and 3 layers deep."""
 
-    steps: int = 2000
+    steps: int = 4000
     batch_size: int = 128
     learning_rate: float = 2e-3
     width: int = 128
     layers: int = 4
     mask_ratio: float = 0.5
-    norm_pix_loss: bool = True
+    norm_pix_loss: bool = False
     seed: int = 0
 
 

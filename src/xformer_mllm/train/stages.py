@@ -73,7 +73,9 @@ def run_stage2(config: Stage2Config) -> Path:
     if _is_finished(config, "train stage2"):
         return config.output_dir
     set_seed(config.seed)
-    model, processor = start_generation(_pretrained(config), config.llm, config.seed)
+    model, processor = start_generation(
+        _pretrained(config), config.llm, config.seed, config.instruction_aware and config.text == "questions"
+    )
     train, held_out = _questions(config) if config.text == "questions" else _captions(config)
     end = model.generation_config.eos_token_id
     collator = Stage2Collator(processor, end if isinstance(end, int) else end[0], config.max_text_tokens)
