@@ -61,7 +61,9 @@ def test_two_processes_are_one_with_the_joint_batch(texts, images, tmp_path):
     torch.testing.assert_close(theirs["losses"], losses, atol=1e-5, rtol=1e-4)
     assert theirs["grads"].keys() == grads.keys()
     for name, gradient in grads.items():
-        torch.testing.assert_close(theirs["grads"][name], gradient, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            theirs["grads"][name], gradient, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_one_process_needs_no_group():

@@ -41,7 +41,7 @@ def test_shipped_lm_answers_from_text_as_its_recipe_says():
     tokenizer = PreTrainedTokenizerFast.from_pretrained(WEIGHTS / "opt")
     metrics = encoders.lm_accuracy(OPTForCausalLM.from_pretrained(WEIGHTS / "opt"), tokenizer, scenes=100)
     assert metrics["accuracy"] == pytest.approx(stated("opt")["accuracy"], abs=0.05)  # 100 of the recipe's scenes
-    assert metrics["accuracy"] > 0.85
+    assert metrics["accuracy"] > 0.8
 
 
 def test_shipped_weights_are_small_and_say_how_they_were_made():

@@ -357,6 +357,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(images, texts):
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
 
 
+def test_features_of_pictures_and_texts_come_in_one_output(images, texts):
+    model = randomise(XFormerModel(tiny_config())).eval()
+    with torch.no_grad():
+        output = model(images, qformer_input_ids=texts[0], qformer_attention_mask=texts[1])
+        assert torch.equal(output.text_states, model.encode_text(*texts))
+        assert torch.equal(output.fused_queries, model(images).fused_queries)
+
+
 def test_float_pixels_equal_bytes(images):
     model = randomise(XFormerModel(tiny_config())).eval()
     with torch.no_grad():

@@ -10,8 +10,11 @@ Each variant is a lane of parts (stage 1, stage 2, questions); `lanes` runs them
 import contextlib
 import io
 import json
+import os
 import platform
 import shlex
+import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -323,8 +326,12 @@ def what_next(config: DemoConfig, page: Path, pictures: Mapping[Path, str]) -> s
         "caption": ["caption", str(picture), *stage1],
         "reconstruct": ["reconstruct", str(picture), *([] if is_default else stage1)],
     }
-    lines = [f"  {shlex.join(['xformer', *words])}" for words in commands.values()]
-    return "\n".join([f"The report: {page}", "", "To try:", *lines, f"  tensorboard --logdir {config.output_dir}"])
+    # `make demo` does not activate its environment, so there the command has to be named with its place.
+    place = "" if shutil.which("xformer") else os.path.relpath(Path(sys.executable).parent) + "/"
+    lines = [f"  {place}{shlex.join(['xformer', *words])}" for words in commands.values()]
+    return "\n".join(
+        [f"The report: {page}", "", "To try:", *lines, f"  {place}tensorboard --logdir {config.output_dir}"]
+    )
 
 
 def demo_command(config: DemoConfig) -> str:

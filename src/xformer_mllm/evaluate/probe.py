@@ -30,10 +30,7 @@ from xformer_mllm.data.world import IMAGE_SIZE, Scene, draw_scene, render
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import encode_mae, scaled
 
-ATTRIBUTES = (
-    *("count_all", "count", "count_texture", "texture", "exists_texture"),
-    *("colour", "shape", "size", "exists", "ground"),
-)
+ATTRIBUTES = ("texture", "count_texture", "ground", "size", "colour", "count")
 TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("clip", "mae")}
 
 

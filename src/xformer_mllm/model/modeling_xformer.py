@@ -220,11 +220,24 @@ class XFormerModel(XFormerPreTrainedModel):
         pixel_values: torch.Tensor,
         mask_ratio: float = 0.0,
         noise: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
         **_,
     ) -> XFormerModelOutput:
-        """Features of images. `pixel_values`: uint8[B, 3, H, W] or float in [0, 1]; `noise`: [B, L] for the masking."""
-        return self.read(self.encode_image(pixel_values, mask_ratio, noise), output_attentions=output_attentions)
+        """Features of images, and of texts by themselves (neither sees the other).
+
+        Args:
+            pixel_values: uint8[B, 3, H, W], or float in [0, 1].
+            mask_ratio: share of the MAE's patches to mask, in [0, 1).
+            noise: [B, L] for the masking; drawn if None.
+            qformer_input_ids, qformer_attention_mask: int64[texts, T], for `text_states`.
+            output_attentions: also return the queries' attention maps (eager attention only).
+        """
+        output = self.read(self.encode_image(pixel_values, mask_ratio, noise), output_attentions=output_attentions)
+        if qformer_input_ids is not None:
+            output.text_states = self.encode_text(qformer_input_ids, qformer_attention_mask)
+        return output
 
 
 class XFormerForImageTextRetrieval(XFormerPreTrainedModel):

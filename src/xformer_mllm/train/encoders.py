@@ -363,23 +363,10 @@ def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausal
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    _sines(model.model.decoder.embed_positions.weight)
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     return model
-
-
-@torch.no_grad()
-def _sines(positions: Tensor) -> None:
-    """Fills learned positions float[P, D] with sines and cosines of OPT's initial size, in place.
-
-    From random ones, "the word before" has to be learned for each place anew, and a few thousand steps do not get there:
-    the model would count, but not look up which texture belongs to which object.
-    """
-    count, width = positions.shape
-    angle = torch.arange(count)[:, None] * 10000 ** (-torch.arange(0, width, 2) / width)
-    positions.copy_(torch.cat([angle.sin(), angle.cos()], dim=1) * (0.02 * math.sqrt(2)))
 
 
 def train_lm(config: LmConfig) -> dict[str, float]:
