@@ -100,12 +100,12 @@ def parts_of(config: DemoConfig, variant: str) -> list[Part]:
     first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common)
     parts = [_training_part("stage 1", lane / "stage1", first, config.stage1_steps)]
     for text, ending in text_settings(config):
+        # A real language model takes seconds for what the tiny one reads at once.
+        smaller = () if config.llm == "opt" else ("--batch-size", "8")
         second = ("train", "stage2", "--from-pretraining", str(lane / "stage1"), "--llm", config.llm, "--text", text)
-        if config.llm != "opt":  # a real language model takes seconds for what the tiny one reads at once
-            second = (*second, "--batch-size", "8")
         folder = lane / f"stage2{ending}"
         title = f"stage 2 on {text}"
-        parts.append(_training_part(title, folder, (*second, "--steps", str(steps), *common), steps))
+        parts.append(_training_part(title, folder, (*second, *smaller, "--steps", str(steps), *common), steps))
         parts.append(_questions_part(config, title, folder, lane / f"questions{ending}"))
     return parts
 
