@@ -111,6 +111,10 @@ class Stage2Config(RunConfig):
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 24
     """Pictures per step and device, each encoded once and with all its questions."""
+    learning_rate: float = 5e-4
+    """Peak, after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's (BLIP-2's paper)."""
 
 
 def write_config(config: Any, command: str) -> None:
