@@ -352,7 +352,7 @@ def test_a_configuration_survives_its_file(tmp_path):
     read = read_config(tmp_path / "config.json", Stage2Config, "train stage2")
     assert read == config
     assert differences(read, Stage2Config(output_dir=tmp_path, save_steps=7, resume=False)) == [
-        "betas (0.8, 0.9), not (0.9, 0.999)", "from_pretraining somewhere, not runs/stage1", "text questions, not captions"
+        "betas (0.8, 0.9), not (0.9, 0.98)", "from_pretraining somewhere, not runs/stage1", "text questions, not captions"
     ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class RunConfig:
     seed: int = 0
     """Of the initial weights, the order of the data, the masks, dropout and hard negatives."""
 
-    steps: int = 1_000
+    steps: int = 800
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 48
     """Pictures per step and device."""
@@ -107,11 +107,11 @@ class Stage2Config(RunConfig):
     """With --text questions: how many on each picture, where the data set draws them (scenes)."""
     output_dir: Path = Path("runs/stage2")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
-    steps: int = 800
+    steps: int = 900
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 24
     """Pictures per step and device, each encoded once and with all its questions."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 6e-4
     """Peak, after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's (BLIP-2's paper)."""
