@@ -96,6 +96,27 @@ def test_attention_maps_on_request_sum_to_one(images):
         torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention.sum(-1)))
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_standardised_norms_give_channels_of_mean_0_and_deviation_1_and_change_no_step_0(images, name):
+    model = model_of(name)
+    randomise(model.clip_encoder)
+    pictures = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    model.standardise(pictures)
+    with torch.no_grad():
+        image = model.encode_image(pictures)
+        read = [image.clip_tokens] + [norm(image.mae.tokens) for norm in model.fusion.mae_norms()]
+        for tokens in read:
+            deviation, mean = torch.std_mean(tokens.flatten(0, 1), dim=0)
+            torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-3, rtol=0)
+            torch.testing.assert_close(deviation, torch.ones_like(deviation), atol=1e-2, rtol=0)
+        output = model(images)
+    assert (
+        len(read)
+        == {"none": 1, "concat": 2, "early_cross_attention": 2, "dual_cross_attention": 4}[model.config.fusion]
+    )
+    assert torch.equal(output.fused_queries, output.queries)
+
+
 def test_unknown_variant_names_the_known_ones():
     with pytest.raises(ValueError, match=r"variant 'xfromer' is unknown; choose one of qformer, xformer"):
         variant_config("xfromer", tiny_config())

@@ -91,6 +91,10 @@ class NoFusion(nn.Module):
     def qformer_inputs(self, clip_tokens: torch.Tensor, _mae_tokens: torch.Tensor | None) -> dict:
         return {"encoder_hidden_states": clip_tokens}
 
+    def mae_norms(self) -> list[nn.Module]:
+        """The layer norms that read M."""
+        return []
+
     def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor | None) -> Fused:
         return Fused(queries, mae_tokens)
 
@@ -100,10 +104,14 @@ class Concatenation(NoFusion):
 
     def __init__(self, mae_width: int, clip_width: int):
         super().__init__()
+        self.norm = nn.LayerNorm(mae_width)
         self.project = nn.Linear(mae_width, clip_width)
 
+    def mae_norms(self) -> list[nn.Module]:
+        return [self.norm]
+
     def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
-        return {"encoder_hidden_states": torch.cat([clip_tokens, self.project(mae_tokens)], dim=1)}
+        return {"encoder_hidden_states": torch.cat([clip_tokens, self.project(self.norm(mae_tokens))], dim=1)}
 
 
 class EarlyCrossAttention(NoFusion):
@@ -121,6 +129,9 @@ class EarlyCrossAttention(NoFusion):
         )
         for module, layer in zip(reading, self.layers, strict=True):
             module.register_forward_hook(self._then_read_mae(layer), with_kwargs=True)
+
+    def mae_norms(self) -> list[nn.Module]:
+        return [part for name, part in self.named_modules() if name.endswith("context_norm")]
 
     @staticmethod
     def _then_read_mae(layer: nn.Module):
@@ -160,6 +171,10 @@ class DualCrossAttention(NoFusion):
     def __init__(self, mae_width: int, mae_heads: int, num_blocks: int, config: Blip2QFormerConfig):
         super().__init__()
         self.blocks = nn.ModuleList(DualCrossAttentionBlock(mae_width, mae_heads, config) for _ in range(num_blocks))
+
+    def mae_norms(self) -> list[nn.Module]:
+        reading = ("mae_reads_queries.norm", "mae_feed_forward.norm", "queries_read_mae.context_norm")
+        return [part for name, part in self.named_modules() if name.endswith(reading)]
 
     def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor | None) -> Fused:
         attentions = []

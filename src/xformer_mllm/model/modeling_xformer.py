@@ -153,6 +153,23 @@ class XFormerModel(XFormerPreTrainedModel):
             mae = encode_mae(self.mae_encoder, pixels, mask_ratio, noise)
         return ImageTokens(clip_tokens, mae, pixels)
 
+    @torch.no_grad()
+    def standardise(self, pixel_values: torch.Tensor) -> None:
+        """Start the layer norms that read C and M such that each channel has mean 0 and deviation 1 over these pictures.
+
+        What a frozen encoder knows of detail is often a small part of its tokens' variance, and slow to be found there.
+        For fresh norms alone: those of a BLIP-2 checkpoint are trained. Z' = Z_q and M' = M at step 0 still hold.
+        """
+        image = self.encode_image(pixel_values)
+        pairs = [(self.clip_layernorm, image.clip_tokens)]
+        if image.mae is not None:
+            tokens = image.mae.tokens.to(self.query_tokens.dtype)
+            pairs += [(norm, norm(tokens)) for norm in self.fusion.mae_norms()]
+        for norm, normed in pairs:
+            deviation, mean = torch.std_mean(normed.flatten(0, 1), dim=0)
+            norm.weight.copy_(1 / deviation.clamp(min=1e-3))
+            norm.bias.copy_(-mean / deviation.clamp(min=1e-3))
+
     def read(
         self,
         image: ImageTokens,

@@ -40,6 +40,7 @@ from xformer_mllm.train.config import (
 from xformer_mllm.train.trainer import XFormerTrainer, newest_checkpoint
 
 HELD_OUT_PICTURES = 4
+STANDARDISED_OVER = 256  # pictures, whose tokens' statistics the fresh layer norms start with
 SAMPLE_TOKENS = 20
 
 Records = list[dict[str, Any]]
@@ -58,6 +59,8 @@ def run_stage1(config: Stage1Config) -> Path:
     processor: Any
     model, processor = start_pretraining(config.variant, config.seed)
     train, held_out = _captions(config)
+    first: list[dict[str, Any]] = [train[index] for index in range(min(STANDARDISED_OVER, len(train)))]  # type: ignore[arg-type]
+    model.xformer.standardise(processor(images=[record["image"] for record in first])["pixel_values"])
     tokenizer = processor.qformer_tokenizer
 
     def write(model: nn.Module, pixels: torch.Tensor) -> list[str]:
