@@ -2,9 +2,10 @@
 
     python benchmarks/seeds.py --title "Scenes" --output docs/results/scenes.md --seeds 0 1 2 -- --variants qformer xformer
 
-Everything behind `--` goes to `xformer demo`. Each seed is a demo of its own in runs/seeds/NAME/SEED (NAME is that of the
-output file); finished parts are not run again. The seed decides the initial weights, the batches, the masks and the
-negatives; the encoders, the language model and the test questions are the same for all.
+Everything behind `--` goes to `xformer demo`. Each seed is a demo of its own in runs/seeds/NAME/SEED, NAME being that of the
+output file (seed 0 without arguments is `make demo`'s, in runs/demo); finished parts are not run again. The seed decides the
+initial weights, the batches, the masks and the negatives; the encoders, the language model and the test questions are the
+same for all.
 """
 
 import argparse
@@ -17,6 +18,11 @@ from pathlib import Path
 
 import torch
 import transformers
+
+
+def folder_of(seed: int, name: str, arguments: list[str]) -> Path:
+    """`make demo`'s own folder where the run is `make demo`."""
+    return Path("runs/demo") if seed == 0 and not arguments else Path("runs/seeds") / name / str(seed)
 
 
 def run(seed: int, folder: Path, arguments: list[str]) -> None:
@@ -60,7 +66,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("demo", nargs="*", help="arguments of xformer demo")
     arguments = parser.parse_args()
-    folders = [Path("runs/seeds") / arguments.output.stem / str(seed) for seed in arguments.seeds]
+    folders = [folder_of(seed, arguments.output.stem, arguments.demo) for seed in arguments.seeds]
     for seed, folder in zip(arguments.seeds, folders, strict=True):
         run(seed, folder, arguments.demo)
     pages = [f"# {arguments.title}\n"]
