@@ -11,7 +11,7 @@ import xformer_mllm
 from xformer_mllm.data.scene_questions import ask
 from xformer_mllm.data.scenes import caption
 from xformer_mllm.data.world import draw_scene
-from xformer_mllm.train import encoders
+from xformer_mllm.train import encoders, tokenizers
 from xformer_mllm.train.encoders import ClipConfig, EncodersConfig, LmConfig, MaeConfig
 
 WEIGHTS = Path(xformer_mllm.__file__).parent / "weights"
@@ -25,7 +25,7 @@ def stated(part: str) -> dict[str, float]:
 
 
 def test_shipped_clip_retrieves_as_its_recipe_says():
-    metrics = encoders.clip_retrieval(encoders.load_clip(WEIGHTS / "clip"), encoders.qformer_tokenizer())
+    metrics = encoders.clip_retrieval(encoders.load_clip(WEIGHTS / "clip"), tokenizers.qformer_tokenizer())
     for name, value in stated("clip").items():
         assert metrics[name] == pytest.approx(value, abs=0.02), name
     assert metrics["image_to_text_r1_of_100"] > 0.25  # chance: 0.01
@@ -65,21 +65,21 @@ def test_shipped_tokenizers_are_the_ones_the_code_makes(part, made):
 
 
 def test_qformer_tokenizer_is_berts_kind():
-    tokenizer = encoders.qformer_tokenizer()
+    tokenizer = tokenizers.qformer_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.bos_token) == (0, "[DEC]")
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("Two RED circles")["input_ids"])
     assert tokens == ["[CLS]", "two", "red", "circles", "[SEP]"]
 
 
 def test_lm_tokenizer_starts_with_bos_as_opt_does():
-    tokenizer = encoders.lm_tokenizer()
+    tokenizer = tokenizers.lm_tokenizer()
     ids = tokenizer("Question: How many circles are there in the image? Answer:")["input_ids"]
     assert ids[0] == tokenizer.bos_token_id == 2
     assert (tokenizer.pad_token_id, tokenizer.eos_token) == (1, "<end>")
     assert tokenizer.decode(ids, skip_special_tokens=True).startswith("question : how many circles")
 
 
-@pytest.mark.parametrize("make", [encoders.qformer_tokenizer, encoders.lm_tokenizer])
+@pytest.mark.parametrize("make", [tokenizers.qformer_tokenizer, tokenizers.lm_tokenizer])
 def test_no_text_is_refused_and_the_worlds_words_are_whole(make):
     tokenizer = make()
     assert tokenizer.unk_token_id not in tokenizer("Zebras, at 7 o'clock: (really)!")["input_ids"]
@@ -95,7 +95,7 @@ def test_no_text_is_refused_and_the_worlds_words_are_whole(make):
 
 def test_packed_segments_are_as_good_as_separate_sequences():
     """Each segment's logits equal those of [description][segment] alone: it sees nothing else, at the same places."""
-    tokenizer = encoders.lm_tokenizer()
+    tokenizer = tokenizers.lm_tokenizer()
     config = LmConfig(layers=2, width=32)
     model = encoders.new_lm(config, tokenizer).eval()
     scenes = [encoders._scene_text(i, config, tokenizer) for i in range(3)]
@@ -111,7 +111,7 @@ def test_packed_segments_are_as_good_as_separate_sequences():
 
 
 def test_packed_targets_are_the_next_tokens_that_are_learned():
-    tokenizer = encoders.lm_tokenizer()
+    tokenizer = tokenizers.lm_tokenizer()
     end, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
     first = [([20, 21], 0), ([bos, 30, end], 2), ([bos, 31, 32, end], 2)]
     batch = encoders.pack([first, [([22], 0), ([bos, 33, end], 1)]], tokenizer)
@@ -123,7 +123,7 @@ def test_packed_targets_are_the_next_tokens_that_are_learned():
 
 
 def test_answers_and_captions_are_what_is_learned():
-    tokenizer = encoders.lm_tokenizer()
+    tokenizer = tokenizers.lm_tokenizer()
     scenes = [encoders._scene_text(i, LmConfig(questions_per_scene=2), tokenizer) for i in range(4)]
     targets = encoders.pack(scenes, tokenizer)["targets"]
     for index, row in enumerate(targets):
@@ -170,7 +170,7 @@ def test_lm_training_learns_and_is_reproducible(tmp_path):
     assert losses[:12] == losses[12:]
     assert losses[11] < losses[0] - 0.3
     generation = OPTForCausalLM.from_pretrained(tmp_path / "opt").generation_config
-    assert generation.eos_token_id == encoders.lm_tokenizer().eos_token_id
+    assert generation.eos_token_id == tokenizers.lm_tokenizer().eos_token_id
 
 
 def test_loss_that_is_not_finite_stops_the_training():

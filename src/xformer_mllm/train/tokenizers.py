@@ -1,0 +1,88 @@
+"""The embedded world's two tokenizers: one small WordPiece vocabulary, in BERT's dress and in OPT's."""
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from xformer_mllm.data.scene_questions import ask
+from xformer_mllm.data.scenes import caption, description
+from xformer_mllm.data.world import draw_scene
+
+# Words of easy-VQA, and of questions in general, that scenes may lack: in the vocabularies, to stay one token.
+OTHER_WORDS = (
+    *(
+        "an",
+        "answer",
+        "any",
+        "are",
+        "black",
+        "brown",
+        "color",
+        "contain",
+        "contains",
+        "describe",
+        "do",
+        "does",
+        "five",
+    ),
+    *("four", "gray", "how", "image", "in", "is", "it", "many", "no", "not", "object", "of", "on", "one", "orange"),
+    *("other", "pink", "picture", "present", "question", "rectangle", "several", "shape", "shapes", "six", "some"),
+    *("star", "the", "this", "three", "two", "what", "where", "which", "white", "with", "yes"),
+)
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"()-"
+
+
+def world_words() -> list[str]:
+    """Every word of the scenes' texts and of OTHER_WORDS, sorted."""
+    texts = [*OTHER_WORDS]
+    for index in range(3000):
+        scene = draw_scene("train", index)
+        texts += [caption(scene), description(scene), *(f"{q.question} {q.answer}" for q in ask(scene, 4))]
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    return sorted({word for text in texts for word, _ in split(text.lower())} | {str(n) for n in range(10)})
+
+
+def _word_piece(specials: list[str]) -> Tokenizer:
+    """Lower-casing WordPiece over the world's words; other words fall into characters, other characters to unknown."""
+    pieces = [*specials, *world_words(), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    unknown = next(token for token in specials if "unk" in token.lower())
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=64))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def qformer_tokenizer() -> PreTrainedTokenizerFast:
+    """The Q-Former's: [CLS] text [SEP] as BERT's, with [DEC] to start generated text (as LAVIS)."""
+    tokenizer = _word_piece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        bos_token="[DEC]",
+        model_max_length=64,
+        clean_up_tokenization_spaces=True,
+    )
+
+
+def lm_tokenizer() -> PreTrainedTokenizerFast:
+    """The language model's: </s> in front, as OPT has it; <end> closes an answer; <image> is a soft prompt's place."""
+    tokenizer = _word_piece(["<s>", "<pad>", "</s>", "<unk>", "<end>", "<image>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="</s>",
+        eos_token="<end>",
+        additional_special_tokens=["<image>"],
+        model_max_length=256,
+        clean_up_tokenization_spaces=True,
+    )
