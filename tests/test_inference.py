@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+import xformer_mllm
 from xformer_mllm.checkpoints import start_generation, start_pretraining
 from xformer_mllm.cli import main
 from xformer_mllm.evaluate.inference import open_picture
@@ -92,14 +93,15 @@ def test_ask(runs, capsys):
 
 
 def test_ask_answers_as_the_evaluation_scores(runs, capsys, monkeypatch):
+    from xformer_mllm.checkpoints import load_model
     from xformer_mllm.data.scenes import SceneQuestions
-    from xformer_mllm.evaluate.questions import answer_questions, load
+    from xformer_mllm.evaluate import questions
 
     # Commands compute in fp32; the evaluation in bf16 where that is fast, which can turn a narrow choice of a word.
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(questions, "bf16_is_fast", lambda: False)
     dataset = SceneQuestions("test", 3, questions_per_scene=2)
-    model, processor, _ = load(runs / "stage2")
-    scored = answer_questions(model, processor, dataset, progress=False)
+    model, processor = load_model(runs / "stage2", [xformer_mllm.XFormerForConditionalGeneration])
+    scored = questions.answer_questions(model, processor, dataset, progress=False)
     for row in scored:
         split, index = row["image_id"].split("/")[-2:]
         (asked,) = run_json(capsys, "ask", f"scene:{split}:{index}", row["question"], "--model", runs / "stage2")

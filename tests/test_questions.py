@@ -205,7 +205,8 @@ def test_unknown_data_and_missing_model_say_so(tmp_path):
 
 def test_evaluate_writes_predictions_and_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "TRAINING_SCENES", 50)
-    monkeypatch.setattr(questions, "load", lambda folder: (Model(), Processor(), folder / "model"))
+    monkeypatch.setattr(questions, "load_model", lambda folder, kinds: (Model(), Processor()))
+    monkeypatch.setattr(questions, "model_folder", lambda folder: folder / "model")
     evaluate(EvaluateConfig(model=tmp_path / "stage2", size=6, questions_per_picture=2))
     folder = tmp_path / "stage2" / "questions-scenes-test"
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -4,7 +4,9 @@ Nothing is copied by half: a tensor that the new model has and the part lacks is
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from .model.modeling_xformer import (
     XFormerForConditionalGeneration,
     XFormerForPreTraining,
     XFormerModel,
+    XFormerPreTrainedModel,
     without_dropout,
 )
 from .model.processing_xformer import XFormerProcessor, image_processor
@@ -173,3 +176,38 @@ def start_generation(
             part.to(language_model.dtype)
     model.generation_config = language_model.generation_config
     return model, processor
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of a model: the given one, or `model/` in the folder of a run.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+    """
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no trained model there; `make demo` trains one, --model names another")
+    return folder
+
+
+def load_model(
+    folder: Path, kinds: Sequence[type[XFormerPreTrainedModel]], attention: str | None = None
+) -> tuple[Any, XFormerProcessor]:
+    """A trained model, for evaluation, on the GPU if there is one, and its processor.
+
+    Args:
+        folder: of the model or of its run.
+        kinds: which classes will do.
+        attention: implementation; None for transformers' choice.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is none of `kinds`.
+    """
+    folder = model_folder(folder)
+    names = {kind.__name__: kind for kind in kinds}
+    name = next(iter(XFormerConfig.from_pretrained(folder).architectures or []), "unknown")
+    if name not in names:
+        raise ValueError(f"{folder}: holds a model of kind {name}; needed: {' or '.join(names)}")
+    model = names[name].from_pretrained(folder, attn_implementation=attention).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), XFormerProcessor.from_pretrained(folder)

@@ -8,33 +8,31 @@ B pictures, L MAE patches, P values of a patch, as in model/.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
+from xformer_mllm.checkpoints import load_model
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.data.scenes import SceneCaptions
 from xformer_mllm.evaluate.questions import MAX_NEW_TOKENS
-from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.modeling_xformer import (
     XFormerForConditionalGeneration,
     XFormerForPreTraining,
     XFormerModelOutput,
 )
-from xformer_mllm.model.processing_xformer import XFormerProcessor
 from xformer_mllm.model.reconstruction import patch_statistics, patchify, unpatchify
 
 STAGE1 = Path("runs/demo/xformer/stage1/model")
 STAGE2 = Path("runs/demo/xformer/stage2/model")
-KINDS = {kind.__name__: kind for kind in (XFormerForPreTraining, XFormerForConditionalGeneration)}
+KINDS = (XFormerForPreTraining, XFormerForConditionalGeneration)
 
 PANEL_PIXELS = 192  # a reconstruction's panels are enlarged to about this width
 MASKED_GREY = 0.5
@@ -114,7 +112,7 @@ class ReconstructConfig(InferenceConfig):
 def caption(config: CaptionConfig) -> list[dict[str, str]]:
     """Run `xformer caption`: [{"image", "caption"}]. Raises ValueError or FileNotFoundError in one line."""
     _check_pictures(config.images)
-    model, processor = _load(config.model, KINDS)
+    model, processor = load_model(config.model, KINDS)
     found = []
     for names, pixels in _batches(config, config.images, model, processor):
         if isinstance(model, XFormerForPreTraining):
@@ -135,7 +133,7 @@ def ask(config: AskConfig) -> list[dict[str, str]]:
     """Run `xformer ask`: [{"image", "question", "answer"}]; prompt and decoding as in `evaluate/questions.py`."""
     if not config.questions or not all(question.strip() for question in config.questions):
         raise ValueError('ask a question, e.g. xformer ask photo.jpg "What colour is the circle?"')
-    model, processor = _load(config.model, ("XFormerForConditionalGeneration",))
+    model, processor = load_model(config.model, [XFormerForConditionalGeneration])
     ((_, pixels),) = _batches(config, [config.image], model, processor)
     found = []
     for questions in _chunks(config.questions, config.batch_size):
@@ -163,7 +161,7 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
     """Run `xformer features`: {"file", "images", "shapes": {feature: shape}}; the tensors are in the file."""
     _check_pictures(config.images)
     attention = "eager" if config.attention else None  # no other implementation keeps the maps
-    model, processor = _load(config.model, KINDS, attention)
+    model, processor = load_model(config.model, KINDS, attention)
     batches = [
         _tensors(model.xformer(pixels, output_attentions=config.attention))
         for _, pixels in _batches(config, config.images, model, processor)
@@ -188,7 +186,7 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
     _check_pictures(config.images)
     if not 0 < config.mask_ratio < 1:
         raise ValueError(f"mask_ratio is {config.mask_ratio}; it must be above 0 and below 1")
-    model, processor = _load(config.model, KINDS)
+    model, processor = load_model(config.model, KINDS)
     if model.xformer.mae_decoder is None:
         raise ValueError(
             f"{config.model}: this variant has no reconstruction; `xformer train stage1 --variant xformer` has"
@@ -219,22 +217,6 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------- models and pictures
-
-
-def _load(folder: Path, kinds: Iterable[str], attention: str | None = None) -> tuple[Any, Any]:
-    """Model (evaluation mode, on the GPU if there is one) and processor from a model's folder or its run's.
-
-    Raises FileNotFoundError if there is none, ValueError if it is none of `kinds`.
-    """
-    folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no trained model there; `make demo` trains one, --model names another")
-    kind = next(iter(XFormerConfig.from_pretrained(folder).architectures or []), "unknown")
-    if kind not in kinds:
-        raise ValueError(f"{folder}: holds a model of kind {kind}; needed: {' or '.join(kinds)}")
-    transformers.utils.logging.disable_progress_bar()
-    model = KINDS[kind].from_pretrained(folder, attn_implementation=attention).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), XFormerProcessor.from_pretrained(folder)
 
 
 def _check_pictures(images: Sequence[str]) -> None:

@@ -24,12 +24,13 @@ import tyro
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from xformer_mllm.checkpoints import bf16_is_fast
+from xformer_mllm.checkpoints import bf16_is_fast, load_model, model_folder
 from xformer_mllm.data.easy_vqa import EasyVqaQuestions
 from xformer_mllm.data.questions import QUESTION_PROMPT, Question
 from xformer_mllm.data.scene_questions import ask
 from xformer_mllm.data.scenes import SceneQuestions
 from xformer_mllm.data.world import draw_scene
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
 
 MAX_NEW_TOKENS = 8
 RESAMPLES = 2_000
@@ -264,37 +265,13 @@ def training_questions(data: str, questions_per_picture: int = 4, seed: int = 0)
     return EasyVqaQuestions("train").questions
 
 
-def load(folder: Path) -> tuple[Any, Any, Path]:
-    """(model, processor, model folder) of a stage-2 run's folder or of its model.
-
-    Raises FileNotFoundError, or ValueError if the folder holds another kind of model.
-    """
-    from xformer_mllm.model.configuration_xformer import XFormerConfig
-    from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
-    from xformer_mllm.model.processing_xformer import XFormerProcessor
-
-    folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: no trained model there; give the folder of a finished `xformer train stage2`"
-        )
-    architectures = XFormerConfig.from_pretrained(folder).architectures or []
-    if "XFormerForConditionalGeneration" not in architectures:
-        kind = ", ".join(architectures) or "unknown"
-        raise ValueError(
-            f"{folder}: a model of kind {kind} answers no questions; give the result of `xformer train stage2`"
-        )
-    model = XFormerForConditionalGeneration.from_pretrained(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), XFormerProcessor.from_pretrained(folder), folder
-
-
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run `xformer evaluate`: answer, score, write predictions.jsonl and metrics.json; returns what the latter holds.
 
     Raises FileNotFoundError or ValueError, in one line, if there is no such model or no such data.
     """
     dataset = questions_of(config.data, config.split, config.size, config.questions_per_picture, config.seed)
-    model, processor, folder = load(config.model)
+    model, processor = load_model(config.model, [XFormerForConditionalGeneration])
     start = time.perf_counter()
     predictions = answer_questions(model, processor, dataset, config.batch_size)
     blind = Blind.learn(training_questions(config.data, config.questions_per_picture, config.seed))
@@ -306,7 +283,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 1),
         "config": {name: _plain(value) for name, value in dataclasses.asdict(config).items()},
     }
-    output_dir = config.output_dir or folder.parent / f"questions-{config.data}-{config.split}"
+    output_dir = config.output_dir or model_folder(config.model).parent / f"questions-{config.data}-{config.split}"
     output_dir.mkdir(parents=True, exist_ok=True)
     write_predictions(output_dir / "predictions.jsonl", predictions)
     _write(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")  # last: it says that all is there
