@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from xformer_mllm import XFormerConfig
+from xformer_mllm.checkpoints import start_generation, start_pretraining
 
 torch.set_num_threads(1)
 
@@ -109,3 +110,22 @@ def llm_inputs(config: XFormerConfig, batch: int, length: int = 5) -> tuple[torc
     text = torch.randint(5, 40, (batch, length))
     ids = torch.cat([torch.full((batch, config.num_query_tokens), config.image_token_index), text], dim=1)
     return ids, torch.ones_like(ids)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Run folders stage1, stage2 and qformer (stage 1, no second encoder); the shipped encoders, the rest random."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def save(parts, name):
+        for part in parts:
+            part.save_pretrained(folder / name / "model")
+
+    model, processor = start_pretraining("xformer", seed=0)
+    with torch.no_grad():  # a fusion that does something: fresh, M' is M
+        for parameter in model.xformer.fusion.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    save((model, processor), "stage1")
+    save(start_generation(folder / "stage1" / "model"), "stage2")
+    save(start_pretraining("qformer", seed=0), "qformer")
+    return folder

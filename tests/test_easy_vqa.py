@@ -69,6 +69,7 @@ def test_items_and_types():
         "question_type",
         "structural",
         "semantic",
+        "answers",
     }
     assert (item["image"].mode, item["image"].size) == ("RGB", (64, 64))
     answers: dict[str, set] = {}

@@ -9,29 +9,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-import xformer_mllm
-from xformer_mllm.checkpoints import start_generation, start_pretraining
 from xformer_mllm.cli import main
+from xformer_mllm.data.json_files import read_json_lines
 from xformer_mllm.evaluate.inference import open_picture
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Run folders stage1, stage2 and qformer (stage 1, no second encoder); the shipped encoders, the rest random."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def save(parts, name):
-        for part in parts:
-            part.save_pretrained(folder / name / "model")
-
-    model, processor = start_pretraining("xformer", seed=0)
-    with torch.no_grad():  # a fusion that does something: fresh, M' is M
-        for parameter in model.xformer.fusion.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
-    save((model, processor), "stage1")
-    save(start_generation(folder / "stage1" / "model"), "stage2")
-    save(start_pretraining("qformer", seed=0), "qformer")
-    return folder
 
 
 @pytest.fixture
@@ -92,17 +72,15 @@ def test_ask(runs, capsys):
     assert (code, out) == (0, rows[0]["answer"] + "\n")
 
 
-def test_ask_answers_as_the_evaluation_scores(runs, capsys, monkeypatch):
-    from xformer_mllm.checkpoints import load_model
-    from xformer_mllm.data.scenes import SceneQuestions
-    from xformer_mllm.evaluate import questions
+def test_ask_answers_as_the_evaluation_scores(runs, capsys, monkeypatch, tmp_path):
+    from xformer_mllm.evaluate import prediction, run
 
     # Commands compute in fp32; the evaluation in bf16 where that is fast, which can turn a narrow choice of a word.
-    monkeypatch.setattr(questions, "bf16_is_fast", lambda: False)
-    dataset = SceneQuestions("test", 3, questions_per_scene=2)
-    model, processor = load_model(runs / "stage2", [xformer_mllm.XFormerForConditionalGeneration])
-    scored = questions.answer_questions(model, processor, dataset, progress=False)
-    for row in scored:
+    monkeypatch.setattr(prediction, "bf16_is_fast", lambda: False)
+    config = run.EvaluateConfig(model=runs / "stage2", size=3, questions_per_picture=2, output_dir=tmp_path / "out")
+    run.evaluate(config)
+    capsys.readouterr()
+    for row in read_json_lines(tmp_path / "out" / "predictions.jsonl"):
         split, index = row["image_id"].split("/")[-2:]
         (asked,) = run_json(capsys, "ask", f"scene:{split}:{index}", row["question"], "--model", runs / "stage2")
         assert asked["answer"] == row["prediction"]

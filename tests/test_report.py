@@ -33,7 +33,7 @@ def prediction(number, prediction, answer="red"):
         "question_type": "count_texture",
         "answer": answer,
         "prediction": prediction,
-        "correct": prediction == answer,
+        "credit": prediction == answer,
     }
 
 

@@ -82,7 +82,7 @@ def test_question_items_of_a_scene_are_adjacent():
     assert [item["image_id"] for item in items] == [f"0/validation/{i // 4}" for i in range(12)]
     assert len({item["id"] for item in items}) == 12
     assert set(items[0]) == {
-        *("id", "image_id", "image", "question", "answer", "question_type", "structural", "semantic")
+        *("id", "image_id", "image", "question", "answer", "question_type", "structural", "semantic", "answers")
     }
 
 

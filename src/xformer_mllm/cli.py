@@ -31,6 +31,9 @@ COMMANDS = {
         "evaluate.probe:ProbeConfig",
         "evaluate.probe:run_probe",
     ),
+    "data export": Command(
+        "the embedded scenes in a benchmark's official files", "data.exports:ExportConfig", "data.exports:export"
+    ),
     "train stage1": Command(
         "stage 1: image-text contrast, matching, generation and reconstruction",
         "train.config:Stage1Config",
@@ -58,16 +61,19 @@ COMMANDS = {
         "evaluate.inference:reconstruct",
     ),
     "evaluate": Command(
-        "answers to questions about held-out pictures, scored",
-        "evaluate.questions:EvaluateConfig",
-        "evaluate.questions:evaluate",
+        "a model on a benchmark: answers, scores, the official results file, a page",
+        "evaluate.run:EvaluateConfig",
+        "evaluate.run:evaluate",
+    ),
+    "score": Command(
+        "any model's answers to a benchmark, in its official format", "evaluate.run:ScoreConfig", "evaluate.run:score"
     ),
 }
 
 RUN_AGAIN = ("train stage1", "train stage2")  # they take --config FILE
 
 # Packages that only some commands need -> the extra that brings them.
-EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf"}
+EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf", "pycocoevalcap": "eval"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,9 +26,12 @@ from typing import Any, Literal
 from PIL import Image
 
 from xformer_mllm import report
+from xformer_mllm.data.json_files import read_json_lines, write_whole
+from xformer_mllm.evaluate.benchmark import Benchmark
+from xformer_mllm.evaluate.exact_match import compare
 from xformer_mllm.evaluate.inference import ReconstructConfig, reconstruct
-from xformer_mllm.evaluate.questions import compare, questions_of, read_predictions
-from xformer_mllm.lanes import Lane, Part, clock, cores, read_json, read_rows, run_lanes, write_whole
+from xformer_mllm.evaluate.run import BenchmarkConfig, open_benchmark
+from xformer_mllm.lanes import Lane, Part, clock, cores, read_json, read_rows, run_lanes
 
 # A finished part stays valid as long as the code and weights that made it are the same.
 TRAINING_SOURCES = ("model", "data", "train", "weights", "variants.py", "checkpoints.py", "language_models.py")
@@ -120,8 +123,14 @@ def _training_part(title: str, folder: Path, arguments: tuple[str, ...], steps: 
 
 
 def _questions_part(config: DemoConfig, title: str, model: Path, folder: Path) -> Part:
-    asked = ("evaluate", str(model), "--data", config.data, "--split", "test", "--size", str(config.test_size))
-    return Part(f"questions after {title}", folder, (*asked, "--output-dir", str(folder)), QUESTION_SOURCES)
+    asked = ("evaluate", str(model), "--benchmark", config.data, "--split", "test", "--size", str(config.test_size))
+    words = (*asked, "--batch-size", "256", "--output-dir", str(folder))
+    return Part(f"questions after {title}", folder, words, QUESTION_SOURCES)
+
+
+def test_questions(config: DemoConfig) -> Benchmark:
+    """What the models are asked."""
+    return open_benchmark(BenchmarkConfig(benchmark=config.data, split="test", size=config.test_size))
 
 
 # --------------------------------------------------------------------------------------------------------- the results
@@ -147,7 +156,7 @@ def gather(config: DemoConfig) -> dict[str, report.Setting]:
         file, name, note = named[text]
         folders = {variant: config.output_dir / variant / f"questions{ending}" for variant in config.variants}
         metrics = {variant: read_json(folder / "metrics.json")["scores"] for variant, folder in folders.items()}
-        rows = {variant: read_predictions(folder / "predictions.jsonl") for variant, folder in folders.items()}
+        rows = {variant: read_json_lines(folder / "predictions.jsonl") for variant, folder in folders.items()}
         first = rows[config.variants[0]]
         differences = {variant: compare(first, rows[variant]) for variant in config.variants[1:]}
         settings[file] = report.Setting(name, note, metrics, differences, rows)
@@ -193,18 +202,15 @@ def write_pictures(config: DemoConfig) -> dict[Path, str]:
     """A few held-out pictures to try the models on: path -> a question that is asked about it."""
     folder = config.output_dir / "pictures"
     folder.mkdir(exist_ok=True)
-    dataset = questions_of(config.data, "test", config.test_size)
-    items: dict[str, dict[str, Any]] = {}
-    for place in range(len(dataset)):  # type: ignore[arg-type]
-        item = dataset[place]
-        items.setdefault(item["image_id"], item)
-        if len(items) == PICTURES_TO_TRY:
-            break
+    benchmark = test_questions(config)
+    first: dict[str, Any] = {}
+    for record in benchmark.records:
+        first.setdefault(record.image_id, record)
     written = {}
-    for number, item in enumerate(items.values()):
+    for number, record in enumerate(list(first.values())[:PICTURES_TO_TRY]):
         path = folder / f"{number}.png"
-        item["image"].save(path)
-        written[path] = item["question"]
+        benchmark.load(record).save(path)
+        written[path] = record.question
     return written
 
 
@@ -252,7 +258,7 @@ def write_page(
         reconstructions=reconstructions(lanes, list(pictures)[:RECONSTRUCTED_PICTURES]),
         configuration=asdict(config),
         provenance=provenance(config, lanes, seconds),
-        pictures=pictures_of(config, settings[0], lanes),
+        pictures=pictures_of(config, lanes),
         seed=config.seed,
     )
     return report.write_report(config.output_dir / "report.html", page)
@@ -278,12 +284,10 @@ def runs_of(lane: Lane) -> list[report.Run]:
     return runs
 
 
-def pictures_of(config: DemoConfig, setting: report.Setting, lanes: Sequence[Lane]) -> Any:
+def pictures_of(config: DemoConfig, lanes: Sequence[Lane]) -> Any:
     """A function from the id of a picture, held out for testing or for samples, to the picture."""
-    dataset = questions_of(config.data, "test", config.test_size)
-    place: dict[str, int] = {}
-    for number, row in enumerate(setting.predictions[config.variants[0]]):
-        place.setdefault(row["image_id"], number)
+    benchmark = test_questions(config)
+    records = {record.image_id: record for record in benchmark.records}
     sampled = {
         row["id"]: part.folder / row["picture"]
         for lane in lanes
@@ -292,8 +296,8 @@ def pictures_of(config: DemoConfig, setting: report.Setting, lanes: Sequence[Lan
     }
 
     def picture(identity: str) -> Image.Image | None:
-        if identity in place:
-            return dataset[place[identity]]["image"]
+        if identity in records:
+            return benchmark.load(records[identity])
         path = sampled.get(identity)
         return Image.open(path) if path is not None and path.is_file() else None
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xformer_mllm.data.json_files import write_whole
+
 PACKAGE = Path(__file__).parent
 COMMAND = (sys.executable, "-m", "xformer_mllm.cli")
 
@@ -277,10 +279,3 @@ def clock(seconds: float) -> str:
 def read_json(path: Path) -> Any:
     """{} if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

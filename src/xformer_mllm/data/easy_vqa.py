@@ -38,7 +38,11 @@ class EasyVqaQuestions(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         question = self.questions[index]
-        return question.item(_open(self._paths[question.image_id]))
+        return question.item(self.picture(question.image_id))
+
+    def picture(self, image_id: str) -> Image.Image:
+        """64x64 RGB."""
+        return _open(self._paths[image_id])
 
 
 class EasyVqaCaptions(Dataset):
@@ -82,7 +86,7 @@ def _told_by(question: Question) -> set[str]:
     words = set(_words(question.question))
     named = words & (SHAPES | COLOURS)
     if question.structural == "query":  # "what color is the circle?" blue: both are true
-        return named | {question.answer}
+        return named | {str(question.answer)}
     negated = bool(words & {"not", "no"})  # "is no circle present?" no: there is one
     return named if (question.answer == "yes") != negated else set()
 

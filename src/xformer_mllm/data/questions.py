@@ -12,20 +12,22 @@ CAPTION_PROMPT = ""
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about one picture.
+    """A question about one picture: the one record of every question set.
 
-    `image_id` is shared by the questions of one picture. `question_type` names the kind of question within its data
-    set; `structural` (query, verify, choose, compare, logical) and `semantic` (object, attribute, category, relation,
-    global) are GQA's types, None where a data set has none.
+    `image_id` is shared by the questions of one picture. `answer` is None where a set keeps its answers to itself;
+    `answers` are those of every annotator, where there were several. `question_type` names the kind of question within
+    its data set; `structural` (query, verify, choose, compare, logical) and `semantic` (object, attribute, category,
+    relation, global) are GQA's types, None where a data set has none.
     """
 
     id: str
     image_id: str
     question: str
-    answer: str
+    answer: str | None
     question_type: str
     structural: str | None = None
     semantic: str | None = None
+    answers: tuple[str, ...] = ()
 
     def item(self, image: Image.Image) -> dict[str, Any]:
         """The record with its picture: an item of a question data set."""

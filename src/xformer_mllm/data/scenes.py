@@ -62,8 +62,8 @@ def description(scene: Scene, lot: random.Random | None = None) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _picture(scene: Scene) -> Image.Image:
-    """Kept for a while: the questions of a scene stand side by side and share their picture."""
+def picture_of(scene: Scene) -> Image.Image:
+    """The scene, 48x48 RGB. Kept for a while: the questions of a scene stand side by side and share their picture."""
     return Image.fromarray(render(scene))
 
 
@@ -94,7 +94,7 @@ class SceneCaptions(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)
-        return {"id": scene.key, "image": _picture(scene), "caption": caption(scene)}
+        return {"id": scene.key, "image": picture_of(scene), "caption": caption(scene)}
 
 
 class SceneQuestions(Dataset):
@@ -116,7 +116,7 @@ class SceneQuestions(Dataset):
             raise IndexError(index)
         scene_index, which = divmod(index, self.questions_per_scene)
         scene = draw_scene(self.split, scene_index, self.seed)
-        return _asked(scene, self.questions_per_scene)[which].item(_picture(scene))
+        return _asked(scene, self.questions_per_scene)[which].item(picture_of(scene))
 
 
 def answer_counts(questions: SceneQuestions) -> dict[str, Counter]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from xformer_mllm.checkpoints import load_model
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.data.scenes import SceneCaptions
-from xformer_mllm.evaluate.questions import MAX_NEW_TOKENS
+from xformer_mllm.evaluate.scenes import OwnQuestions
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.modeling_xformer import (
     XFormerForConditionalGeneration,
@@ -69,7 +69,7 @@ class AskConfig(InferenceConfig):
     """A path, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
     questions: Annotated[tuple[str, ...], tyro.conf.Positional]
     """One or more, each in quotes."""
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = OwnQuestions.settings["greedy"].max_new_tokens
     """Longest answer."""
 
 
@@ -130,7 +130,7 @@ def caption(config: CaptionConfig) -> list[dict[str, str]]:
 
 @torch.inference_mode()
 def ask(config: AskConfig) -> list[dict[str, str]]:
-    """Run `xformer ask`: [{"image", "question", "answer"}]; prompt and decoding as in `evaluate/questions.py`."""
+    """Run `xformer ask`: [{"image", "question", "answer"}]; prompt and decoding as in `evaluate/scenes.py`."""
     if not config.questions or not all(question.strip() for question in config.questions):
         raise ValueError('ask a question, e.g. xformer ask photo.jpg "What colour is the circle?"')
     model, processor = load_model(config.model, [XFormerForConditionalGeneration])

@@ -21,7 +21,7 @@ class Setting:
         "structural:x" or "semantic:x". What is right without looking may be there too: "majority", the most frequent
         training answer to the type of question, and "question_only", that to the question's very words.
     differences: {variant: {group: {"difference", "ci95", "n", "clear"}}}, each variant minus the first one.
-    predictions: {variant: [{"id", "image_id", "question", "question_type", "answer", "prediction", "correct"}]}, the
+    predictions: {variant: [{"id", "image_id", "question", "question_type", "answer", "prediction", "credit"}]}, the
         same questions in the same order for every variant.
     """
 

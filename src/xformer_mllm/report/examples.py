@@ -27,7 +27,7 @@ def choose_disagreements(
         places = [
             place
             for place, (left, right) in enumerate(pairs)
-            if left["correct"] == left_is_right and right["correct"] != left_is_right
+            if left["credit"] == left_is_right and right["credit"] != left_is_right
         ]
         sides.append(sorted(chooser.sample(places, min(number, len(places)))))
     return sides[0], sides[1]
@@ -75,7 +75,7 @@ def _cards(report: Report, setting: Setting, variants: Sequence[str], places: It
 
 
 def _answer_line(report: Report, variant: str, row: Mapping[str, Any]) -> str:
-    kind, sign, spoken = ("right", "✓", "right") if row["correct"] else ("wrong", "✗", "wrong")
+    kind, sign, spoken = ("right", "✓", "right") if row["credit"] else ("wrong", "✗", "wrong")
     answer = escape(row["prediction"]) or "<em>nothing</em>"
     return (
         f"<div><dt>{markup.key(report, variant)}{escape(display_name(variant))}</dt>"

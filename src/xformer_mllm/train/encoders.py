@@ -327,7 +327,9 @@ def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast
     words = description(scene, lot).split()
     if lot.random() < 0.1:  # soft prompts will not be complete either
         words = [word for word in words if lot.random() > 0.1]
-    pairs = [(QUESTION_PROMPT.format(question=q.question), q.answer) for q in ask(scene, config.questions_per_scene)]
+    pairs = [
+        (QUESTION_PROMPT.format(question=q.question), str(q.answer)) for q in ask(scene, config.questions_per_scene)
+    ]
     pairs.append((CAPTION_PROMPT, caption(scene)))
 
     def encoded(text: str) -> list[int]:

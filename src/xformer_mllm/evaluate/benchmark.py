@@ -1,0 +1,106 @@
+"""What a benchmark is: records and pictures, how a model is asked, how answers are scored, the official file.
+
+A benchmark is one file beside this one with one subclass of `Benchmark`; `run.py` lists them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from PIL import Image
+
+from xformer_mllm.data.questions import Question
+from xformer_mllm.model.images import load_image
+
+# {group: {metric: value}}: "all" first, "n" in every group; shares are in [0, 1], caption metrics as pycocoevalcap's.
+# "ci95" is a pair: the 95 % interval of "accuracy".
+Scores = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is asked. Two scores with different settings are two different scores."""
+
+    prompt: str
+    """What stands behind the picture; {question} is replaced."""
+    num_beams: int
+    """1 is greedy; there is no sampling."""
+    length_penalty: float
+    """Exponent of the length by which a beam's log-probability is divided (only with several beams)."""
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+
+    def text(self, record: "Question | Picture") -> str:
+        """The prompt of one record."""
+        return self.prompt.replace("{question}", getattr(record, "question", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture to caption."""
+
+    id: str
+    image_id: str
+
+
+Record = TypeVar("Record", Question, Picture)
+
+
+class Benchmark(ABC, Generic[Record]):
+    """A set of questions or pictures in its official files.
+
+    Args:
+        data: the folder that holds `files`.
+        split: one of `splits`.
+        images: the folder of the pictures, if they are not in the usual place in `data`.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line that names the file, if one is missing or not as it should be.
+    """
+
+    name: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]]
+    """The first is the default."""
+    settings: ClassVar[Mapping[str, Settings]]
+    """By name; the first is the default."""
+    normalisation: ClassVar[str]
+    """What is done to an answer before it is compared, in one sentence."""
+    files: ClassVar[str]
+    """What the data folder must hold."""
+
+    records: Sequence[Record]
+    """In the official file's order."""
+    not_computed: Mapping[str, str] = {}
+    """Metric -> why it is not among the scores."""
+    notes: Sequence[str] = ()
+    """What a reader of the scores must know."""
+
+    @abstractmethod
+    def __init__(self, data: Path, split: str, images: Path | None = None): ...
+
+    @abstractmethod
+    def image_file(self, record: Record) -> Path:
+        """Where a record's picture is."""
+
+    def load(self, record: Record) -> Image.Image:
+        """A record's picture. Raises OSError or ValueError if it is missing or broken."""
+        return load_image(self.image_file(record))
+
+    @abstractmethod
+    def score(self, answers: Mapping[str, str]) -> Scores:
+        """{record id: answer} -> scores over those records; "n" says how many they are."""
+
+    def credit(self, record: Record, answer: str) -> float | None:
+        """What one answer is worth, from 0 to 1; None where answers only score together, or nobody knows."""
+        return None
+
+    @abstractmethod
+    def official(self, answers: Mapping[str, str]) -> Any:
+        """{record id: answer} -> the JSON value that the official server or scorer takes."""
+
+    @abstractmethod
+    def read_official(self, content: Any) -> list[tuple[str, str]]:
+        """The inverse of `official`: (record id, answer), repeated ones too. Raises ValueError if it has another form."""

@@ -1,0 +1,207 @@
+"""A benchmark's records -> answers: in batches, over several processes, and on from where a killed run was.
+
+What was answered is kept at once, batch by batch, in `parts/` of the output folder. The batches are the same ones
+however many processes there are and however often a run is killed, so the answers are, too: a model's answer can
+depend on its neighbours in a batch by a rounding error.
+
+Several processes: `accelerate launch --num_processes N -m xformer_mllm.cli evaluate ...`, or torchrun.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from xformer_mllm.checkpoints import bf16_is_fast
+from xformer_mllm.data.json_files import write_whole
+from xformer_mllm.data.questions import Question
+from xformer_mllm.evaluate.benchmark import Benchmark, Picture, Settings
+
+Record = Question | Picture
+
+
+@dataclass(frozen=True)
+class Answers:
+    """answers: {record id: answer}; problems: {image id: why its picture could not be read}."""
+
+    answers: Mapping[str, str]
+    problems: Mapping[str, str]
+
+
+def predict(
+    model: Any,
+    processor: Any,
+    benchmark: Benchmark,
+    settings: Settings,
+    output_dir: Path,
+    batch_size: int,
+    workers: int = 0,
+    made_by: Mapping[str, Any] | None = None,
+) -> Answers:
+    """Ask the model about every record whose picture can be read.
+
+    Args:
+        model, processor: of stage 2; on the device where they are to run.
+        output_dir: where `parts/` goes; the caller removes it (`forget`) once the answers are safe.
+        batch_size: records a batch; a picture whose records stand together is encoded once per batch.
+        workers: processes that read pictures, for each process that answers.
+        made_by: what the answers depend on beside the settings (model, data); kept to tell another run's parts.
+
+    Raises:
+        ValueError: if `parts/` belongs to another run.
+    """
+    parts = output_dir / "parts"
+    state = PartialState()
+    if state.is_main_process:
+        _open_parts(parts, {"settings": asdict(settings), "batch_size": batch_size, **(made_by or {})})
+    state.wait_for_everyone()
+    done = {row["id"] for row in _read_parts(parts)}
+    batches = [batch for batch in _batches(benchmark.records, batch_size) if any(r.id not in done for r in batch)]
+    mine = batches[state.process_index :: state.num_processes]
+    if done and state.is_main_process:
+        print(f"{len(done):,} of {len(benchmark.records):,} answers were already there ({parts}): going on")
+    _answer(model, processor, benchmark, settings, mine, parts / f"process-{state.process_index}.jsonl", workers)
+    state.wait_for_everyone()
+    return _together(benchmark.records, _read_parts(parts))
+
+
+def forget(output_dir: Path) -> None:
+    """Remove the parts: what was made of them is written."""
+    shutil.rmtree(output_dir / "parts")
+
+
+def _batches(records: Sequence[Record], batch_size: int) -> list[list[Record]]:
+    """All records, those of one picture side by side."""
+    pictures: dict[str, list[Record]] = {}
+    for record in records:
+        pictures.setdefault(record.image_id, []).append(record)
+    ordered = [record for group in pictures.values() for record in group]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
+    """Make the folder; or gather whole rows of an interrupted run in one file, as its processes may have been others."""
+    about = parts / "run.json"
+    text = json.dumps(made_by, indent=2, default=str) + "\n"
+    if about.is_file() and about.read_text() != text:
+        raise ValueError(
+            f"{parts}: answers of an interrupted run with another model, data or settings; "
+            "delete it, or name another --output-dir"
+        )
+    parts.mkdir(parents=True, exist_ok=True)
+    rows = _read_parts(parts)
+    write_whole(parts / "before.jsonl", "".join(map(_line, rows)))
+    for old in parts.glob("process-*.jsonl"):
+        old.unlink()
+    write_whole(about, text)
+
+
+def _read_parts(parts: Path) -> list[dict[str, str]]:
+    """Every whole row, each record once; a last line without an end was being written when its process was killed."""
+    rows: dict[str, dict[str, str]] = {}
+    for path in sorted(parts.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            row = json.loads(line)
+            rows[row["id"]] = row
+    return list(rows.values())
+
+
+def _line(row: Mapping[str, str]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _together(records: Sequence[Record], rows: Iterable[Mapping[str, str]]) -> Answers:
+    """In the records' order."""
+    by_id = {row["id"]: row for row in rows}
+    found = [(record, by_id[record.id]) for record in records]
+    return Answers(
+        {record.id: row["answer"] for record, row in found if "answer" in row},
+        {record.image_id: row["problem"] for record, row in found if "problem" in row},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- answering
+
+
+@torch.inference_mode()
+def _answer(
+    model: Any,
+    processor: Any,
+    benchmark: Benchmark,
+    settings: Settings,
+    batches: Sequence[Sequence[Record]],
+    path: Path,
+    workers: int,
+) -> None:
+    model.eval()
+    device = next(model.parameters()).device
+    loader = DataLoader(_Inputs(batches, benchmark, processor), batch_size=None, num_workers=workers)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast())
+    bar = tqdm(total=sum(map(len, batches)), unit="record", desc=f"process {PartialState().process_index}")
+    with precision, path.open("a", encoding="utf-8") as file, bar:
+        pictures = 0
+        for readable, pixels, problems in loader:
+            rows = [{"id": record_id, "problem": problem} for record_id, problem in problems.items()]
+            if readable:
+                texts = generate_answers(model, processor, readable, pixels.to(device), settings)
+                rows += [{"id": r.id, "answer": text} for r, text in zip(readable, texts, strict=True)]
+                pictures += len(pixels)
+            file.write("".join(map(_line, rows)))
+            file.flush()
+            bar.update(len(rows))
+            bar.set_postfix_str(f"{pictures / max(bar.format_dict['elapsed'], 1e-9):.1f} pictures/s")
+
+
+def generate_answers(
+    model: Any, processor: Any, records: Sequence[Record], pixels: torch.Tensor, settings: Settings
+) -> list[str]:
+    """One answer for each record. pixels: the records' different pictures, in the order of their first record."""
+    place = {image_id: number for number, image_id in enumerate(dict.fromkeys(r.image_id for r in records))}
+    text = processor(text=[settings.text(record) for record in records]).to(pixels.device)
+    beams = {"num_beams": settings.num_beams, "length_penalty": settings.length_penalty}
+    new_tokens = model.generate(
+        pixels,
+        image_index=torch.tensor([place[record.image_id] for record in records], device=pixels.device),
+        **text,
+        **(beams if settings.num_beams > 1 else {}),
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        repetition_penalty=settings.repetition_penalty,
+        do_sample=False,
+    )
+    return [answer.strip() for answer in processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+class _Inputs(Dataset):
+    """Batches of records -> (the records whose picture can be read, their pictures' pixels, {record id: problem})."""
+
+    def __init__(self, batches: Sequence[Sequence[Record]], benchmark: Benchmark, processor: Any):
+        self.batches, self.benchmark, self.processor = batches, benchmark, processor
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[list[Record], torch.Tensor | None, dict[str, str]]:
+        pixels: dict[str, torch.Tensor] = {}
+        problems: dict[str, str] = {}
+        for record in self.batches[index]:
+            if record.image_id not in pixels and record.image_id not in problems:
+                try:
+                    inputs = self.processor(images=[self.benchmark.load(record)])
+                except (OSError, ValueError) as error:
+                    problems[record.image_id] = str(error)
+                else:
+                    pixels[record.image_id] = inputs["pixel_values"]
+        readable = [record for record in self.batches[index] if record.image_id in pixels]
+        unreadable = {r.id: problems[r.image_id] for r in self.batches[index] if r.image_id in problems}
+        return readable, torch.cat(list(pixels.values())) if pixels else None, unreadable

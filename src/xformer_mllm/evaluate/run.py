@@ -1,0 +1,267 @@
+"""`xformer evaluate`: a model on a benchmark. `xformer score`: any model's answers, in the benchmark's official format."""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from accelerate import PartialState
+
+from xformer_mllm.checkpoints import load_model, model_folder
+from xformer_mllm.data.json_files import read_json, write_whole
+from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.evaluate.easy_vqa import EasyVqa
+from xformer_mllm.evaluate.prediction import Answers, forget, predict
+from xformer_mllm.evaluate.scenes import Scenes
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
+
+BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in (Scenes, EasyVqa)}
+OWN = ("scenes", "easy-vqa")  # they come with packages: no --data
+
+UNSCALED = ("n", "MAE", "RMSE", "distribution")  # all other metrics are printed times 100
+SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Which benchmark, and where its files are."""
+
+    benchmark: str = "scenes"
+    """scenes, easy-vqa, vqav2, ok-vqa, gqa, coco-captions, nocaps, gvt-counting, gvt-identification, coco-retrieval or
+    flickr-retrieval."""
+    data: Path | None = None
+    """Folder of the benchmark's files in their official names (docs/evaluation.md); scenes and easy-vqa need none."""
+    images: Path | None = None
+    """Folder of its pictures, if they are not in the usual place in --data."""
+    split: str | None = None
+    """Which part of it; by default the one that the paper reports, test for scenes and easy-vqa."""
+    size: int = 2_000
+    """How many scenes (scenes only)."""
+    questions_per_picture: int = 4
+    """How many questions about each scene (scenes only)."""
+    seed: int = 0
+    """Of the scenes (scenes only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(BenchmarkConfig):
+    """Run a trained model on a benchmark: answers, official file, scores, a page. Goes on where a killed run stopped."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a stage-2 run, or of its model; stage 1 for retrieval."""
+    settings: str | None = None
+    """Which of the benchmark's named ways of asking: paper (BLIP-2's, the default), lavis, ..."""
+    prompt: str | None = None
+    """In place of the settings' own; {question} is replaced."""
+    num_beams: int | None = None
+    """In place of the settings' own; 1 is greedy."""
+    length_penalty: float | None = None
+    """In place of the settings' own."""
+    repetition_penalty: float | None = None
+    """In place of the settings' own."""
+    max_new_tokens: int | None = None
+    """In place of the settings' own."""
+    min_new_tokens: int | None = None
+    """In place of the settings' own."""
+    batch_size: int = 32
+    """Questions or pictures per batch."""
+    workers: int = 0
+    """Processes that read pictures ahead; 4 or more beside a GPU."""
+    output_dir: Path | None = None
+    """Where the results go; by default a folder beside the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(BenchmarkConfig):
+    """Score answers that any model gave, in the benchmark's official results format."""
+
+    answers: Annotated[Path, tyro.conf.Positional]
+    """The results file."""
+    output: Path | None = None
+    """Also write the scores there, as JSON."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Run `xformer evaluate` and return what metrics.json holds.
+
+    Raises FileNotFoundError or ValueError, in one line, if there is no such model, benchmark or file.
+    """
+    benchmark = open_benchmark(config)
+    settings = settings_of(config, benchmark)
+    model, processor = load_model(config.model, [XFormerForConditionalGeneration])
+    place = f"{benchmark.name}-{_split(config)}"
+    output_dir = config.output_dir or model_folder(config.model).parent / "evaluation" / place
+    start = time.perf_counter()
+    answers = predict(
+        model, processor, benchmark, settings, output_dir, config.batch_size, config.workers, _made_by(config)
+    )
+    metrics = describe(benchmark, answers) | {
+        "settings": asdict(settings),
+        "seconds": round(time.perf_counter() - start, 1),
+        "config": _plain(config),
+    }
+    if PartialState().is_main_process:
+        write_results(output_dir, benchmark, answers, metrics)
+        forget(output_dir)
+        print(summary(metrics))
+        print(output_dir / "metrics.json")
+    PartialState().wait_for_everyone()
+    return metrics
+
+
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Run `xformer score` and return what was printed. Raises ValueError for unknown, missing or repeated ids."""
+    benchmark = open_benchmark(config)
+    try:
+        pairs = benchmark.read_official(read_json(config.answers))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format ({error!r})") from None
+    check_ids(config.answers, [name for name, _ in pairs], [record.id for record in benchmark.records])
+    metrics = describe(benchmark, Answers(dict(pairs), {})) | {"config": _plain(config)}
+    if config.output:
+        write_whole(config.output, json.dumps(metrics, indent=2) + "\n")
+    print(summary(metrics))
+    return metrics
+
+
+def open_benchmark(config: BenchmarkConfig) -> Benchmark:
+    """Read the benchmark's files. Raises FileNotFoundError or ValueError in one line."""
+    kind = BENCHMARKS.get(config.benchmark)
+    if kind is None:
+        raise ValueError(f"unknown benchmark {config.benchmark!r}; there are {', '.join(BENCHMARKS)}")
+    split = _split(config)
+    if split not in kind.splits:
+        raise ValueError(f"{kind.name} has the splits {', '.join(kind.splits)}, not {split!r}")
+    if kind is Scenes:
+        return Scenes(split, config.size, config.questions_per_picture, config.seed)
+    if kind is EasyVqa:
+        return EasyVqa(split)
+    if config.data is None:
+        raise ValueError(f"{kind.name} needs --data DIR, a folder with {kind.files}")
+    return kind(config.data, split, config.images)
+
+
+def _split(config: BenchmarkConfig) -> str:
+    return config.split or BENCHMARKS[config.benchmark].splits[0]
+
+
+def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> Settings:
+    """The named settings, with what is given in their place. Raises ValueError for an unknown name."""
+    name = config.settings or next(iter(benchmark.settings))
+    if name not in benchmark.settings:
+        raise ValueError(f"{benchmark.name} has the settings {', '.join(benchmark.settings)}, not {name!r}")
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    given = {field: value for field in fields if (value := getattr(config, field)) is not None}
+    return dataclasses.replace(benchmark.settings[name], **given)
+
+
+def check_ids(file: Path, found: Sequence[str], expected: Sequence[str]) -> None:
+    """Raises ValueError, naming a few, for ids that are repeated, unknown or missing."""
+    kinds = {
+        "repeated": [name for name, times in Counter(found).items() if times > 1],
+        "unknown": sorted(set(found) - set(expected)),
+        "missing": sorted(set(expected) - set(found)),
+    }
+    wrong = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
+    if wrong:
+        raise ValueError(f"{file}: ids that do not match the benchmark's: {'; '.join(wrong)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def describe(benchmark: Benchmark, answers: Answers) -> dict[str, Any]:
+    """Scores with what belongs to them."""
+    return {
+        "benchmark": benchmark.name,
+        "scores": benchmark.score(answers.answers),
+        "records": len(benchmark.records),
+        "answered": len(answers.answers),
+        "empty_answers": sum(not answer for answer in answers.answers.values()),
+        "unreadable_pictures": dict(answers.problems),
+        "normalisation": benchmark.normalisation,
+        "not_computed": dict(benchmark.not_computed),
+        "notes": list(benchmark.notes),
+    }
+
+
+def write_results(folder: Path, benchmark: Benchmark, answers: Answers, metrics: Mapping[str, Any]) -> None:
+    """predictions.jsonl, the official results file, metrics.json: the last one says that all is there."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, answers.answers)]
+    write_whole(folder / "predictions.jsonl", "".join(lines))
+    write_whole(folder / "official.json", json.dumps(benchmark.official(answers.answers)) + "\n")
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def predictions(benchmark: Benchmark, answers: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The answered records, with "prediction" and, where an answer has one of its own, "credit"."""
+    rows = []
+    for record in benchmark.records:
+        if record.id in answers:
+            answer = answers[record.id]
+            credit = benchmark.credit(record, answer)
+            known = {} if credit is None else {"credit": credit}
+            rows.append({**asdict(record), "prediction": answer, **known})
+    return rows
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """The scores as text, with everything that a reader must know of them."""
+    lines = [f"{metrics['benchmark']}: {metrics['answered']:,} of {metrics['records']:,} records answered", ""]
+    lines += [table(metrics["scores"]), ""]
+    lines += [f"{name}: {value}" for name, value in metrics.get("settings", {}).items()]
+    lines += [f"normalisation: {metrics['normalisation']}", *metrics["notes"]]
+    lines += [f"not computed: {name} ({why})" for name, why in metrics["not_computed"].items()]
+    if metrics["empty_answers"]:
+        lines.append(f"empty answers: {metrics['empty_answers']:,}")
+    problems = list(metrics["unreadable_pictures"].values())
+    if problems:
+        lines.append(f"pictures that could not be read: {len(problems):,}, so the scores leave their records out")
+        lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+    return "\n".join(lines)
+
+
+def table(scores: Scores) -> str:
+    """A row for each group, a column for each metric; "ci95" in brackets behind the accuracy."""
+    metrics = list(dict.fromkeys(metric for group in scores.values() for metric in group if metric != "ci95"))
+    rows = [
+        ["", *metrics],
+        *([group, *(_cell(found, metric) for metric in metrics)] for group, found in scores.items()),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(found: Mapping[str, Any], metric: str) -> str:
+    if (value := found.get(metric)) is None:
+        return ""
+    if metric == "n":
+        return f"{value:,}"
+    if metric in UNSCALED:
+        return f"{value:.2f}"
+    interval = (
+        f" [{', '.join(f'{100 * end:.1f}' for end in found['ci95'])}]"
+        if metric == "accuracy" and "ci95" in found
+        else ""
+    )
+    return f"{100 * value:.1f}{interval}"
+
+
+def _made_by(config: EvaluateConfig) -> dict[str, Any]:
+    """What the answers depend on: the settings, and the model as its files are now."""
+    weights = sorted(model_folder(config.model).glob("*.safetensors"))
+    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
+    return _plain(config) | {"weights": files}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}

@@ -1,0 +1,68 @@
+"""The embedded world's own questions on held-out scenes."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from xformer_mllm.data.questions import QUESTION_PROMPT, Question
+from xformer_mllm.data.scene_questions import ask
+from xformer_mllm.data.scenes import picture_of
+from xformer_mllm.data.world import draw_scene
+from xformer_mllm.evaluate import exact_match
+from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+
+TRAINING_SCENES = 4_000  # enough to see which answer to a type of question is the most frequent one
+
+
+class OwnQuestions(Benchmark[Question]):
+    """Questions that the package brings, one right answer each: scored by exact match, beside what is right blind.
+
+    A subclass has `records` and `training_questions`.
+    """
+
+    settings = {"greedy": Settings(prompt=QUESTION_PROMPT, num_beams=1, length_penalty=0.0, max_new_tokens=8)}
+    normalisation = exact_match.NORMALISATION
+    files = "nothing: its pictures come with the package"
+
+    def image_file(self, record: Question) -> Path:
+        raise ValueError(f"{record.image_id}: this picture is in no file")
+
+    def training_questions(self) -> Iterable[Question]:
+        """What the blind baselines learn from."""
+        raise NotImplementedError
+
+    def credit(self, record: Question, answer: str) -> float:
+        return float(exact_match.is_right(answer, record.answer))
+
+    def score(self, answers: Mapping[str, str]) -> Scores:
+        blind = exact_match.Blind.learn(self.training_questions())
+        return exact_match.score(exact_match.predictions_of(self.records, answers), blind)
+
+    def official(self, answers: Mapping[str, str]) -> list[dict[str, str]]:
+        """[{"id", "answer"}], of our own making."""
+        return [{"id": record.id, "answer": answers[record.id]} for record in self.records if record.id in answers]
+
+    def read_official(self, content: Any) -> list[tuple[str, str]]:
+        return [(row["id"], row["answer"]) for row in content]
+
+
+class Scenes(OwnQuestions):
+    """`size` scenes of a split, with `questions_per_picture` questions on each."""
+
+    name = "scenes"
+    splits = ("test", "validation")
+
+    def __init__(self, split: str, size: int, questions_per_picture: int = 4, seed: int = 0):
+        self.seed, self.questions_per_picture = seed, questions_per_picture
+        scenes = [draw_scene(split, index, seed) for index in range(size)]
+        self._scenes = {scene.key: scene for scene in scenes}
+        self.records = [question for scene in scenes for question in ask(scene, questions_per_picture)]
+
+    def load(self, record: Question) -> Image.Image:
+        return picture_of(self._scenes[record.image_id])
+
+    def training_questions(self) -> Iterable[Question]:
+        for index in range(TRAINING_SCENES):
+            yield from ask(draw_scene("train", index, self.seed), self.questions_per_picture)

@@ -1,0 +1,40 @@
+"""JSON files say where they are wrong, and are never half written."""
+
+import pytest
+
+from xformer_mllm.data.json_files import read_json, read_json_lines, write_whole
+
+
+def test_what_is_wrong_is_named_by_line_and_column(tmp_path):
+    path = tmp_path / "questions.json"
+    path.write_text('{"a": 1,\n "b": }')
+    with pytest.raises(ValueError, match=r"questions\.json:2:7: not valid JSON"):
+        read_json(path)
+    path.write_text('{"a": 1}\n\n{"a": 2\n')
+    with pytest.raises(ValueError, match=r"questions\.json:3:8: not valid JSON"):
+        read_json_lines(path)
+    path.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        read_json(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
+        read_json(tmp_path / "none.json")
+
+
+def test_a_line_separator_within_a_value_does_not_split_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "grün\u2028"}\n{"a": ""}\n', encoding="utf-8")
+    assert read_json_lines(path) == [{"a": "grün\u2028"}, {"a": ""}]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    write_whole(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]

@@ -1,0 +1,159 @@
+"""Prediction: the right picture for every question, the same answers however a run is cut into processes and pieces."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from xformer_mllm.data.questions import Question
+from xformer_mllm.evaluate.benchmark import Settings
+from xformer_mllm.evaluate.prediction import forget, predict
+
+SETTINGS = Settings(prompt="{question}", num_beams=1, length_penalty=0.0, max_new_tokens=4)
+
+
+class Tokenizer:
+    def batch_decode(self, tokens, skip_special_tokens):
+        return [f" {number} " for number in tokens[:, 0].tolist()]
+
+
+class Batch(dict):
+    def to(self, device):
+        return self
+
+
+class Processor:
+    """A picture's one number is its red; a text's one token is how long it is."""
+
+    tokenizer = Tokenizer()
+
+    def __call__(self, images=None, text=None):
+        if images is not None:
+            reds = [image.getpixel((0, 0))[0] for image in images]
+            return Batch(pixel_values=torch.tensor(reds, dtype=torch.float32)[:, None])
+        ids = torch.tensor([[len(prompt)] for prompt in text])
+        return Batch(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+class Model(torch.nn.Linear):
+    """Answers with the picture's number, so that a picture given to the wrong question is seen."""
+
+    def __init__(self, stop_after=None):
+        super().__init__(1, 1)
+        self.encoded = self.batches = 0
+        self.stop_after = stop_after
+
+    def generate(self, pixels, image_index, input_ids, attention_mask, **_):
+        if self.batches == self.stop_after:
+            raise KeyboardInterrupt
+        self.batches += 1
+        self.encoded += len(pixels)
+        assert len(image_index) == len(input_ids)
+        return pixels[image_index].long()
+
+
+class Pictures:
+    """Ten questions on four pictures, which do not stand side by side; picture "broken" cannot be read."""
+
+    def __init__(self, broken=None):
+        self.broken = broken
+        self.records = [Question(str(n), str(n % 4), "q" * (n + 1), None, "count") for n in range(10)]
+
+    def load(self, record):
+        if record.image_id == self.broken:
+            raise ValueError(f"{record.image_id}.jpg: cannot be read as a picture")
+        return Image.new("RGB", (2, 2), (7 * int(record.image_id), 0, 0))
+
+
+RIGHT = {str(n): str(7 * (n % 4)) for n in range(10)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_every_question_gets_the_answer_about_its_own_picture(tmp_path, batch_size):
+    found = predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, batch_size)
+    assert dict(found.answers) == RIGHT
+    assert list(found.answers) == [str(n) for n in range(10)]
+    assert not found.problems
+    forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_encoded_once_for_all_its_questions_in_a_batch(tmp_path):
+    model = Model()
+    predict(model, Processor(), Pictures(), SETTINGS, tmp_path, 100)
+    assert model.encoded == 4
+
+
+def test_a_broken_picture_is_named_and_its_questions_left_out(tmp_path):
+    found = predict(Model(), Processor(), Pictures(broken="2"), SETTINGS, tmp_path, 3)
+    assert dict(found.answers) == {name: answer for name, answer in RIGHT.items() if int(name) % 4 != 2}
+    assert found.problems == {"2": "2.jpg: cannot be read as a picture"}
+    alone = Pictures(broken="2")
+    alone.records = [alone.records[2]]
+    assert not predict(Model(), Processor(), alone, SETTINGS, tmp_path / "alone", 3).answers
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        predict(Model(stop_after=2), Processor(), Pictures(), SETTINGS, tmp_path, 2)
+    cut = tmp_path / "parts" / "process-0.jsonl"
+    with cut.open("a") as file:
+        file.write('{"id": "9", "ans')  # killed while it was writing
+    model = Model()
+    found = predict(model, Processor(), Pictures(), SETTINGS, tmp_path, 2)
+    assert dict(found.answers) == RIGHT
+    assert model.batches == 3
+    again = Model()
+    assert predict(again, Processor(), Pictures(), SETTINGS, tmp_path, 2).answers == found.answers
+    assert again.batches == 0
+
+
+def test_answers_of_other_settings_are_not_taken(tmp_path):
+    predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, 2, made_by={"model": "one"})
+    with pytest.raises(ValueError, match="another model, data or settings"):
+        predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, 2, made_by={"model": "two"})
+
+
+def evaluate_command(runs, output, *extra):
+    words = [
+        "evaluate",
+        str(runs / "stage2"),
+        "--size",
+        "12",
+        "--batch-size",
+        "4",
+        "--output-dir",
+        str(output),
+        *extra,
+    ]
+    return ["-m", "xformer_mllm.cli", *words]
+
+
+def test_two_processes_and_a_killed_run_give_the_file_of_one(runs, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, *evaluate_command(runs, tmp_path / "one")]
+    subprocess.run(one, check=True, env=environment, capture_output=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    two = [*launch, *evaluate_command(runs, tmp_path / "two")]
+    process = subprocess.Popen(two, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "two" / "parts"
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in parts.glob("process-*.jsonl")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(two, check=True, env=environment, capture_output=True, text=True)
+    for name in ("predictions.jsonl", "official.json"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    scores = [json.loads((tmp_path / run / "metrics.json").read_text())["scores"] for run in ("one", "two")]
+    assert scores[0] == scores[1]
+    assert done.stdout.count("metrics.json") == 1
+    assert not parts.exists()
