@@ -6,8 +6,10 @@ import pytest
 
 from xformer_mllm.cli import main
 from xformer_mllm.data.json_files import read_json, read_json_lines
+from xformer_mllm.data.questions import Question
 from xformer_mllm.data.scenes import SceneQuestions
 from xformer_mllm.evaluate import run, scenes
+from xformer_mllm.evaluate.benchmark import Settings
 from xformer_mllm.evaluate.scenes import Scenes
 
 SIZE = ["--size", "6", "--questions-per-picture", "2"]
@@ -87,6 +89,14 @@ def test_settings_can_be_replaced_one_by_one(tmp_path):
     config = run.EvaluateConfig(model=tmp_path, num_beams=5, prompt="{question}?", size=1)
     settings = run.settings_of(config, run.open_benchmark(config))
     assert (settings.num_beams, settings.prompt, settings.max_new_tokens) == (5, "{question}?", 8)
+
+
+def test_a_question_as_lavis_asks_it():
+    record = Question("1", "1", 'What is "this" (thing): a.b ' + "x " * 60 + "?", None, "")
+    settings = Settings(
+        prompt="Q: {question} A:", num_beams=1, length_penalty=0.0, max_new_tokens=1, plain_question=True
+    )
+    assert settings.text(record) == f"Q: what is this thing ab{' x' * 45} A:"
 
 
 def test_table_prints_shares_times_100_and_leaves_gaps():

@@ -18,6 +18,8 @@ from xformer_mllm.model.images import load_image
 # "ci95" is a pair: the 95 % interval of "accuracy".
 Scores = dict[str, dict[str, Any]]
 
+LAVIS_WORDS = 50  # of a question
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -32,10 +34,16 @@ class Settings:
     max_new_tokens: int
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
+    plain_question: bool = False
+    """As LAVIS's processor blip_question: lower case, without .!"()*#:;~, at most 50 words."""
 
     def text(self, record: "Question | Picture") -> str:
         """The prompt of one record."""
-        return self.prompt.replace("{question}", getattr(record, "question", ""))
+        question = getattr(record, "question", "")
+        if self.plain_question:
+            words = question.lower().translate(dict.fromkeys(map(ord, '.!"()*#:;~'))).rstrip().split(" ")
+            question = " ".join(words[:LAVIS_WORDS])
+        return self.prompt.replace("{question}", question)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,17 @@ from xformer_mllm.checkpoints import load_model, model_folder
 from xformer_mllm.data.json_files import read_json, write_whole
 from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
 from xformer_mllm.evaluate.easy_vqa import EasyVqa
+from xformer_mllm.evaluate.gqa import Gqa
+from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
+from xformer_mllm.evaluate.ok_vqa import OkVqa
 from xformer_mllm.evaluate.prediction import Answers, forget, predict
 from xformer_mllm.evaluate.scenes import Scenes
+from xformer_mllm.evaluate.vqav2 import Vqav2
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
 
-BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in (Scenes, EasyVqa)}
-OWN = ("scenes", "easy-vqa")  # they come with packages: no --data
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    kind.name: kind for kind in (Scenes, EasyVqa, Vqav2, OkVqa, Gqa, GvtCounting, GvtIdentification)
+}
 
 UNSCALED = ("n", "MAE", "RMSE", "distribution")  # all other metrics are printed times 100
 SHOWN_PROBLEMS = 5
@@ -55,7 +60,7 @@ class EvaluateConfig(BenchmarkConfig):
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of a stage-2 run, or of its model; stage 1 for retrieval."""
     settings: str | None = None
-    """Which of the benchmark's named ways of asking: paper (BLIP-2's, the default), lavis, ..."""
+    """Which of the benchmark's named ways of asking (docs/evaluation.md): paper, lavis, ...; the first by default."""
     prompt: str | None = None
     """In place of the settings' own; {question} is replaced."""
     num_beams: int | None = None
@@ -117,10 +122,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Run `xformer score` and return what was printed. Raises ValueError for unknown, missing or repeated ids."""
     benchmark = open_benchmark(config)
+    content = read_json(config.answers)
     try:
-        pairs = benchmark.read_official(read_json(config.answers))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format ({error!r})") from None
+        pairs = benchmark.read_official(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format: {error}") from None
     check_ids(config.answers, [name for name, _ in pairs], [record.id for record in benchmark.records])
     metrics = describe(benchmark, Answers(dict(pairs), {})) | {"config": _plain(config)}
     if config.output:
@@ -143,7 +149,10 @@ def open_benchmark(config: BenchmarkConfig) -> Benchmark:
         return EasyVqa(split)
     if config.data is None:
         raise ValueError(f"{kind.name} needs --data DIR, a folder with {kind.files}")
-    return kind(config.data, split, config.images)
+    try:
+        return kind(config.data, split, config.images)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {kind.name} reads {kind.files}") from None
 
 
 def _split(config: BenchmarkConfig) -> str:
@@ -156,7 +165,7 @@ def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> Settings:
     if name not in benchmark.settings:
         raise ValueError(f"{benchmark.name} has the settings {', '.join(benchmark.settings)}, not {name!r}")
     fields = [field.name for field in dataclasses.fields(Settings)]
-    given = {field: value for field in fields if (value := getattr(config, field)) is not None}
+    given = {field: value for field in fields if (value := getattr(config, field, None)) is not None}
     return dataclasses.replace(benchmark.settings[name], **given)
 
 

@@ -1,0 +1,285 @@
+"""GQA: compositional questions about pictures, by the dataset's own measures.
+
+Equal to GQA's eval.py (eval.zip of gqadataset.org) but for its grounding score, which needs a model's attention over a
+grid. eval.py compares strings as they are, and GQA's answers are in lower case; a language model's are not always, so
+an answer is stripped and lower-cased first, and written so into the results file: eval.py gives the same numbers on it.
+
+LAVIS, and with it BLIP-2's published number, compares after VQA's normalisation of both sides (punctuation, articles,
+number words; `GQATask` in lavis/tasks/vqa.py): that is the group "lavis normalisation".
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xformer_mllm.data.json_files import read_json
+from xformer_mllm.data.questions import QUESTION_PROMPT, Question
+from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.evaluate.vqa_accuracy import normalised
+
+STRUCTURAL = ("query", "verify", "choose", "compare", "logical")
+SEMANTIC = {"attr": "attribute", "cat": "category", "global": "global", "obj": "object", "rel": "relation"}
+
+# What eval.py reads of a question, and the type of each.
+KEYS = {
+    "imageId": str,
+    "question": str,
+    "answer": str,
+    "isBalanced": bool,
+    "types": dict,
+    "groups": dict,
+    "semantic": list,
+    "entailed": list,
+}
+COMMON = ("color", "material", "shape")  # what two things can have in common
+NO_STEP = ("exist", "query: name", "choose name")  # they end a question, and do not make it longer
+
+OfficialQuestion = Mapping[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def gqa_scores(
+    questions: Mapping[str, OfficialQuestion],
+    predictions: Mapping[str, str],
+    choices: Mapping[str, Mapping[str, Any]] | None = None,
+    consistency: bool = False,
+) -> Scores:
+    """eval.py's scores over the balanced ones among the questions that are answered.
+
+    Args:
+        questions, choices: as in GQA's files: {question id: ...}. Without choices no validity and plausibility.
+        predictions: {question id: answer}.
+        consistency: among `questions` are all that the balanced ones entail. Those without an answer do not count.
+
+    Returns:
+        "all" with accuracy, lower-is-better "distribution" (chi-square over 100, of predicted and true answers within
+        GQA's global groups) and what else can be computed; then accuracy by group, "steps:N" and "words:N" being the
+        length of the reasoning and of the question.
+    """
+    predictions = {name: as_written(predictions[name]) for name in questions if name in predictions}
+    balanced = {name: q for name, q in questions.items() if q["isBalanced"] and name in predictions}
+    if not balanced:
+        return {"all": {"n": 0}}
+    right = {name: predictions[name] == question["answer"] for name, question in balanced.items()}
+    overall: dict[str, float] = {"accuracy": _mean(right.values())}
+    if consistency:
+        overall["consistency"] = _consistency(questions, predictions, [name for name in right if right[name]])
+    if choices is not None:
+        overall["validity"] = _mean(_belongs(predictions[n], q, choices[n]["valid"]) for n, q in balanced.items())
+        overall["plausibility"] = _mean(
+            _belongs(predictions[n], q, choices[n]["plausible"]) for n, q in balanced.items()
+        )
+    if (distance := _distribution(balanced, predictions)) is not None:
+        overall["distribution"] = distance
+    as_lavis = [normalised(predictions[name]) == normalised(question["answer"]) for name, question in balanced.items()]
+    return {
+        "all": overall | {"n": len(balanced)},
+        "lavis normalisation": {"accuracy": _mean(as_lavis), "n": len(balanced)},
+        **_by_group(balanced, right),
+    }
+
+
+def as_written(answer: str) -> str:
+    """An answer as GQA writes its own."""
+    return answer.strip().lower()
+
+
+def _by_group(questions: Mapping[str, OfficialQuestion], right: Mapping[str, bool]) -> Scores:
+    """Accuracy by group: kinds of groups in the order below, each in the order of its names or numbers."""
+    kinds: list[dict[Any, list[bool]]] = [defaultdict(list) for _ in range(5)]
+    for name, question in questions.items():
+        types = question["types"]
+        kinds[0]["open" if types["structural"] == "query" else "binary"].append(right[name])
+        kinds[1][f"structural:{types['structural']}"].append(right[name])
+        kinds[2][f"semantic:{SEMANTIC[types['semantic']]}"].append(right[name])
+        kinds[3][_steps(question)].append(right[name])
+        kinds[4][len(question["question"].split())].append(right[name])
+    return {
+        f"{prefix}{group}": {"accuracy": _mean(kind[group]), "n": len(kind[group])}
+        for prefix, kind in zip(("", "", "", "steps:", "words:"), kinds, strict=True)
+        for group in sorted(kind)
+    }
+
+
+def _steps(question: OfficialQuestion) -> int:
+    """Reasoning steps without those that only end the question."""
+    steps = [f"{step['operation']}: {step['argument']}" for step in question["semantic"]]
+    return sum(not any(words in step for words in NO_STEP) for step in steps)
+
+
+def _consistency(
+    questions: Mapping[str, OfficialQuestion], predictions: Mapping[str, str], right: Iterable[str]
+) -> float:
+    """Accuracy on what a rightly answered question entails, averaged over those questions; 0 without any."""
+    found = []
+    for name in right:
+        entailed = [other for other in questions[name]["entailed"] if other != name and other in predictions]
+        if entailed:
+            found.append(_mean(predictions[other] == questions[other]["answer"] for other in entailed))
+    return _mean(found) if found else 0.0
+
+
+def _belongs(answer: str, question: OfficialQuestion, choices: Iterable[str]) -> bool:
+    return answer in (COMMON if "Common" in question["types"]["detailed"] else choices)
+
+
+def _distribution(questions: Mapping[str, OfficialQuestion], predictions: Mapping[str, str]) -> float | None:
+    """eval.py's chi-square over 100, averaged over the groups by their size; None if no question has a group."""
+    true: dict[str, Counter] = defaultdict(Counter)
+    predicted: dict[str, Counter] = defaultdict(Counter)
+    for name, question in questions.items():
+        group = question["groups"]["global"]
+        if group is not None:
+            true[group][question["answer"]] += 1
+            predicted[group][predictions[name]] += 1
+    distances = {
+        group: sum((predicted[group][answer] - times) ** 2 / times for answer, times in answers.items())
+        for group, answers in true.items()
+    }
+    total = sum(answers.total() for answers in true.values())
+    return sum(distances[group] * true[group].total() for group in true) / total / 100 if true else None
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmark
+
+
+class Gqa(Benchmark):
+    """The balanced questions of a split; or with "-all" every question, which consistency needs (and takes long).
+
+    "paper" is how the BLIP-2 paper (section 4.1) asks an OPT. LAVIS has a file for FlanT5 only
+    (gqa_zeroshot_flant5xl_eval.yaml): "lavis" is that one with the length penalty that its code has for OPT
+    (`Blip2OPT.predict_answers`; FlanT5's is -1).
+    """
+
+    name = "gqa"
+    splits = ("testdev", "val", "testdev-all", "val-all")
+    settings = {
+        "paper": Settings(
+            prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
+        ),
+        "lavis": Settings(
+            prompt="Question: {question} Short answer:",
+            num_beams=5,
+            length_penalty=0.0,
+            max_new_tokens=10,
+            min_new_tokens=1,
+            plain_question=True,
+        ),
+    }
+    normalisation = (
+        "stripped and lower-cased, then GQA's exact match; "
+        "lavis normalisation: also VQA's punctuation, articles and number words, on both sides"
+    )
+    files = (
+        "testdev_balanced_questions.json (or val_balanced_, testdev_all_, val_all_questions.json) and images/*.jpg of "
+        "gqadataset.org; with val_choices.json also validity and plausibility"
+    )
+
+    def __init__(self, data: Path, split: str, images: Path | None = None):
+        tier, _, everything = split.partition("-")
+        self.images = images or data / "images"
+        file = data / f"{tier}_{'all' if everything else 'balanced'}_questions.json"
+        choices_file = data / f"{tier}_choices.json"
+        self.questions = _read_questions(file)
+        self.choices = _read_choices(choices_file, self.questions) if choices_file.is_file() else None
+        self.consistency = bool(everything)
+        self.not_computed = {}
+        if not everything:
+            self.not_computed["consistency"] = f"needs answers to the entailed questions: --split {tier}-all"
+        if self.choices is None:
+            self.not_computed |= dict.fromkeys(("validity", "plausibility"), f"there is no {choices_file}")
+        self.records = [_record(name, question) for name, question in self.questions.items()]
+
+    def image_file(self, record: Question) -> Path:  # type: ignore[override]
+        return self.images / f"{record.image_id}.jpg"
+
+    def score(self, answers: Mapping[str, str]) -> Scores:
+        return gqa_scores(self.questions, answers, self.choices, self.consistency)
+
+    def credit(self, record: Question, answer: str) -> float:  # type: ignore[override]
+        return float(as_written(answer) == record.answer)
+
+    def official(self, answers: Mapping[str, str]) -> list[dict[str, str]]:
+        """What eval.py and the server take."""
+        return [
+            {"questionId": record.id, "prediction": as_written(answers[record.id])}
+            for record in self.records
+            if record.id in answers
+        ]
+
+    def read_official(self, content: Any) -> list[tuple[str, str]]:
+        if not isinstance(content, list):
+            raise ValueError('not a list of {"questionId", "prediction"}')
+        for place, row in enumerate(content):
+            for key in ("questionId", "prediction"):
+                if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                    raise ValueError(f'entry {place}: "{key}" is missing or no text')
+        return [(row["questionId"], row["prediction"]) for row in content]
+
+
+def _record(name: str, question: OfficialQuestion) -> Question:
+    types = question["types"]
+    structural, semantic = types["structural"], SEMANTIC[types["semantic"]]
+    return Question(
+        name, question["imageId"], question["question"], question["answer"], types["detailed"], structural, semantic
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _read_questions(file: Path) -> dict[str, OfficialQuestion]:
+    """Raises FileNotFoundError, or ValueError naming the file, the question and the key."""
+    questions = read_json(file)
+    if isinstance(questions, list):
+        raise ValueError(
+            f"{file}: a list, as LAVIS rewrote it, without GQA's types; take questions1.2.zip of gqadataset.org"
+        )
+    if not isinstance(questions, dict) or not questions:
+        raise ValueError(f"{file}: no questions; take questions1.2.zip of gqadataset.org")
+    for name, question in questions.items():
+        if (problem := _problem(question)) is not None:
+            raise ValueError(f"{file}: question {name}: {problem}")
+    return questions
+
+
+def _problem(question: Any) -> str | None:
+    """What is wrong with a question, if anything."""
+    if not isinstance(question, dict):
+        return "not an object"
+    for key, kind in KEYS.items():
+        if not isinstance(question.get(key), kind):
+            return f'"{key}" is missing or not of type {kind.__name__}'
+    types = question["types"]
+    if types.get("structural") not in STRUCTURAL:
+        return f'"structural" of "types" is {types.get("structural")!r}, not one of {", ".join(STRUCTURAL)}'
+    if types.get("semantic") not in SEMANTIC:
+        return f'"semantic" of "types" is {types.get("semantic")!r}, not one of {", ".join(SEMANTIC)}'
+    if not isinstance(types.get("detailed"), str):
+        return '"detailed" of "types" is missing or no text'
+    if "global" not in question["groups"]:
+        return '"global" of "groups" is missing'
+    if not all(isinstance(step, dict) and {"operation", "argument"} <= set(step) for step in question["semantic"]):
+        return 'a step of "semantic" lacks "operation" or "argument"'
+    return None
+
+
+def _read_choices(file: Path, questions: Mapping[str, OfficialQuestion]) -> Mapping[str, Mapping[str, Any]]:
+    """Raises ValueError if a balanced question has no choices."""
+    choices = read_json(file)
+    for name, question in questions.items():
+        found = choices.get(name) if isinstance(choices, dict) else None
+        if question["isBalanced"] and not (isinstance(found, dict) and {"valid", "plausible"} <= set(found)):
+            raise ValueError(
+                f'{file}: question {name}: "valid" or "plausible" is missing; take eval.zip of gqadataset.org, or '
+                "remove the file to go without these scores"
+            )
+    return choices
