@@ -94,10 +94,3 @@ def test_a_question_without_its_annotation_is_named(data):
     change(data, ROWS[:2])
     with pytest.raises(ValueError, match=rf"{ANNOTATIONS}: lacks 1 question ids of .*{QUESTIONS} \(first: 3\)"):
         OkVqa(data, "val")
-
-
-def test_a_missing_file_is_named_with_all_that_is_needed(data):
-    (data / ANNOTATIONS).unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        OkVqa(data, "val")
-    assert str(error.value) == f"{data / ANNOTATIONS}: no such file; ok-vqa reads {OkVqa.files}"

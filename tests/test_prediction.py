@@ -139,15 +139,15 @@ def test_two_processes_and_a_killed_run_give_the_file_of_one(runs, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = [sys.executable, *evaluate_command(runs, tmp_path / "one")]
     subprocess.run(one, check=True, env=environment, capture_output=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = [*launch, *evaluate_command(runs, tmp_path / "two")]
     process = subprocess.Popen(two, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     parts = tmp_path / "two" / "parts"
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in parts.glob("process-*.jsonl")) and process.poll() is None:
+    while sum(path.stat().st_size > 0 for path in parts.glob("process-*.jsonl")) < 2 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert process.poll() is None, "finished before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = subprocess.run(two, check=True, env=environment, capture_output=True, text=True)
@@ -155,5 +155,5 @@ def test_two_processes_and_a_killed_run_give_the_file_of_one(runs, tmp_path):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
     scores = [json.loads((tmp_path / run / "metrics.json").read_text())["scores"] for run in ("one", "two")]
     assert scores[0] == scores[1]
-    assert done.stdout.count("metrics.json") == 1
+    assert done.stdout.count("report.html") == 1
     assert not parts.exists()

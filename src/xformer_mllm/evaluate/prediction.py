@@ -4,7 +4,7 @@ What was answered is kept at once, batch by batch, in `parts/` of the output fol
 however many processes there are and however often a run is killed, so the answers are, too: a model's answer can
 depend on its neighbours in a batch by a rounding error.
 
-Several processes: `accelerate launch --num_processes N -m xformer_mllm.cli evaluate ...`, or torchrun.
+Several processes: `torchrun --nproc-per-node N -m xformer_mllm.cli evaluate ...`, or accelerate launch.
 """
 
 import json
@@ -35,6 +35,11 @@ class Answers:
     problems: Mapping[str, str]
 
 
+def processes() -> PartialState:
+    """This process among those that torchrun or accelerate has started; it alone, if nobody has."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def predict(
     model: Any,
     processor: Any,
@@ -58,7 +63,7 @@ def predict(
         ValueError: if `parts/` belongs to another run.
     """
     parts = output_dir / "parts"
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         _open_parts(parts, {"settings": asdict(settings), "batch_size": batch_size, **(made_by or {})})
     state.wait_for_everyone()
@@ -147,7 +152,7 @@ def _answer(
     device = next(model.parameters()).device
     loader = DataLoader(_Inputs(batches, benchmark, processor), batch_size=None, num_workers=workers)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast())
-    bar = tqdm(total=sum(map(len, batches)), unit="record", desc=f"process {PartialState().process_index}")
+    bar = tqdm(total=sum(map(len, batches)), unit="record", desc=f"process {processes().process_index}")
     with precision, path.open("a", encoding="utf-8") as file, bar:
         pictures = 0
         for readable, pixels, problems in loader:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,26 +11,30 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from accelerate import PartialState
 
+from xformer_mllm import report
 from xformer_mllm.checkpoints import load_model, model_folder
 from xformer_mllm.data.json_files import read_json, write_whole
 from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.evaluate.coco_captions import CocoCaptions
 from xformer_mllm.evaluate.easy_vqa import EasyVqa
 from xformer_mllm.evaluate.gqa import Gqa
 from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
+from xformer_mllm.evaluate.nocaps import NoCaps
 from xformer_mllm.evaluate.ok_vqa import OkVqa
-from xformer_mllm.evaluate.prediction import Answers, forget, predict
+from xformer_mllm.evaluate.prediction import Answers, forget, predict, processes
 from xformer_mllm.evaluate.scenes import Scenes
 from xformer_mllm.evaluate.vqav2 import Vqav2
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
-    kind.name: kind for kind in (Scenes, EasyVqa, Vqav2, OkVqa, Gqa, GvtCounting, GvtIdentification)
+    kind.name: kind
+    for kind in (Scenes, EasyVqa, Vqav2, OkVqa, Gqa, GvtCounting, GvtIdentification, CocoCaptions, NoCaps)
 }
 
 UNSCALED = ("n", "MAE", "RMSE", "distribution")  # all other metrics are printed times 100
 SHOWN_PROBLEMS = 5
+EXAMPLES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +97,13 @@ class ScoreConfig(BenchmarkConfig):
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run `xformer evaluate` and return what metrics.json holds.
+    """Run `xformer evaluate` and return what metrics.json holds (in the main process).
 
     Raises FileNotFoundError or ValueError, in one line, if there is no such model, benchmark or file.
     """
     benchmark = open_benchmark(config)
     settings = settings_of(config, benchmark)
+    processes()  # each takes its GPU before a model is put on one
     model, processor = load_model(config.model, [XFormerForConditionalGeneration])
     place = f"{benchmark.name}-{_split(config)}"
     output_dir = config.output_dir or model_folder(config.model).parent / "evaluation" / place
@@ -105,17 +111,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     answers = predict(
         model, processor, benchmark, settings, output_dir, config.batch_size, config.workers, _made_by(config)
     )
-    metrics = describe(benchmark, answers) | {
-        "settings": asdict(settings),
-        "seconds": round(time.perf_counter() - start, 1),
-        "config": _plain(config),
-    }
-    if PartialState().is_main_process:
+    metrics = {}
+    if processes().is_main_process:  # METEOR alone takes a minute: once is enough
+        metrics = describe(benchmark, answers) | {
+            "settings": asdict(settings),
+            "seconds": round(time.perf_counter() - start, 1),
+            "config": _plain(config),
+        }
         write_results(output_dir, benchmark, answers, metrics)
         forget(output_dir)
         print(summary(metrics))
-        print(output_dir / "metrics.json")
-    PartialState().wait_for_everyone()
+        print(output_dir / "report.html")
+    processes().wait_for_everyone()
     return metrics
 
 
@@ -200,11 +207,31 @@ def describe(benchmark: Benchmark, answers: Answers) -> dict[str, Any]:
 
 
 def write_results(folder: Path, benchmark: Benchmark, answers: Answers, metrics: Mapping[str, Any]) -> None:
-    """predictions.jsonl, the official results file, metrics.json: the last one says that all is there."""
+    """predictions.jsonl, the official results file, the page, and last metrics.json: it says that all is there."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, answers.answers)]
     write_whole(folder / "predictions.jsonl", "".join(lines))
     write_whole(folder / "official.json", json.dumps(benchmark.official(answers.answers)) + "\n")
+    config = metrics["config"]
+    title = " ".join(filter(None, [config["benchmark"], config["split"]]))
+    page = report.benchmark_page(title, config["model"], metrics, examples(benchmark, answers.answers))
+    write_whole(folder / "report.html", page)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Example]:
+    """A few answered records at random, the same ones for every model."""
+    answered = [record for record in benchmark.records if record.id in answers]
+    return [
+        report.Example(
+            picture=benchmark.load(record),
+            question=getattr(record, "question", ""),
+            truth=getattr(record, "answer", None) or "",
+            prediction=answers[record.id],
+            credit=benchmark.credit(record, answers[record.id]),
+            kind=getattr(record, "question_type", ""),
+        )
+        for record in random.Random(0).sample(answered, min(EXAMPLES, len(answered)))
+    ]
 
 
 def predictions(benchmark: Benchmark, answers: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -8,9 +8,22 @@ pictures are embedded, plots are inline SVG or HTML that take their colours from
 Every part may be empty; a part that is empty is left out. All text is escaped.
 """
 
+from xformer_mllm.report.benchmark import Example, benchmark_page
 from xformer_mllm.report.contents import Report, Run, Setting, Strip
 from xformer_mllm.report.findings import overall, verdict
 from xformer_mllm.report.page import write_report
 from xformer_mllm.report.wording import display_name, plain
 
-__all__ = ["Report", "Run", "Setting", "Strip", "display_name", "overall", "plain", "verdict", "write_report"]
+__all__ = [
+    "Example",
+    "Report",
+    "Run",
+    "Setting",
+    "Strip",
+    "benchmark_page",
+    "display_name",
+    "overall",
+    "plain",
+    "verdict",
+    "write_report",
+]
