@@ -10,8 +10,9 @@ from PIL import Image
 
 from xformer_mllm.report import Report, Run, Setting, Strip, verdict, write_report
 from xformer_mllm.report.charts import ITM_CHANCE_LOSS, line_chart, nice_ticks, running_mean
+from xformer_mllm.report.document import PAPER
 from xformer_mllm.report.examples import choose_disagreements, choose_random
-from xformer_mllm.report.page import PAPER, render
+from xformer_mllm.report.page import render
 
 EVIL = "<script>alert('x')</script>&\"'"
 

@@ -192,6 +192,13 @@ def test_decoding_in_a_sentence(settings, sentence):
     assert decoding(settings) == sentence
 
 
+def test_retrieval_says_how_many_itm_scored_again():
+    scores = {"all": {"mean recall": 0.5, "n": 6}, "text retrieval, ITC": {"recall@1": 0.25, "n": 2}}
+    page = Page(page_of({"scores": scores, "settings": {"k_test": 128}}))
+    assert "Scored again by ITM the 128 best by ITC" in page.visible
+    assert "Prompt" not in page.visible
+
+
 def test_an_empty_prompt_is_named(metrics):
     metrics["settings"]["prompt"] = ""
     assert "Prompt none" in Page(page_of(metrics)).visible

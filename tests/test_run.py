@@ -76,6 +76,18 @@ def test_ids_that_do_not_match_are_counted_and_named(tmp_path, capsys):
     assert "mine.json:1:11: not valid JSON" in refusal(capsys, "score", tmp_path / "mine.json")
 
 
+def test_retrieval_on_exported_scenes(runs, tmp_path, capsys):
+    data, output = tmp_path / "data", tmp_path / "out"
+    assert main(["data", "export", "coco-retrieval", "--size", "6", "--output-dir", str(data)]) == 0
+    words = ["--benchmark", "coco-retrieval", "--data", str(data)]
+    assert main(["evaluate", str(runs / "stage1"), *words, "--k-test", "3", "--output-dir", str(output)]) == 0
+    assert "image retrieval, ITM re-ranked" in capsys.readouterr().out
+    assert {path.name for path in output.iterdir()} == {"metrics.json", "ranking.json", "report.html"}
+    assert read_json(output / "metrics.json")["scores"]["all"]["n"] > 0
+    assert "needed: XFormerForPreTraining" in refusal(capsys, "evaluate", runs / "stage2", *words)
+    assert "has no official results file" in refusal(capsys, "score", output / "ranking.json", *words)
+
+
 def test_what_does_not_exist_is_refused_before_a_model_is_loaded(tmp_path, capsys):
     evaluate = ("evaluate", tmp_path / "none")
     assert "unknown benchmark 'vqa'" in refusal(capsys, *evaluate, "--benchmark", "vqa")

@@ -65,6 +65,11 @@ COMMANDS = {
         "evaluate.run:EvaluateConfig",
         "evaluate.run:evaluate",
     ),
+    "queries": Command(
+        "where a model's queries look, and how different they are",
+        "evaluate.query_analysis:QueriesConfig",
+        "evaluate.query_analysis:queries",
+    ),
     "score": Command(
         "any model's answers to a benchmark, in its official format", "evaluate.run:ScoreConfig", "evaluate.run:score"
     ),

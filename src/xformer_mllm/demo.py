@@ -30,6 +30,7 @@ from xformer_mllm.data.json_files import read_json_lines, write_whole
 from xformer_mllm.evaluate.benchmark import Benchmark
 from xformer_mllm.evaluate.exact_match import compare
 from xformer_mllm.evaluate.inference import ReconstructConfig, reconstruct
+from xformer_mllm.evaluate.query_analysis import analyse
 from xformer_mllm.evaluate.run import BenchmarkConfig, open_benchmark
 from xformer_mllm.lanes import Lane, Part, clock, cores, read_json, read_rows, run_lanes
 
@@ -39,6 +40,8 @@ QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate")
 
 PICTURES_TO_TRY = 4
 RECONSTRUCTED_PICTURES = 3
+ANALYSED_PICTURES = 200
+QUERY_OVERLAYS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ def _questions_part(config: DemoConfig, title: str, model: Path, folder: Path) -
     return Part(f"questions after {title}", folder, words, QUESTION_SOURCES)
 
 
-def test_questions(config: DemoConfig) -> Benchmark:
+def held_out_questions(config: DemoConfig) -> Benchmark:
     """What the models are asked."""
     return open_benchmark(BenchmarkConfig(benchmark=config.data, split="test", size=config.test_size))
 
@@ -202,7 +205,7 @@ def write_pictures(config: DemoConfig) -> dict[Path, str]:
     """A few held-out pictures to try the models on: path -> a question that is asked about it."""
     folder = config.output_dir / "pictures"
     folder.mkdir(exist_ok=True)
-    benchmark = test_questions(config)
+    benchmark = held_out_questions(config)
     first: dict[str, Any] = {}
     for record in benchmark.records:
         first.setdefault(record.image_id, record)
@@ -234,6 +237,16 @@ def reconstructions(lanes: Sequence[Lane], pictures: Sequence[Path]) -> list[rep
     return strips
 
 
+def queries_of(config: DemoConfig, lanes: Sequence[Lane]) -> str:
+    """Where the queries look after stage 1, as a section of the report."""
+    benchmark = held_out_questions(config)
+    first = {record.image_id: record for record in reversed(benchmark.records)}
+    chosen = list(reversed(first.values()))[:ANALYSED_PICTURES]
+    pictures = {record.image_id: benchmark.load(record) for record in chosen}
+    models = {lane.variant: lane.parts[0].folder for lane in lanes}
+    return report.query_section(analyse(models, pictures, overlays=QUERY_OVERLAYS))
+
+
 def write_page(
     config: DemoConfig,
     settings: Sequence[report.Setting],
@@ -256,6 +269,7 @@ def write_page(
         settings=settings,
         runs=[run for lane in lanes for run in runs_of(lane)],
         reconstructions=reconstructions(lanes, list(pictures)[:RECONSTRUCTED_PICTURES]),
+        sections=[queries_of(config, lanes)],
         configuration=asdict(config),
         provenance=provenance(config, lanes, seconds),
         pictures=pictures_of(config, lanes),
@@ -286,7 +300,7 @@ def runs_of(lane: Lane) -> list[report.Run]:
 
 def pictures_of(config: DemoConfig, lanes: Sequence[Lane]) -> Any:
     """A function from the id of a picture, held out for testing or for samples, to the picture."""
-    benchmark = test_questions(config)
+    benchmark = held_out_questions(config)
     records = {record.image_id: record for record in benchmark.records}
     sampled = {
         row["id"]: part.folder / row["picture"]

@@ -67,11 +67,12 @@ def predict(
     if state.is_main_process:
         _open_parts(parts, {"settings": asdict(settings), "batch_size": batch_size, **(made_by or {})})
     state.wait_for_everyone()
+    # Which batches are whose must not depend on what is done: another process may already be writing.
+    mine = _batches(benchmark.records, batch_size)[state.process_index :: state.num_processes]
     done = {row["id"] for row in _read_parts(parts)}
-    batches = [batch for batch in _batches(benchmark.records, batch_size) if any(r.id not in done for r in batch)]
-    mine = batches[state.process_index :: state.num_processes]
     if done and state.is_main_process:
         print(f"{len(done):,} of {len(benchmark.records):,} answers were already there ({parts}): going on")
+    mine = [batch for batch in mine if any(record.id not in done for record in batch)]
     _answer(model, processor, benchmark, settings, mine, parts / f"process-{state.process_index}.jsonl", workers)
     state.wait_for_everyone()
     return _together(benchmark.records, _read_parts(parts))

@@ -23,13 +23,21 @@ from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
 from xformer_mllm.evaluate.nocaps import NoCaps
 from xformer_mllm.evaluate.ok_vqa import OkVqa
 from xformer_mllm.evaluate.prediction import Answers, forget, predict, processes
+from xformer_mllm.evaluate.retrieval import CocoRetrieval, FlickrRetrieval, Retrieval, retrieve
 from xformer_mllm.evaluate.scenes import Scenes
 from xformer_mllm.evaluate.vqav2 import Vqav2
-from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
+from xformer_mllm.model.modeling_xformer import (
+    XFormerForConditionalGeneration,
+    XFormerForImageTextRetrieval,
+    XFormerForPreTraining,
+)
 
-BENCHMARKS: dict[str, type[Benchmark]] = {
+BENCHMARKS: dict[str, Any] = {
     kind.name: kind
-    for kind in (Scenes, EasyVqa, Vqav2, OkVqa, Gqa, GvtCounting, GvtIdentification, CocoCaptions, NoCaps)
+    for kind in (
+        *(Scenes, EasyVqa, Vqav2, OkVqa, Gqa, GvtCounting, GvtIdentification),
+        *(CocoCaptions, NoCaps, CocoRetrieval, FlickrRetrieval),
+    )
 }
 
 UNSCALED = ("n", "MAE", "RMSE", "distribution")  # all other metrics are printed times 100
@@ -78,6 +86,8 @@ class EvaluateConfig(BenchmarkConfig):
     """In place of the settings' own."""
     min_new_tokens: int | None = None
     """In place of the settings' own."""
+    k_test: int = 128
+    """How many of ITC's best ITM scores again (retrieval only)."""
     batch_size: int = 32
     """Questions or pictures per batch."""
     workers: int = 0
@@ -102,33 +112,81 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError, in one line, if there is no such model, benchmark or file.
     """
     benchmark = open_benchmark(config)
-    settings = settings_of(config, benchmark)
     processes()  # each takes its GPU before a model is put on one
-    model, processor = load_model(config.model, [XFormerForConditionalGeneration])
-    place = f"{benchmark.name}-{_split(config)}"
-    output_dir = config.output_dir or model_folder(config.model).parent / "evaluation" / place
-    start = time.perf_counter()
-    answers = predict(
-        model, processor, benchmark, settings, output_dir, config.batch_size, config.workers, _made_by(config)
-    )
-    metrics = {}
-    if processes().is_main_process:  # METEOR alone takes a minute: once is enough
-        metrics = describe(benchmark, answers) | {
-            "settings": asdict(settings),
-            "seconds": round(time.perf_counter() - start, 1),
-            "config": _plain(config),
-        }
-        write_results(output_dir, benchmark, answers, metrics)
-        forget(output_dir)
-        print(summary(metrics))
-        print(output_dir / "report.html")
+    metrics = _rank(config, benchmark) if isinstance(benchmark, Retrieval) else _ask(config, benchmark)
     processes().wait_for_everyone()
+    return metrics
+
+
+def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """Answers to questions, or captions."""
+    settings = settings_of(config, benchmark)
+    folder = _output_dir(config)
+    model, processor = load_model(config.model, [XFormerForConditionalGeneration])
+    start = time.perf_counter()
+    found = predict(model, processor, benchmark, settings, folder, config.batch_size, config.workers, _made_by(config))
+    if not processes().is_main_process:
+        return {}
+    metrics = describe(benchmark, found) | {"settings": asdict(settings)} | _about(config, start)
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, found.answers)]
+    write_whole(folder / "predictions.jsonl", "".join(rows))
+    write_whole(folder / "official.json", json.dumps(benchmark.official(found.answers)) + "\n")
+    return _finish(folder, metrics, examples(benchmark, found.answers))
+
+
+def _rank(config: EvaluateConfig, benchmark: Retrieval) -> dict[str, Any]:
+    """Retrieval: `retrieve` writes ranking.json."""
+    folder = _output_dir(config)
+    model, processor = load_model(config.model, [XFormerForPreTraining, XFormerForImageTextRetrieval])
+    start = time.perf_counter()
+    scores, ranking = retrieve(
+        model, processor, benchmark, folder, config.batch_size, config.k_test, config.workers, _made_by(config)
+    )
+    if not processes().is_main_process:
+        return {}
+    problems = ranking["unreadable_pictures"]
+    metrics = {
+        "benchmark": benchmark.name,
+        "scores": scores,
+        "records": len(benchmark.records),
+        "answered": len(benchmark.records) - len(problems),
+        "empty_answers": 0,
+        "unreadable_pictures": problems,
+        "normalisation": benchmark.normalisation,
+        "not_computed": dict(benchmark.not_computed),
+        "notes": list(benchmark.notes),
+        "settings": {"k_test": config.k_test},
+    }
+    return _finish(folder, metrics | _about(config, start), [])
+
+
+def _output_dir(config: EvaluateConfig) -> Path:
+    return (
+        config.output_dir or model_folder(config.model).parent / "evaluation" / f"{config.benchmark}-{_split(config)}"
+    )
+
+
+def _about(config: EvaluateConfig, start: float) -> dict[str, Any]:
+    return {"seconds": round(time.perf_counter() - start, 1), "config": _plain(config)}
+
+
+def _finish(folder: Path, metrics: dict[str, Any], shown: Sequence[report.Example]) -> dict[str, Any]:
+    """The page, then metrics.json, which says that all is there; the parts have done their work."""
+    config = metrics["config"]
+    title = " ".join(filter(None, [config["benchmark"], config["split"]]))
+    write_whole(folder / "report.html", report.benchmark_page(title, config["model"], metrics, shown))
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    forget(folder)
+    print(summary(metrics))
+    print(folder / "report.html")
     return metrics
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Run `xformer score` and return what was printed. Raises ValueError for unknown, missing or repeated ids."""
     benchmark = open_benchmark(config)
+    if isinstance(benchmark, Retrieval):
+        raise ValueError(f"{benchmark.name} has no official results file; `xformer evaluate` ranks and scores")
     content = read_json(config.answers)
     try:
         pairs = benchmark.read_official(content)
@@ -142,8 +200,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     return metrics
 
 
-def open_benchmark(config: BenchmarkConfig) -> Benchmark:
-    """Read the benchmark's files. Raises FileNotFoundError or ValueError in one line."""
+def open_benchmark(config: BenchmarkConfig) -> Any:
+    """A `Benchmark` or a `Retrieval`, its files read. Raises FileNotFoundError or ValueError in one line."""
     kind = BENCHMARKS.get(config.benchmark)
     if kind is None:
         raise ValueError(f"unknown benchmark {config.benchmark!r}; there are {', '.join(BENCHMARKS)}")
@@ -204,18 +262,6 @@ def describe(benchmark: Benchmark, answers: Answers) -> dict[str, Any]:
         "not_computed": dict(benchmark.not_computed),
         "notes": list(benchmark.notes),
     }
-
-
-def write_results(folder: Path, benchmark: Benchmark, answers: Answers, metrics: Mapping[str, Any]) -> None:
-    """predictions.jsonl, the official results file, the page, and last metrics.json: it says that all is there."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, answers.answers)]
-    write_whole(folder / "predictions.jsonl", "".join(lines))
-    write_whole(folder / "official.json", json.dumps(benchmark.official(answers.answers)) + "\n")
-    config = metrics["config"]
-    title = " ".join(filter(None, [config["benchmark"], config["split"]]))
-    page = report.benchmark_page(title, config["model"], metrics, examples(benchmark, answers.answers))
-    write_whole(folder / "report.html", page)
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Example]:

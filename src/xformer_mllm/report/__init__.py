@@ -12,6 +12,7 @@ from xformer_mllm.report.benchmark import Example, benchmark_page
 from xformer_mllm.report.contents import Report, Run, Setting, Strip
 from xformer_mllm.report.findings import overall, verdict
 from xformer_mllm.report.page import write_report
+from xformer_mllm.report.queries import query_section
 from xformer_mllm.report.wording import display_name, plain
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "display_name",
     "overall",
     "plain",
+    "query_section",
     "verdict",
     "write_report",
 ]

@@ -6,7 +6,7 @@
 but "scores"; a part that is missing is left out. All text is escaped, nothing is fetched.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image
 
 from xformer_mllm.report import markup
 from xformer_mllm.report.contents import BLIND
-from xformer_mllm.report.page import PAPER, STYLE
+from xformer_mllm.report.document import document
 from xformer_mllm.report.wording import plain
 
 UNSCALED = ("n", "MAE", "RMSE", "distribution")  # all other metrics are shown times 100
@@ -71,7 +71,7 @@ def benchmark_page(title: str, model: str, metrics: Mapping[str, Any], examples:
         examples: in the order in which they are to be shown; how they were chosen is said as "drawn at random".
     """
     scores = metrics["scores"]
-    return _document(
+    return document(
         title,
         _introduction(model, metrics),
         [
@@ -83,6 +83,7 @@ def benchmark_page(title: str, model: str, metrics: Mapping[str, Any], examples:
             _examples(examples),
             _configuration(metrics.get("config", {})),
         ],
+        PHOTO_STYLE,
     )
 
 
@@ -231,7 +232,10 @@ def _plot_row(group: str, found: Mapping[str, Any]) -> str:
 def _settings(metrics: Mapping[str, Any]) -> str:
     """What belongs to the score: another prompt, search or normalisation is another score."""
     rows = {}
-    if settings := metrics.get("settings"):
+    settings = metrics.get("settings", {})
+    if "k_test" in settings:  # retrieval
+        rows["Scored again by ITM"] = f"the {settings['k_test']} best by ITC"
+    elif settings:
         plain_question = (
             ", the question in lower case and without punctuation" if settings.get("plain_question") else ""
         )
@@ -323,29 +327,3 @@ def _said(example: Example) -> str:
 
 def _configuration(config: Mapping[str, Any]) -> str:
     return markup.section("Configuration", markup.details("config", markup.as_json(config))) if config else ""
-
-
-def _document(title: str, introduction: str, parts: Iterable[str]) -> str:
-    body = "\n".join(part for part in parts if part)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>
-{STYLE.read_text(encoding="utf-8")}{PHOTO_STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-{markup.paragraph(introduction, "lead")}
-</header>
-<main>
-{body}
-</main>
-<footer><p>The idea: <a href="{PAPER}">Swetha et al., X-Former, ECCV 2024</a>.</p></footer>
-</body>
-</html>
-"""

@@ -63,6 +63,7 @@ class Report:
     """What the page is made from. `variants[0]` is the one that the others are compared with.
 
     pictures: a picture by a prediction's "image_id" or a sample's "id"; None where there is none.
+    sections: more of them, in HTML.
     provenance: {"Command": "...", "Seed": "...", ...}, printed as it is.
     """
 
@@ -72,6 +73,7 @@ class Report:
     settings: Sequence[Setting] = ()
     runs: Sequence[Run] = ()
     reconstructions: Sequence[Strip] = ()
+    sections: Sequence[str] = ()
     configuration: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     pictures: Callable[[str], Image.Image | None] = lambda image_id: None

@@ -1,19 +1,17 @@
 """The page as a whole: its sections in order, written to one file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from xformer_mllm.report import markup
 from xformer_mllm.report.charts import training_section
 from xformer_mllm.report.contents import Report, Run
+from xformer_mllm.report.document import document
 from xformer_mllm.report.examples import examples_section
 from xformer_mllm.report.scores import scores_section
 from xformer_mllm.report.wording import display_name
-
-PAPER = "https://arxiv.org/abs/2407.13851"
-STYLE = Path(__file__).with_name("style.css")
 
 
 def write_report(path: Path, report: Report) -> Path:
@@ -28,39 +26,18 @@ def write_report(path: Path, report: Report) -> Path:
 
 def render(report: Report) -> str:
     """The page as one HTML string."""
-    parts = [
+    sections = [
         *(scores_section(report, setting) for setting in report.settings),
         *(examples_section(report, setting) for setting in report.settings),
         training_section(report),
         _captions(report),
         _reconstructions(report),
+        *report.sections,
         _freeze_tables(report),
         _configuration(report),
-        _provenance(report),
+        provenance_section(report.provenance),
     ]
-    body = "\n".join(part for part in parts if part)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(report.title)}</title>
-<style>
-{STYLE.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<header>
-<h1>{escape(report.title)}</h1>
-{markup.paragraph(report.introduction, "lead")}
-</header>
-<main>
-{body}
-</main>
-<footer><p>The idea: <a href="{PAPER}">Swetha et al., X-Former, ECCV 2024</a>.</p></footer>
-</body>
-</html>
-"""
+    return document(report.title, report.introduction, sections)
 
 
 def _captions(report: Report) -> str:
@@ -140,10 +117,7 @@ def _configuration(report: Report) -> str:
     return markup.section("Configuration", *blocks) if blocks else ""
 
 
-def _provenance(report: Report) -> str:
-    if not report.provenance:
-        return ""
-    rows = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in report.provenance.items()
-    )
-    return markup.section("How this was produced", f'<dl class="facts">{rows}</dl>')
+def provenance_section(facts: Mapping[str, str]) -> str:
+    """How a page came about; empty without facts."""
+    rows = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
+    return markup.section("How this was produced", f'<dl class="facts">{rows}</dl>') if facts else ""

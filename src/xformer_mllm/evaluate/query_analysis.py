@@ -1,0 +1,393 @@
+"""Where the queries look, and how different they are: `xformer queries` (the paper's query analysis).
+
+A query's attention map over a picture is its cross-attention averaged over heads and over the layers that read the
+picture, the class token left out, scaled to sum 1 over the patches:
+
+    over CLIP tokens   C, in every layer of the Q-Former that reads it
+    over MAE tokens    M', in every block of X-Former's dual cross-attention (`concat`: M, beside C)
+
+Scores of one picture, from the mean cosine over all pairs of different queries:
+
+    attention diversity   1 - mean cosine of the maps; 0: all queries look at the same patches, 1: no two share a patch
+    output similarity     mean cosine of the output queries Z'; 1: all say the same
+
+A model's score is the mean over pictures, with a 95 % percentile bootstrap interval over pictures; two models are
+compared picture by picture. No text is read: an instruction-aware model, too, sees the picture alone.
+
+`I` pictures, `Q` queries, `N` CLIP tokens, `P` patches, `D` Q-Former width.
+"""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import normalize
+
+from xformer_mllm.checkpoints import load_model
+from xformer_mllm.data.easy_vqa import EasyVqaQuestions
+from xformer_mllm.data.json_files import write_whole
+from xformer_mllm.data.scenes import SceneCaptions
+from xformer_mllm.evaluate.inference import KINDS, open_picture
+from xformer_mllm.report.queries import QueryAnalysis, query_page, verdict
+from xformer_mllm.report.wording import display_name
+
+DIVERSITY = "attention diversity over {tokens} tokens"
+SIMILARITY = "output similarity"
+DEFINITIONS = {
+    DIVERSITY: (
+        "1 − mean cosine of the attention maps of two queries over the {tokens} tokens (averaged over heads and layers, "
+        "class token left out). 0: all queries look at the same patches; 1: no two queries share a patch."
+    ),
+    SIMILARITY: "Mean cosine of two output queries Z'. 1: all queries say the same.",
+}
+
+RESAMPLES = 2_000
+FEWEST_PICTURES = 10  # that have an interval
+TILES = 8  # queries shown of each model
+TILE_PIXELS = 104
+# Heat, from none to most: light yellow through orange to dark red; it gets darker all the way, so it reads without colour.
+HEAT = ((255, 255, 204), (254, 217, 118), (253, 141, 60), (227, 26, 28), (110, 0, 34))
+HOTTEST = 0.99  # the scale ends where this share of the patches shown lies below
+
+WHITE = Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), "white")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueriesConfig:
+    """Where the queries of a model look, and how different they are; several models are set side by side."""
+
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of trained models of either stage, or of their runs; the others are compared with the first."""
+    images: tuple[str, ...] = ()
+    """Paths, or scene:SPLIT:INDEX; in place of --data."""
+    data: Literal["scenes", "easy-vqa"] = "scenes"
+    """Whose test pictures to look at."""
+    size: int = 200
+    """How many of them the scores are over."""
+    overlays: int = 4
+    """Heat maps are drawn for the first so many pictures."""
+    batch_size: int = 32
+    """Pictures at a time."""
+    output_dir: Path = Path("runs/queries")
+    """Where queries.json, queries.html and overlays/ go."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What a model's queries did on I pictures.
+
+    maps: {"CLIP": [I, Q, S, S], "MAE": ...}, each map's sum over its S x S patches is 1; outputs: Z', [I, Q, D].
+    """
+
+    maps: Mapping[str, torch.Tensor]
+    outputs: torch.Tensor
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """{metric: fp32[I]}."""
+        diversity = {
+            DIVERSITY.format(tokens=tokens): 1 - mean_pairwise_cosine(maps.flatten(2))
+            for tokens, maps in self.maps.items()
+        }
+        return {**diversity, SIMILARITY: mean_pairwise_cosine(self.outputs)}
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def queries(config: QueriesConfig) -> dict[str, Any]:
+    """Run `xformer queries` and return what queries.json holds. Raises ValueError or FileNotFoundError in one line."""
+    began = time.time()
+    names = model_names(config.models)
+    analysis = analyse(
+        dict(zip(names, config.models, strict=True)), pictures_of(config), config.batch_size, config.overlays
+    )
+    folder = config.output_dir
+    (folder / "overlays").mkdir(parents=True, exist_ok=True)
+    files = {}
+    for number, (name, sheet) in enumerate(analysis.overlays):
+        files[name] = f"overlays/{number}.png"
+        partial = folder / f"{files[name]}.partial"
+        sheet.save(partial, format="PNG")
+        os.replace(partial, folder / files[name])
+    provenance = {
+        "Models": ", ".join(map(str, config.models)),
+        "Pictures": f"{analysis.pictures:,}, {'as named' if config.images else f'of the test split of {config.data}'}",
+        "Versions": f"xformer-mllm {version('xformer-mllm')}, torch {version('torch')}, Python {platform.python_version()}",
+        "Finished": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "Wall time": f"{time.time() - began:.1f} s",
+    }
+    found = {
+        "models": analysis.models,
+        "differences": analysis.differences,
+        "definitions": analysis.definitions,
+        "pictures": analysis.pictures,
+        "overlays": files,
+    }
+    write_whole(folder / "queries.html", query_page(analysis, provenance))
+    write_whole(folder / "queries.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    print("\n".join(sentence.replace("\u00a0", " ") for sentence in verdict(analysis)))
+    print(folder / "queries.html")
+    return found
+
+
+def pictures_of(config: QueriesConfig) -> dict[str, Image.Image]:
+    """Name -> picture, the named ones or those of a test split."""
+    if config.images:
+        return {name: open_picture(name) for name in config.images}
+    if config.size < 1:
+        raise ValueError(f"size must be at least 1, not {config.size}")
+    if config.data == "scenes":
+        scenes = SceneCaptions("test", config.size)
+        return {f"scene:test:{number}": scenes[number]["image"] for number in range(config.size)}
+    dataset = EasyVqaQuestions("test")
+    ids = list(dict.fromkeys(question.image_id for question in dataset.questions))[: config.size]
+    return {image_id: dataset.picture(image_id) for image_id in ids}
+
+
+def model_names(folders: Sequence[Path]) -> list[str]:
+    """What tells the folders apart: runs/demo/qformer/stage1 and runs/demo/xformer/stage1 -> qformer and xformer.
+
+    Raises:
+        ValueError: for a folder that is there twice, or if there is none.
+    """
+    if not folders:
+        raise ValueError("name the folder of a trained model, or of its run; several are compared with the first")
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise ValueError("the same model is named twice")
+    before, behind = _shared(parts), _shared([part[::-1] for part in parts])
+    names = ["/".join(part[before : len(part) - behind]) for part in parts]
+    return names if all(names) else list(map(str, folders))
+
+
+def _shared(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many parts all of them begin with."""
+    columns = zip(*paths, strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+
+
+# ------------------------------------------------------------------------------------------------------------ analysis
+
+
+def analyse(
+    models: Mapping[str, Path], pictures: Mapping[str, Image.Image], batch_size: int = 32, overlays: int = 4
+) -> QueryAnalysis:
+    """The queries of trained models over the same pictures.
+
+    Args:
+        models: {name: folder of a model of either stage, or of its run}; the others are compared with the first.
+        pictures: {name: picture}.
+        batch_size: pictures at a time.
+        overlays: how many of the pictures are drawn with their heat maps.
+
+    Raises:
+        ValueError, FileNotFoundError: in one line, if a folder holds no such model.
+    """
+    looked = {}
+    for name, folder in models.items():
+        model, processor = load_model(folder, KINDS, attention="eager")  # no other implementation keeps the maps
+        looked[name] = look(model, processor, list(pictures.values()), batch_size)
+    scores = {name: queries.scores() for name, queries in looked.items()}
+    first, *others = scores
+    return QueryAnalysis(
+        models={
+            name: {
+                "folder": str(models[name]),
+                "queries": looked[name].outputs.shape[1],
+                "scores": {metric: _mean(values) for metric, values in scores[name].items()},
+            }
+            for name in models
+        },
+        differences={other: _differences(scores[first], scores[other]) for other in others},
+        definitions=_definitions(looked.values()),
+        pictures=len(pictures),
+        overlays=[
+            (name, overlay(picture, {model: looked[model].maps for model in models}, place))
+            for place, (name, picture) in enumerate(list(pictures.items())[:overlays])
+        ],
+    )
+
+
+def _definitions(looked: Any) -> dict[str, str]:
+    tokens = dict.fromkeys(tokens for queries in looked for tokens in queries.maps)
+    diversity = {DIVERSITY.format(tokens=name): DEFINITIONS[DIVERSITY].format(tokens=name) for name in tokens}
+    return {**diversity, SIMILARITY: DEFINITIONS[SIMILARITY]}
+
+
+@torch.inference_mode()
+def look(model: Any, processor: Any, pictures: Sequence[Image.Image], batch_size: int) -> Queries:
+    """Let the queries read the pictures, without any text; the model's attention must be eager."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if model.config.num_query_tokens < 2:
+        raise ValueError("the model has one query alone: there is nothing to compare")
+    found: dict[str, list[torch.Tensor]] = {}
+    outputs = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = processor(images=list(pictures[start : start + batch_size]))["pixel_values"]
+        output = model.xformer(pixels.to(model.device), output_attentions=True)
+        outputs.append(output.fused_queries.float().cpu())
+        for tokens, attention in _attention(output, second_tokens(model.config)).items():
+            found.setdefault(tokens, []).append(to_maps(attention).cpu())
+    return Queries({tokens: torch.cat(maps) for tokens, maps in found.items()}, torch.cat(outputs))
+
+
+def second_tokens(config: Any) -> str:
+    """What the second encoder's tokens are called."""
+    if config.clip_shallow_layer is not None:
+        return f"CLIP layer {config.clip_shallow_layer}"
+    kind = None if config.mae_config is None else config.mae_config.model_type
+    return "MAE" if kind == "vit_mae" else str(kind)
+
+
+def _attention(output: Any, second: str) -> dict[str, torch.Tensor]:
+    """{tokens: [B, Q, tokens]}, averaged over heads and over layers or blocks."""
+    over_clip = torch.stack(output.clip_attentions).float().mean((0, 2))
+    tokens = output.clip_tokens.shape[1]
+    attention = {"CLIP": over_clip[..., :tokens]}
+    if over_clip.shape[-1] > tokens:  # concat: M stands behind C
+        attention[second] = over_clip[..., tokens:]
+    if output.mae_attentions:
+        attention[second] = torch.stack(output.mae_attentions).float().mean((0, 2))
+    return attention
+
+
+def to_maps(attention: torch.Tensor) -> torch.Tensor:
+    """[B, Q, tokens], a class token first where there is one -> [B, Q, S, S] over the patches, of sum 1."""
+    side = math.isqrt(attention.shape[-1])
+    maps = attention[..., attention.shape[-1] - side * side :].unflatten(-1, (side, side))
+    return maps / maps.sum((-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+def mean_pairwise_cosine(vectors: torch.Tensor) -> torch.Tensor:
+    """[I, Q, D] -> fp32[I]: over all pairs of different ones of the Q vectors."""
+    total = (
+        normalize(vectors.float(), dim=-1).sum(1).square().sum(-1)
+    )  # of the whole matrix of cosines, its diagonal Q
+    count = vectors.shape[1]
+    return (total - count) / (count * (count - 1))
+
+
+def _mean(values: torch.Tensor) -> dict[str, Any]:
+    return {"mean": values.mean().item(), "ci95": interval(values)}
+
+
+def _differences(first: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """`other` minus `first`, where both have the metric. "clear": the interval leaves out 0."""
+    found = {}
+    for metric in other:
+        if metric in first:
+            values = other[metric] - first[metric]
+            ends = interval(values)
+            clear = ends is not None and not ends[0] <= 0 <= ends[1]
+            found[metric] = {"difference": values.mean().item(), "ci95": ends, "clear": clear}
+    return found
+
+
+def interval(values: torch.Tensor, seed: int = 0) -> list[float] | None:
+    """95 % percentile bootstrap of the mean of [I]; None of few pictures, as it would be too narrow."""
+    if len(values) < FEWEST_PICTURES:
+        return None
+    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    return np.percentile(values.double().numpy()[drawn].mean(1), [2.5, 97.5]).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ overlays
+
+
+def most_different(maps: torch.Tensor, number: int) -> list[int]:
+    """Of [Q, S, S] the `number` queries that differ most, greedily: each next one's most similar chosen one is least so.
+
+    The first is the one that is least like all the others.
+    """
+    directions = normalize(maps.flatten(1), dim=-1)
+    cosine = directions @ directions.t()
+    chosen = [int(cosine.mean(1).argmin())]
+    while len(chosen) < min(number, len(maps)):
+        nearest = cosine[:, chosen].amax(1)
+        nearest[chosen] = torch.inf
+        chosen.append(int(nearest.argmin()))
+    return chosen
+
+
+def overlay(picture: Image.Image, models: Mapping[str, Mapping[str, torch.Tensor]], place: int) -> Image.Image:
+    """The picture, and below it a row of heat maps for each model and each kind of tokens, all on one scale.
+
+    models: {model: {tokens: [I, Q, S, S]}}; place: which of the I pictures it is.
+    """
+    rows = []
+    for model, kinds in models.items():
+        for tokens, maps in kinds.items():
+            heat = maps[place] * maps[place][0].numel()  # 1: what every patch gets if the attention is spread evenly
+            chosen = most_different(heat, TILES)
+            labels = [f"mean of {len(heat)}", *(f"query {query}" for query in chosen)]
+            rows.append((f"{display_name(model)}, over {tokens} tokens", labels, [heat.mean(0), *heat[chosen]]))
+    shown = torch.stack([heat for _, _, heats in rows for heat in heats])
+    top = max(2.0, float(shown.flatten().quantile(HOTTEST)))
+    return _sheet(picture.convert("RGB").resize((TILE_PIXELS, TILE_PIXELS), _smoothing(picture)), rows, top)
+
+
+def _smoothing(picture: Image.Image) -> Image.Resampling:
+    """Tiny pictures are shown pixel by pixel."""
+    return Image.Resampling.NEAREST if max(picture.size) < TILE_PIXELS else Image.Resampling.BICUBIC
+
+
+def _sheet(picture: Image.Image, rows: Sequence[tuple[str, list[str], list[torch.Tensor]]], top: float) -> Image.Image:
+    gap, title, small = 8, ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    step, row_height = TILE_PIXELS + gap, TILE_PIXELS + 48
+    columns = max(len(tiles) for _, _, tiles in rows)
+    sheet = Image.new("RGB", (gap + columns * step, 2 * gap + TILE_PIXELS + len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    sheet.paste(picture, (gap, gap))
+    _scale(sheet, draw, gap + step, gap, top, small)
+    note = f"The mean of all queries, then the {columns - 1} that differ most (each from those before it)."
+    draw.text((gap + step, gap + 66), note, fill="#555555", font=small)
+    for number, (label, names, heats) in enumerate(rows):
+        y = 2 * gap + TILE_PIXELS + number * row_height
+        draw.text((gap, y), label, fill="black", font=title)
+        for column, (name, heat) in enumerate(zip(names, heats, strict=True)):
+            x = gap + column * step
+            sheet.paste(_heated(picture, heat, top), (x, y + 22))
+            draw.text((x, y + 24 + TILE_PIXELS), name, fill="#555555", font=small)
+    return sheet
+
+
+def _scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, top: float, font: Any) -> None:
+    """The bar of colours, and what they stand for."""
+    width, height = 260, 14
+    ramp = Image.fromarray(_colours(np.linspace(0, 1, width))[None].repeat(height, 0))
+    draw.text((x, y), "Attention of a patch, as a multiple of an even spread", fill="black", font=font)
+    sheet.paste(ramp, (x, y + 20))
+    for value, label in ((0.0, "0"), (1.0, "1"), (top, f"{top:.2g} or more")):
+        at = x + value / top * (width - 1)
+        draw.line((at, y + 20, at, y + 38), fill="black")
+        draw.text((at + 3, y + 36), label, fill="black", font=font)
+
+
+def _heated(picture: Image.Image, heat: torch.Tensor, top: float) -> Image.Image:
+    """The picture, pale, under the heat, [S, S]; interpolated between the centres of patches."""
+    share = Image.fromarray((heat / top).numpy().astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
+    values = np.asarray(share).clip(0, 1)
+    pale = Image.blend(Image.blend(picture, picture.convert("L").convert("RGB"), 0.4), WHITE, 0.4)
+    weight = 0.85 * np.sqrt(values)[..., None]  # a little heat must be seen, too
+    mixed = np.asarray(pale) * (1 - weight) + _colours(values) * weight
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def _colours(values: np.ndarray) -> np.ndarray:
+    """[...] in [0, 1] -> uint8[..., 3]."""
+    stops = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(values, stops, [colour[channel] for colour in HEAT]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)

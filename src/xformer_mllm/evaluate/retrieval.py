@@ -1,0 +1,474 @@
+"""Image-text retrieval on COCO and Flickr30k with a stage-1 model: rank by ITC, then score the best again by ITM.
+
+Text retrieval asks with a picture, image retrieval with a caption. As LAVIS has it (blip2.py `compute_sim_matrix`):
+
+    ITC            cosine of the caption with the picture's best query
+    ITM re-ranked  for each query the k_test best by ITC: ITM's logit for "a pair", mean over the queries, plus that cosine
+                   (not divided by ITC's temperature); all others -100
+
+The work is cut into blocks of `batch_size` pictures. What came of a block is kept at once in `parts/` of the output
+folder: the rows of the cosines, then the logits of the block's pairs. ITM goes picture by picture, through the pairs of
+both directions together, and encodes each picture a second time: counted at the paper's sizes that is 4.5 % of ITM's
+work, while keeping COCO's tokens would take 6.9 GB. The blocks are the same ones however many processes there are and
+however often a run is killed, so the result is, too.
+
+`I` pictures, `C` captions, `K` candidates, `P` pairs, `Q` queries, `T` text tokens. In memory: a few times 4 I C bytes
+(COCO's 5,000 pictures with 25,000 captions: 0.5 GB each).
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from xformer_mllm.checkpoints import bf16_is_fast
+from xformer_mllm.data.json_files import read_json, write_whole
+from xformer_mllm.evaluate.benchmark import Scores
+from xformer_mllm.evaluate.prediction import processes
+from xformer_mllm.model.images import load_image
+from xformer_mllm.model.losses import image_text_similarity
+from xformer_mllm.model.processing_xformer import encode
+from xformer_mllm.model.vision_encoders import ImageTokens
+
+K_TEST = 128
+NO_CANDIDATE = -100.0
+RECALLS = (1, 5, 10)
+TEXT_TOKENS = 35  # LAVIS's for evaluation; its training and ours cut behind 32
+WORDS = 50
+CAPTIONS_AT_ONCE = 256
+PAIRS_PER_PICTURE = 4  # in a batch: LAVIS scores 128 pairs where it encodes 32 pictures
+ROWS_AT_ONCE = 256  # sorting takes about 20 bytes an entry
+
+Ranking = dict[str, Any]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedPicture:
+    """A picture and its captions. id: the name of its file without the ending; path: inside the folder of pictures."""
+
+    id: str
+    image_id: str
+    path: str
+    captions: tuple[str, ...]
+
+
+class Retrieval:
+    """A set of pictures with several captions each, from Karpathy's file or from LAVIS's.
+
+    Args:
+        data: the folder that holds `files`.
+        split: one of `splits`.
+        images: the folder of the pictures, if they are not in the usual place in `data`.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line that names the file, if one is missing or not as it should be.
+    """
+
+    name: ClassVar[str]
+    splits = ("test", "val")
+    files: ClassVar[str]
+    normalisation = (
+        'captions are lower-cased, .!"()*#:;~ become spaces, '
+        f"and they are cut behind {WORDS} words and {TEXT_TOKENS} tokens"
+    )
+    karpathy_file: ClassVar[str]
+    lavis_file: ClassVar[str]
+    pictures: ClassVar[str]
+    """The folder of the pictures that Karpathy's file does not name."""
+
+    records: Sequence[CaptionedPicture]
+    """In the file's order."""
+    not_computed: Mapping[str, str] = {}
+    notes: Sequence[str] = ("Pictures that cannot be read are left out together with their captions.",)
+
+    def __init__(self, data: Path, split: str, images: Path | None = None):
+        self.images = images or data
+        karpathy, lavis = data / self.karpathy_file, data / self.lavis_file.format(split=split)
+        file = karpathy if karpathy.is_file() or not lavis.is_file() else lavis
+        if not file.is_file():
+            raise FileNotFoundError(f"{data}: neither {karpathy.name} nor {lavis.name} is there; needed: {self.files}")
+        read = _read_karpathy if file == karpathy else _read_lavis
+        try:
+            found = read(read_json(file), split, self.pictures)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: not in the official format ({error!r})") from None
+        self.records = [CaptionedPicture(Path(path).stem, Path(path).stem, path, texts) for path, texts in found]
+        _check(file, split, self.records)
+        if not self.images.is_dir():
+            raise FileNotFoundError(f"{self.images}: no such folder; --images names the folder of the pictures")
+
+    def image_file(self, record: CaptionedPicture) -> Path:
+        """Where a picture is: as its file names it, or straight in the folder of the pictures."""
+        named = self.images / record.path
+        straight = self.images / named.name
+        return straight if straight.is_file() else named
+
+    def load(self, record: CaptionedPicture) -> Image.Image:
+        """A record's picture. Raises OSError or ValueError if it is missing or broken."""
+        return load_image(self.image_file(record))
+
+
+class CocoRetrieval(Retrieval):
+    """COCO in Karpathy's split: 5,000 pictures of val2014 for testing, five captions each or some more."""
+
+    name = "coco-retrieval"
+    karpathy_file, lavis_file, pictures = "dataset_coco.json", "coco_karpathy_{split}.json", "val2014"
+    files = "dataset_coco.json (Karpathy) or coco_karpathy_SPLIT.json (LAVIS), and the pictures in val2014/"
+
+
+class FlickrRetrieval(Retrieval):
+    """Flickr30k in Karpathy's split: 1,000 pictures for testing, five captions each."""
+
+    name = "flickr-retrieval"
+    karpathy_file, lavis_file, pictures = "dataset_flickr30k.json", "flickr30k_{split}.json", "flickr30k-images"
+    files = "dataset_flickr30k.json (Karpathy) or flickr30k_SPLIT.json (LAVIS), and the pictures in flickr30k-images/"
+
+
+def _read_karpathy(content: Any, split: str, folder: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Path and captions of each of the split's pictures."""
+    return [
+        (f"{image.get('filepath', folder)}/{image['filename']}", tuple(text["raw"] for text in image["sentences"]))
+        for image in content["images"]
+        if image["split"] == split
+    ]
+
+
+def _read_lavis(content: Any, _split: str, _folder: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The same; LAVIS has a file for each split. Its training files have one caption a row, and are refused."""
+    for entry in content:
+        if not isinstance(entry["caption"], list):
+            raise TypeError(f"caption of {entry['image']} is no list")
+    return [(entry["image"], tuple(entry["caption"])) for entry in content]
+
+
+def _check(file: Path, split: str, records: Sequence[CaptionedPicture]) -> None:
+    if not records:
+        raise ValueError(f"{file}: has no picture in the split {split!r}")
+    repeated = [name for name, times in Counter(record.id for record in records).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{file}: {len(repeated)} pictures are there several times ({', '.join(repeated[:3])})")
+    silent = [record.id for record in records if not record.captions]
+    if silent:
+        raise ValueError(f"{file}: {len(silent)} pictures have no caption ({', '.join(silent[:3])})")
+
+
+def clean(caption: str) -> str:
+    """A caption as LAVIS gives it to the Q-Former (blip_processors.py `BlipCaptionProcessor.pre_caption`)."""
+    words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()
+    return " ".join(words[:WORDS])
+
+
+# ------------------------------------------------------------------------------------------------------------- ranking
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The best of a gallery for each of R queries, best first: int64[R, K] places in it, fp32[R, K] scores."""
+
+    places: torch.Tensor
+    scores: torch.Tensor
+
+
+def best(scores: torch.Tensor, number: int) -> Ranked:
+    """The `number` highest of each row of [R, G], fewer where the gallery is smaller; equal ones in the file's order.
+
+    Raises:
+        ValueError: if a score is no number.
+    """
+    if not scores.isfinite().all():
+        raise ValueError("some cosines of pictures and captions are not finite: the model's weights may be broken")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = [rows.to(device).sort(dim=1, descending=True, stable=True) for rows in scores.split(ROWS_AT_ONCE)]
+    values, places = (torch.cat([part[which][:, :number].cpu() for part in parts]) for which in (0, 1))
+    return Ranked(places, values)
+
+
+def rerank(ranked: Ranked, logits: torch.Tensor, k_test: int) -> Ranked:
+    """ITM's order. logits: [R, G], read at each query's `k_test` first places; the others stay behind in ITC's order."""
+    candidates = ranked.places[:, :k_test]
+    scores = torch.full_like(ranked.scores, NO_CANDIDATE)
+    scores[:, :k_test] = logits.gather(1, candidates) + ranked.scores[:, :k_test]
+    ordered = scores.sort(dim=1, descending=True, stable=True)
+    return Ranked(ranked.places.gather(1, ordered.indices), ordered.values)
+
+
+def pairs_to_score(to_text: Ranked, to_image: Ranked, k_test: int) -> torch.Tensor:
+    """bool[I, C]: the pairs that are candidates in one direction or in both."""
+    needed = torch.zeros(len(to_text.places), len(to_image.places), dtype=torch.bool)
+    needed.scatter_(1, to_text.places[:, :k_test], True)
+    needed.t().scatter_(1, to_image.places[:, :k_test], True)
+    return needed
+
+
+def recalls(hits: torch.Tensor) -> dict[str, float]:
+    """bool[R, K], whether the query's k-th best is one of its own -> shares of queries with one among the first k."""
+    found = {f"recall@{k}": hits[:, :k].any(1).double().mean().item() for k in RECALLS}
+    return {"n": len(hits), **found, "mean recall": sum(found.values()) / len(found)}
+
+
+def scores_of(to_text: Mapping[str, Ranked], to_image: Mapping[str, Ranked], owner: torch.Tensor) -> Scores:
+    """Scores of both directions. {method: ranking}, the last method counts; owner: int64[C], each caption's picture."""
+    groups: Scores = {}
+    for method in to_text:
+        own = owner[to_text[method].places] == torch.arange(len(to_text[method].places))[:, None]
+        groups[f"text retrieval, {method}"] = recalls(own)
+        groups[f"image retrieval, {method}"] = recalls(to_image[method].places == owner[:, None])
+    last = list(groups.values())[-2:]
+    mean = sum(group["mean recall"] for group in last) / 2
+    return {"all": {"n": sum(group["n"] for group in last), "mean recall": mean}, **groups}
+
+
+# ----------------------------------------------------------------------------------------------------------- retrieval
+
+
+@torch.inference_mode()
+def retrieve(
+    model: Any,
+    processor: Any,
+    benchmark: Retrieval,
+    output_dir: Path,
+    batch_size: int,
+    k_test: int = K_TEST,
+    workers: int = 0,
+    made_by: Mapping[str, Any] | None = None,
+) -> tuple[Scores, Ranking]:
+    """Rank every caption for every picture and the other way round; all processes get the result.
+
+    Args:
+        model, processor: of stage 1; on the device where they are to run.
+        output_dir: where ranking.json and `parts/` go; the caller removes `parts/` once the scores are safe.
+        batch_size: pictures a batch and a block; ITM takes four times as many pairs.
+        k_test: how many of ITC's best ITM scores again.
+        workers: processes that read pictures, for each process.
+        made_by: what the result depends on beside these (model, data); kept to tell another run's parts.
+
+    Returns:
+        {group: {"n", "recall@1", "recall@5", "recall@10", "mean recall"}}, group "DIRECTION, METHOD"; "all" is the mean
+        of both directions by ITM.
+        What ranking.json holds: {direction: {method: {query's id: [[id, score], ...]}}} with the ten best of each, and
+        "unreadable_pictures", {id: why}. The captions of picture ID are "ID#0", "ID#1", ...
+
+    Raises:
+        ValueError: if `parts/` belongs to another run, or no picture can be read.
+    """
+    if min(batch_size, k_test) < 1:
+        raise ValueError(f"batch_size and k_test must be at least 1, not {batch_size} and {k_test}")
+    model.eval()
+    state, parts = processes(), output_dir / "parts"
+    if state.is_main_process:
+        about = {"benchmark": benchmark.name, "pictures": len(benchmark.records)}
+        _open_parts(parts, about | {"batch_size": batch_size, "k_test": k_test, **(made_by or {})})
+    state.wait_for_everyone()
+    work = _Work(model, processor, benchmark, parts, batch_size, workers)
+
+    captions = _Captions.of(benchmark.records, processor)
+    cosine, problems = work.cosines(captions)
+    records = [record for record in benchmark.records if record.id not in problems]
+    if not records:
+        raise ValueError(f"none of the {len(problems):,} pictures can be read, e.g. {next(iter(problems.values()))}")
+    kept = torch.tensor([name.rpartition("#")[0] not in problems for name in captions.names])
+    captions, cosine = captions.select(kept), cosine[:, kept]
+
+    deep = max(k_test, *RECALLS)
+    to_text, to_image = best(cosine, deep), best(cosine.t(), deep)
+    logits = work.logits(records, captions, pairs_to_score(to_text, to_image, k_test))
+    by_text = {"ITC": to_text, "ITM re-ranked": rerank(to_text, logits, k_test)}
+    by_image = {"ITC": to_image, "ITM re-ranked": rerank(to_image, logits.t(), k_test)}
+    place = {record.id: number for number, record in enumerate(records)}
+    owner = torch.tensor([place[name.rpartition("#")[0]] for name in captions.names])
+    scores = scores_of(by_text, by_image, owner)
+    ranking = {
+        "benchmark": benchmark.name,
+        "k_test": k_test,
+        "unreadable_pictures": problems,
+        "text retrieval": {method: _listed(ranked, list(place), captions.names) for method, ranked in by_text.items()},
+        "image retrieval": {
+            method: _listed(ranked, captions.names, list(place)) for method, ranked in by_image.items()
+        },
+    }
+    if state.is_main_process:
+        write_whole(output_dir / "ranking.json", json.dumps(ranking, ensure_ascii=False) + "\n")
+    return scores, ranking
+
+
+def _listed(ranked: Ranked, queries: Sequence[str], gallery: Sequence[str]) -> dict[str, list[list]]:
+    """{query: [[id, score], ...]}, the ten best."""
+    deepest = max(RECALLS)
+    places, scores = ranked.places[:, :deepest].tolist(), ranked.scores[:, :deepest].tolist()
+    return {
+        query: [[gallery[place], round(score, 6)] for place, score in zip(row, row_scores, strict=True)]
+        for query, row, row_scores in zip(queries, places, scores, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """Of all pictures, in order. names: PICTURE#NUMBER; ids, mask: int64[C, T]."""
+
+    names: Sequence[str]
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, records: Sequence[CaptionedPicture], processor: Any) -> "_Captions":
+        names = [f"{record.id}#{number}" for record in records for number in range(len(record.captions))]
+        texts = [clean(caption) for record in records for caption in record.captions]
+        text = encode(processor.qformer_tokenizer, texts, True, TEXT_TOKENS, padding_side="right")
+        return cls(names, text["input_ids"], text["attention_mask"])
+
+    def select(self, kept: torch.Tensor) -> "_Captions":
+        """bool[C] -> those."""
+        names = [name for name, keep in zip(self.names, kept.tolist(), strict=True) if keep]
+        return _Captions(names, self.ids[kept], self.mask[kept])
+
+    def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64[B] -> ids and mask, int64[B, T] with T that of the longest among them."""
+        longest = int(self.mask[places].sum(1).max())
+        return self.ids[places, :longest], self.mask[places, :longest]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the model computes, block by block; each process computes its share, and reads the others' from `parts`.
+
+    Encoders and Q-Former run in bf16 where that is fast; heads and cosines in fp32, as bf16 would make scores equal
+    that are not.
+    """
+
+    model: Any
+    processor: Any
+    benchmark: Retrieval
+    parts: Path
+    batch_size: int
+    workers: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def in_bf16(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast())
+
+    def cosines(self, captions: _Captions) -> tuple[torch.Tensor, dict[str, str]]:
+        """ITC: fp32[I, C] of the pictures that can be read, and {id: why not} of the others."""
+        places = torch.arange(len(captions.names)).split(CAPTIONS_AT_ONCE)
+        features = torch.cat([self._text_features(*captions.batch(some)) for some in places])
+
+        def rows(_block: int, pixels: torch.Tensor | None) -> torch.Tensor:
+            if pixels is None:
+                return torch.zeros(0, len(features))
+            with self.in_bf16():
+                output = self.model.xformer(pixels.to(self.device))
+            return image_text_similarity(self.model.image_features(output.fused_queries.float()), features).cpu()
+
+        found = self._by_block("itc", self.benchmark.records, rows)
+        problems = {name: problem for _, problems in found for name, problem in problems.items()}
+        return torch.cat([tensor for tensor, _ in found]), problems
+
+    def _text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.model.text_features(ids.to(self.device), mask.to(self.device))
+
+    def logits(self, records: Sequence[CaptionedPicture], captions: _Captions, needed: torch.Tensor) -> torch.Tensor:
+        """ITM's logit for "a pair": fp32[I, C], nan where `needed`, bool[I, C], does not ask."""
+        blocks = needed.split(self.batch_size)
+
+        def pairs(block: int, pixels: torch.Tensor) -> torch.Tensor:
+            with self.in_bf16():
+                image = self.model.xformer.encode_image(pixels.to(self.device))
+            image = ImageTokens(image.clip_tokens, image.mae, None)  # pixels would be copied for every pair
+            together = PAIRS_PER_PICTURE * self.batch_size
+            return torch.cat([self._match(image, captions, some) for some in blocks[block].nonzero().split(together)])
+
+        found = self._by_block("itm", records, pairs)
+        if problems := [problem for _, found_problems in found for problem in found_problems.values()]:
+            raise ValueError(f"{problems[0]} (it could be read before)")
+        logits = torch.full(needed.shape, torch.nan)
+        logits[needed] = torch.cat([tensor for tensor, _ in found])
+        return logits
+
+    def _match(self, image: ImageTokens, captions: _Captions, pairs: torch.Tensor) -> torch.Tensor:
+        """int64[P, 2], a picture of the block and a caption -> fp32[P]."""
+        ids, mask = captions.batch(pairs[:, 1])
+        with self.in_bf16():
+            chosen = image.select(pairs[:, 0].to(self.device))
+            _, output = self.model.match(chosen, ids.to(self.device), mask.to(self.device))
+        return self.model.itm_head(output.fused_queries.float()).mean(1)[:, 1].cpu()
+
+    def _by_block(
+        self, stage: str, records: Sequence[CaptionedPicture], compute: Callable[[int, Any], torch.Tensor]
+    ) -> list[tuple[torch.Tensor, dict[str, str]]]:
+        """Of each block what `compute` makes of its number and its pixels, and {id: problem} of unreadable pictures."""
+        state, size = processes(), self.batch_size
+        blocks = [records[start : start + size] for start in range(0, len(records), size)]
+        files = [self.parts / f"{stage}-{number:05}.safetensors" for number in range(len(blocks))]
+        # By number, whatever is there: another process may write its blocks while this one looks.
+        share = range(state.process_index, len(blocks), state.num_processes)
+        mine = [number for number in share if not files[number].is_file()]
+        inputs = _Pixels([blocks[number] for number in mine], self.benchmark, self.processor)
+        loader = DataLoader(inputs, batch_size=None, num_workers=self.workers)
+        total, done = sum(len(blocks[number]) for number in share), sum(len(blocks[n]) for n in share if n not in mine)
+        with tqdm(total=total, initial=done, unit="picture", desc=f"{stage.upper()}, {state.process_index}") as bar:
+            for number, (pixels, problems) in zip(mine, loader, strict=True):
+                _write_block(files[number], compute(number, pixels), problems)
+                bar.update(len(blocks[number]))
+        state.wait_for_everyone()
+        return [_read_block(file) for file in files]
+
+
+class _Pixels(Dataset):
+    """Blocks of records -> (uint8[B, 3, S, S] of the pictures that can be read, None if none can, {id: problem})."""
+
+    def __init__(self, blocks: Sequence[Sequence[CaptionedPicture]], benchmark: Retrieval, processor: Any):
+        self.blocks, self.benchmark, self.processor = blocks, benchmark, processor
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, dict[str, str]]:
+        pixels, problems = [], {}
+        for record in self.blocks[index]:
+            try:
+                pixels.append(self.processor(images=[self.benchmark.load(record)])["pixel_values"])
+            except (OSError, ValueError) as error:
+                problems[record.id] = str(error)
+        return torch.cat(pixels) if pixels else None, problems
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
+    """Raises ValueError if the parts of another run are there."""
+    about, text = parts / "run.json", json.dumps(made_by, indent=2, default=str) + "\n"
+    if about.is_file() and about.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{parts}: scores of an interrupted run with another model, data or settings; "
+            "delete it, or name another --output-dir"
+        )
+    parts.mkdir(parents=True, exist_ok=True)
+    write_whole(about, text)
+
+
+def _write_block(file: Path, values: torch.Tensor, problems: Mapping[str, str]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    save_file({"values": values.contiguous()}, partial, metadata={"problems": json.dumps(problems)})
+    os.replace(partial, file)
+
+
+def _read_block(file: Path) -> tuple[torch.Tensor, dict[str, str]]:
+    with safe_open(file, "pt") as stored:
+        return stored.get_tensor("values"), json.loads(stored.metadata()["problems"])
