@@ -81,3 +81,11 @@ def test_similarities_that_are_not_numbers_draw_something():
 
 def test_a_batch_of_one_has_no_negatives():
     assert losses.sample_hard_negatives(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)).tolist() == [-1]
+
+
+def test_similarities_are_fp32_under_autocast():
+    images, texts = normalize(torch.randn(3, 4, 8), dim=-1), normalize(torch.randn(5, 8), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        similarity = losses.image_text_similarity(images, texts)
+    assert similarity.dtype == torch.float32
+    torch.testing.assert_close(similarity, losses.image_text_similarity(images, texts), atol=0, rtol=0)

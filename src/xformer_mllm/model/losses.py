@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
     """Cosine of every image's best query with every text: [B, Q, D], [G, D], both of length 1 -> fp32 [B, G]."""
-    return torch.einsum("bqd,gd->bgq", image_features.float(), text_features.float()).amax(-1)
+    with torch.autocast(image_features.device.type, enabled=False):  # it would multiply in bf16 whatever it is given
+        return torch.einsum("bqd,gd->bgq", image_features.float(), text_features.float()).amax(-1)
 
 
 def itc_loss(
