@@ -70,6 +70,11 @@ def test_ids_that_do_not_match_are_counted_and_named(tmp_path, capsys):
     (tmp_path / "mine.json").write_text(json.dumps(rows))
     line = refusal(capsys, "score", tmp_path / "mine.json", "--size", "3", "--questions-per-picture", "2")
     assert f"1 repeated ({ids[1]}); 1 unknown (nobody); 1 missing ({ids[0]})" in line
+    (tmp_path / "mine.json").write_text(json.dumps(rows[:-2]))
+    words = ("score", tmp_path / "mine.json", "--size", "3", "--questions-per-picture", "2")
+    assert refusal(capsys, *words).endswith("--partial scores those that are there")
+    assert main([*map(str, words), "--partial"]) == 0
+    assert "5 of 6 records answered" in capsys.readouterr().out
     (tmp_path / "mine.json").write_text('[{"question": 1}]')
     assert "not in scenes's results format" in refusal(capsys, "score", tmp_path / "mine.json")
     (tmp_path / "mine.json").write_text('[{"id": 1,]')

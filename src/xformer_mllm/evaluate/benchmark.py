@@ -101,6 +101,10 @@ class Benchmark(ABC, Generic[Record]):
     def score(self, answers: Mapping[str, str]) -> Scores:
         """{record id: answer} -> scores over those records; "n" says how many they are."""
 
+    def truth(self, record: Record) -> str:
+        """The right answer, as it is shown beside a model's; "" where nobody knows it."""
+        return getattr(record, "answer", None) or ""
+
     def credit(self, record: Record, answer: str) -> float | None:
         """What one answer is worth, from 0 to 1; None where answers only score together, or nobody knows."""
         return None

@@ -319,6 +319,10 @@ class CaptionBenchmark(Benchmark[Picture]):
     references: Mapping[str, Sequence[str]]
     groups: Mapping[str, Sequence[str]]
 
+    def truth(self, record: Picture) -> str:
+        """The first reference."""
+        return next(iter(self.references.get(record.id, ())), "")
+
     def score(self, answers: Mapping[str, str]) -> Scores:
         found = score_captions(self.references, answers, self.groups)
         self.not_computed = found.not_computed

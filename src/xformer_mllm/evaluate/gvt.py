@@ -155,7 +155,7 @@ class _Gvt(Benchmark):
     }
     task: ClassVar[str]
     """Part of the file's name."""
-    truth: ClassVar[re.Pattern]
+    right_answer: ClassVar[re.Pattern]
     """What "text_out" looks like."""
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
@@ -178,7 +178,7 @@ class _Gvt(Benchmark):
         for key, kind in kinds.items():
             if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
                 raise ValueError(f'{file}: entry {place}: "{key}" is missing or not of type {kind.__name__}')
-        if not self.truth.fullmatch(entry["text_out"]):
+        if not self.right_answer.fullmatch(entry["text_out"]):
             raise ValueError(f'{file}: entry {place}: "text_out" is {entry["text_out"]!r}, no answer to {self.name}')
 
     def image_file(self, record: Question) -> Path:  # type: ignore[override]
@@ -250,7 +250,7 @@ class GvtCounting(_Gvt):
         "strict: the first number that stands alone, zero to twenty also as a word, else wrong"
     )
     task = "oc"
-    truth = re.compile(r"[0-9]{1,9}")
+    right_answer = re.compile(r"[0-9]{1,9}")
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         super().__init__(data, split, images)
@@ -281,7 +281,7 @@ class GvtIdentification(_Gvt):
         "else wrong"
     )
     task = "mci"
-    truth = re.compile(r"(Yes|No)\.?")
+    right_answer = re.compile(r"(Yes|No)\.?")
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         super().__init__(data, split, images)

@@ -40,7 +40,6 @@ BENCHMARKS: dict[str, Any] = {
     )
 }
 
-UNSCALED = ("n", "MAE", "RMSE", "distribution")  # all other metrics are printed times 100
 SHOWN_PROBLEMS = 5
 EXAMPLES = 12
 
@@ -102,6 +101,8 @@ class ScoreConfig(BenchmarkConfig):
 
     answers: Annotated[Path, tyro.conf.Positional]
     """The results file."""
+    partial: bool = False
+    """Score although answers are missing: over those that are there."""
     output: Path | None = None
     """Also write the scores there, as JSON."""
 
@@ -173,7 +174,7 @@ def _about(config: EvaluateConfig, start: float) -> dict[str, Any]:
 def _finish(folder: Path, metrics: dict[str, Any], shown: Sequence[report.Example]) -> dict[str, Any]:
     """The page, then metrics.json, which says that all is there; the parts have done their work."""
     config = metrics["config"]
-    title = " ".join(filter(None, [config["benchmark"], config["split"]]))
+    title = f"{config['benchmark']}, {config['split']}"
     write_whole(folder / "report.html", report.benchmark_page(title, config["model"], metrics, shown))
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     forget(folder)
@@ -192,7 +193,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         pairs = benchmark.read_official(content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format: {error}") from None
-    check_ids(config.answers, [name for name, _ in pairs], [record.id for record in benchmark.records])
+    found, expected = [name for name, _ in pairs], [record.id for record in benchmark.records]
+    check_ids(config.answers, found, expected, config.partial)
     metrics = describe(benchmark, Answers(dict(pairs), {})) | {"config": _plain(config)}
     if config.output:
         write_whole(config.output, json.dumps(metrics, indent=2) + "\n")
@@ -234,16 +236,21 @@ def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> Settings:
     return dataclasses.replace(benchmark.settings[name], **given)
 
 
-def check_ids(file: Path, found: Sequence[str], expected: Sequence[str]) -> None:
-    """Raises ValueError, naming a few, for ids that are repeated, unknown or missing."""
+def check_ids(file: Path, found: Sequence[str], expected: Sequence[str], partial: bool) -> None:
+    """Raises ValueError, naming a few, for ids that are repeated, unknown or, unless `partial`, missing."""
     kinds = {
         "repeated": [name for name, times in Counter(found).items() if times > 1],
         "unknown": sorted(set(found) - set(expected)),
-        "missing": sorted(set(expected) - set(found)),
+        "missing": [] if partial else sorted(set(expected) - set(found)),
     }
     wrong = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
     if wrong:
-        raise ValueError(f"{file}: ids that do not match the benchmark's: {'; '.join(wrong)}")
+        mend = (
+            "; --partial scores those that are there"
+            if list(kinds.values()).count([]) == 2 and kinds["missing"]
+            else ""
+        )
+        raise ValueError(f"{file}: ids that do not match the benchmark's: {'; '.join(wrong)}{mend}")
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -271,7 +278,7 @@ def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Ex
         report.Example(
             picture=benchmark.load(record),
             question=getattr(record, "question", ""),
-            truth=getattr(record, "answer", None) or "",
+            truth=benchmark.truth(record),
             prediction=answers[record.id],
             credit=benchmark.credit(record, answers[record.id]),
             kind=getattr(record, "question_type", ""),
@@ -324,26 +331,23 @@ def table(scores: Scores) -> str:
 
 
 def _cell(found: Mapping[str, Any], metric: str) -> str:
-    if (value := found.get(metric)) is None:
+    if metric not in found:
         return ""
-    if metric == "n":
-        return f"{value:,}"
-    if metric in UNSCALED:
-        return f"{value:.2f}"
-    interval = (
-        f" [{', '.join(f'{100 * end:.1f}' for end in found['ci95'])}]"
-        if metric == "accuracy" and "ci95" in found
-        else ""
-    )
-    return f"{100 * value:.1f}{interval}"
+    value = report.number(metric, found[metric])
+    if metric == "accuracy" and "ci95" in found:
+        low, high = found["ci95"]
+        return f"{value} [{100 * low:.1f}, {100 * high:.1f}]"
+    return value
 
 
 def _made_by(config: EvaluateConfig) -> dict[str, Any]:
-    """What the answers depend on: the settings, and the model as its files are now."""
+    """What the answers depend on beside the settings: the data, and the model as its files are now."""
     weights = sorted(model_folder(config.model).glob("*.safetensors"))
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
-    return _plain(config) | {"weights": files}
+    benchmark = {field.name: _plain(config)[field.name] for field in dataclasses.fields(BenchmarkConfig)}
+    return benchmark | {"weights": files}
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+def _plain(config: BenchmarkConfig) -> dict[str, Any]:
+    values = asdict(config) | {"split": _split(config)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -8,7 +8,7 @@ pictures are embedded, plots are inline SVG or HTML that take their colours from
 Every part may be empty; a part that is empty is left out. All text is escaped.
 """
 
-from xformer_mllm.report.benchmark import Example, benchmark_page
+from xformer_mllm.report.benchmark import Example, benchmark_page, number
 from xformer_mllm.report.contents import Report, Run, Setting, Strip
 from xformer_mllm.report.findings import overall, verdict
 from xformer_mllm.report.page import write_report
@@ -23,6 +23,7 @@ __all__ = [
     "Strip",
     "benchmark_page",
     "display_name",
+    "number",
     "overall",
     "plain",
     "query_section",

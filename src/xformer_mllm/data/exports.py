@@ -1,0 +1,695 @@
+"""`xformer data export`: the embedded scenes in the official files of a benchmark, so that it can be tried without its data.
+
+One function per format. File names, folders, keys, types and the names of pictures are the official ones; pictures,
+questions, answers and captions are the scenes' own, so that a model that was trained on scenes can answer them. (GVT has
+templates instead of questions, and keeps them.) What a format asks for and scenes do not have is left empty as the
+format leaves it empty, or is the nearest thing there is; the functions say where.
+
+Where a benchmark has a second list (VQAv2's test-dev, Karpathy's val, GVT's VCR), it is about the next `size` scenes.
+
+Formats: VQAv2 GT-Vision-Lab/VQA (README.md, vqa.py); OK-VQA okvqa.allenai.org, read in google-research/big_vision
+datasets/okvqa/okvqa.py; GQA its own eval.py; Karpathy & Li's dataset_coco.json and dataset_flickr30k.json; NoCaps
+nocaps.org/download; GVT TencentARC/GVT GVTBench/*.json and write_task_from_anno.py.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from PIL import Image
+from tqdm.auto import tqdm
+
+from xformer_mllm.data.json_files import read_json, write_whole
+from xformer_mllm.data.questions import Question
+from xformer_mllm.data.scene_questions import PLURALS, QUESTION_TYPES, ask, name
+from xformer_mllm.data.scenes import caption
+from xformer_mllm.data.world import (
+    COLOURS,
+    GROUNDS,
+    HELD_OUT,
+    IMAGE_SIZE,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    draw_scene,
+    render,
+)
+
+QUESTIONS_PER_PICTURE = 4
+ANNOTATORS = 10
+COCO_CAPTIONS = 5
+NOCAPS_CAPTIONS = 10
+DOMAINS = ("in-domain", "near-domain", "out-domain")
+EXPORT_FILE = "export.json"
+
+JPEG_QUALITY = 100  # less would lose a scene's textures, which are 4 pixels wide and close to the noise
+
+Draw = Callable[[int], Scene]
+Name = Literal[
+    "vqav2",
+    "ok-vqa",
+    "gqa",
+    "coco-captions",
+    "nocaps",
+    "gvt-counting",
+    "gvt-identification",
+    "coco-retrieval",
+    "flickr-retrieval",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The embedded scenes in a benchmark's official files, so that the benchmark can be tried without its data."""
+
+    name: Annotated[Name, tyro.conf.Positional]
+    """The benchmark; easy-vqa and scenes need no files."""
+    output_dir: Path
+    """A new or empty folder; it appears when all is written."""
+    size: int = 200
+    """How many scenes (a second list of the benchmark has as many)."""
+    seed: int = 0
+    """Of the scenes."""
+    split: Literal["validation", "test"] = "test"
+    """Which held-out scenes."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in one line, for a number that cannot be."""
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, not {self.size}")
+
+
+def export(config: ExportConfig) -> Path:
+    """Run `xformer data export` and return the folder, which is there whole or not at all.
+
+    Raises ValueError if the folder holds anything but the same export.
+    """
+    about = {"name": config.name, "size": config.size, "seed": config.seed, "split": config.split}
+    folder = config.output_dir.absolute()
+    if _is_there(folder, about):
+        print(f"{folder}: already there")
+        return folder
+    partial = folder.with_name(f".{folder.name}.being-exported")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+    partial.mkdir(parents=True)
+    FORMATS[config.name](partial, lambda index: draw_scene(config.split, index, config.seed), config.size)
+    _write_json(partial / EXPORT_FILE, about)
+    os.replace(partial, folder)
+    print(f"{folder}: {config.size:,} scenes as {config.name}")
+    return folder
+
+
+def _is_there(folder: Path, about: dict[str, Any]) -> bool:
+    """Whether the folder holds this export already. Raises ValueError if it holds something else."""
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; name a new folder")
+    file = folder / EXPORT_FILE
+    if file.is_file() and read_json(file) == about:
+        return True
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; name a new folder, or delete this one first")
+    return False
+
+
+# --------------------------------------------------------------------------------------------------- what formats share
+
+
+def _write_pictures(draw: Draw, places: range, path: Callable[[int], Path]) -> Iterator[tuple[int, Scene]]:
+    """Write the picture of each scene at `places` to path(image id); yields (image id, scene). Ids count from 1."""
+    for place in tqdm(places, unit="picture"):
+        scene = draw(place)
+        _write_picture(scene, path(place + 1))
+        yield place + 1, scene
+
+
+def _write_picture(scene: Scene, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(render(scene)).save(path, quality=JPEG_QUALITY, subsampling=0)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value) + "\n")
+
+
+def _captions(scene: Scene, count: int) -> list[str]:
+    """`count` captions of one scene, the scene's own first; they differ as far as its objects allow."""
+    return [caption(scene)] + [caption(replace(scene, key=f"{scene.key}/{number}")) for number in range(1, count)]
+
+
+# ------------------------------------------------------------------------------------------------------ VQAv2, OK-VQA
+
+# Those of VQA's question types (QuestionTypes/mscoco_question_types.txt) that a scene's question can begin with; the
+# longest that fits is a question's type.
+VQA_QUESTION_TYPES = ("how many", "what is the", "what", "is there a", "is the", "are there", "do")
+NUMBER_WORDS = {"1": "one", "2": "two", "3": "three", "4": "four", "5": "five", "6": "six"}
+
+# OK-VQA's `answer` is its `raw_answer` stemmed.
+STEMS = {"striped": "stripe", "checked": "check"}
+OK_VQA_QUESTION_TYPES = {
+    "one": "Vehicles and Transportation",
+    "two": "Brands, Companies and Products",
+    "three": "Objects, Material and Clothing",
+    "four": "Sports and Recreation",
+    "five": "Cooking and Food",
+    "six": "Geography, History, Language and Culture",
+    "seven": "People and Everyday life",
+    "eight": "Plants and Animals",
+    "nine": "Science and Technology",
+    "ten": "Weather and Climate",
+    "other": "Other",
+}
+
+
+def vqav2(folder: Path, draw: Draw, size: int) -> None:
+    """Questions and annotations of val2014, and the questions of test-dev2015, which has no answers.
+
+    Of ten annotators three write numbers in words.
+    """
+    questions, annotations = [], []
+    for image_id, scene in _write_pictures(draw, range(size), _coco_path(folder, "val2014")):
+        for number, asked in enumerate(ask(scene, QUESTIONS_PER_PICTURE)):
+            entry = {"image_id": image_id, "question": asked.question, "question_id": image_id * 1000 + number}
+            questions.append(entry)
+            annotations.append(_vqa_annotation(entry, asked))
+    _write_json(folder / "v2_OpenEnded_mscoco_val2014_questions.json", _vqa_file("val2014", questions=questions))
+    _write_json(folder / "v2_mscoco_val2014_annotations.json", _vqa_file("val2014", annotations=annotations))
+    unanswered = [
+        {"image_id": image_id, "question": asked.question, "question_id": image_id * 1000 + number}
+        for image_id, scene in _write_pictures(draw, range(size, 2 * size), _coco_path(folder, "test2015"))
+        for number, asked in enumerate(ask(scene, QUESTIONS_PER_PICTURE))
+    ]
+    file = _vqa_file("test-dev2015", questions=unanswered)
+    _write_json(folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json", file)
+
+
+def _coco_path(folder: Path, part: str) -> Callable[[int], Path]:
+    """part: val2014, test2015, ..."""
+    return lambda image_id: folder / part / f"COCO_{part}_{image_id:012d}.jpg"
+
+
+def _vqa_file(part: str, **entries: Any) -> dict[str, Any]:
+    return {
+        "info": {"description": "The scenes of xformer-mllm in the format of VQA", "version": "2.0"},
+        "task_type": "Open-Ended",
+        "data_type": "mscoco",
+        "license": {},
+        "data_subtype": part,
+        **entries,
+    }
+
+
+def _vqa_annotation(entry: dict[str, Any], asked: Question) -> dict[str, Any]:
+    truth = str(asked.answer)
+    words = [NUMBER_WORDS.get(truth, truth) if person < 3 else truth for person in range(ANNOTATORS)]
+    return {
+        "question_type": vqa_question_type(asked.question),
+        "multiple_choice_answer": truth,
+        "answers": [
+            {"answer": word, "answer_confidence": "yes", "answer_id": number} for number, word in enumerate(words, 1)
+        ],
+        "image_id": entry["image_id"],
+        "answer_type": vqa_answer_type(truth),
+        "question_id": entry["question_id"],
+    }
+
+
+def vqa_question_type(question: str) -> str:
+    """VQA's: the longest of its types that the question begins with, "none of the above" if there is none."""
+    words = question.lower() + " "
+    fitting = [kind for kind in VQA_QUESTION_TYPES if words.startswith(kind + " ")]
+    return max(fitting, key=len, default="none of the above")
+
+
+def vqa_answer_type(answer: str) -> str:
+    """VQA's: "yes/no", "number" or "other"."""
+    return "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
+
+
+def ok_vqa(folder: Path, draw: Draw, size: int) -> None:
+    """Questions and annotations of val2014, which is OK-VQA's test set: each answer raw and stemmed.
+
+    Scenes need no outside knowledge: every question is of the category "other".
+    """
+    questions, annotations = [], []
+    for image_id, scene in _write_pictures(draw, range(size), _coco_path(folder, "val2014")):
+        for number, asked in enumerate(ask(scene, QUESTIONS_PER_PICTURE)):
+            ids = {"image_id": image_id, "question_id": image_id * 10 + number}
+            questions.append({"image_id": image_id, "question": asked.question, "question_id": ids["question_id"]})
+            annotations.append(ids | _ok_vqa_annotation(str(asked.answer)))
+    file = _vqa_file("val2014", questions=questions)
+    _write_json(folder / "OpenEnded_mscoco_val2014_questions.json", file)
+    file = _vqa_file("val2014", annotations=annotations, question_types=OK_VQA_QUESTION_TYPES)
+    _write_json(folder / "mscoco_val2014_annotations.json", file)
+
+
+def _ok_vqa_annotation(truth: str) -> dict[str, Any]:
+    answers = [
+        {"answer_id": number, "raw_answer": truth, "answer_confidence": "yes", "answer": STEMS.get(truth, truth)}
+        for number in range(1, ANNOTATORS + 1)
+    ]
+    return {"answer_type": "other", "question_type": "other", "answers": answers, "confidence": 5}
+
+
+# ---------------------------------------------------------------------------------------------------------------- GQA
+
+GQA_SEMANTIC = {"object": "obj", "attribute": "attr", "category": "cat", "relation": "rel", "global": "global"}
+
+# What a type of question is about: GQA's global group, whose answers the distribution score counts. Yes/no: none.
+GQA_GROUPS = {
+    "texture": "texture",
+    "colour": "color",
+    "shape": "shape",
+    "size": "size",
+    "left_right": "hposition",
+    "ground": "ground",
+}
+GQA_DETAILED = {
+    "exists": "exist",
+    "exists_texture": "existAttr",
+    "texture": "directOf",
+    "colour": "directOf",
+    "shape": "categoryAttr",
+    "size": "chooseAttr",
+    "left_right": "relChooser",
+    "above": "relVerify",
+    "compare": "compare",
+    "compare_texture": "twoSame",
+    "logical": "existOr",
+    "ground": "place",
+}
+VALID_ANSWERS = {
+    "texture": TEXTURES,
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+    "left_right": ("left", "right"),
+    "ground": GROUNDS,
+}
+YES_NO = ("yes", "no")
+
+# The words of scene_questions.py, to be read again: type of question -> its things and values.
+_FORMS = {
+    "exists": r"Does a (\w+ \w+) exist in the image\?",
+    "exists_texture": r"Does a (\w+) (\w+ \w+) exist in the image\?",
+    "texture": r"What texture does the (\w+ \w+) have\?",
+    "colour": r"What colour is the (\w+)\?",
+    "shape": r"What shape is the (\w+) object\?",
+    "size": r"Is the (\w+ \w+) small or large\?",
+    "left_right": r"Is the (\w+ \w+) left or right of the (\w+ \w+)\?",
+    "above": r"Is the (\w+ \w+) above the (\w+ \w+)\?",
+    "compare": r"Are there more (\w+) than (\w+)\?",
+    "compare_texture": r"Do the (\w+ \w+) and the (\w+ \w+) have the same texture\?",
+    "logical": r"Is there a (\w+ \w+) (and|or) a (\w+ \w+) in the image\?",
+    "ground": r"What is the ground like\?",
+}
+
+
+def gqa(folder: Path, draw: Draw, size: int) -> None:
+    """testdev_balanced_questions.json, testdev_all_questions.json (with the entailed questions) and the choices.
+
+    GQA does not count, so counting is left out. Pictures have no scene graph: `annotations` are empty, as they are for
+    GQA's questions about whole scenes. Program and detailed type of a question are as near to GQA's as scenes come ("more"
+    and "query: ground" are not in GQA).
+    """
+    every: dict[str, dict[str, Any]] = {}
+    asked_by_id: dict[str, Question] = {}
+    seen: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for image_id, scene in _write_pictures(draw, range(size), lambda number: folder / "images" / f"n{number}.jpg"):
+        _look(scene, seen)
+        for question_id, question, entry in _gqa_entries(scene, image_id):
+            every[question_id] = entry
+            asked_by_id[question_id] = question
+    balanced = {question_id: entry for question_id, entry in every.items() if entry["isBalanced"]}
+    choices = {question_id: _choices(question, seen) for question_id, question in asked_by_id.items()}
+    _write_json(folder / "testdev_balanced_questions.json", balanced)
+    _write_json(folder / "testdev_all_questions.json", every)
+    _write_json(folder / "testdev_choices.json", choices)
+
+
+def _gqa_entries(scene: Scene, image_id: int) -> Iterator[tuple[str, Question, dict[str, Any]]]:
+    """(id, question, GQA's record) of a scene's questions, which are balanced, and of what follows from them."""
+    asked = [question for question in ask(scene, 3 * QUESTIONS_PER_PICTURE) if question.structural]
+    asked = asked[:QUESTIONS_PER_PICTURE]
+    balanced = {question.question for question in asked}
+    by_words = {question.question: question for question in asked}
+    for question in asked:
+        for other in [*entailed(question), *equivalent(question)]:
+            by_words.setdefault(other.question, other)
+    ids = {words: f"{image_id:06d}{number:02d}" for number, words in enumerate(by_words)}
+    for words, question in by_words.items():
+        follows = [ids[other.question] for other in entailed(question) if other.question in ids]
+        same = [ids[other.question] for other in equivalent(question) if other.question in ids]
+        program = gqa_program(question)
+        entry = {
+            "semantic": program,
+            "entailed": [*same, *follows],
+            "equivalent": [ids[words], *same],
+            "question": words,
+            "imageId": f"n{image_id}",
+            "isBalanced": words in balanced,
+            "groups": {"global": GQA_GROUPS.get(question.question_type), "local": _local_group(question)},
+            "answer": question.answer,
+            "semanticStr": "->".join(map(_step_text, program)),
+            "annotations": {"answer": {}, "question": {}, "fullAnswer": {}},
+            "types": {
+                "detailed": _detailed(question),
+                "semantic": GQA_SEMANTIC[str(question.semantic)],
+                "structural": question.structural,
+            },
+            "fullAnswer": _full_answer(question),
+        }
+        yield ids[words], question, entry
+
+
+def entailed(question: Question) -> list[Question]:
+    """What follows from a question and its answer for sure: that its things exist, and what is true of them."""
+    parts, answer = _parts(question), str(question.answer)
+    if question.question_type == "texture":
+        return [_exists(question, parts[0]), _exists_texture(question, answer, parts[0])]
+    if question.question_type == "exists_texture" and answer == "yes":
+        return [_exists(question, parts[1])]
+    if question.question_type == "colour":
+        return [_exists(question, f"{answer} {parts[0]}")]
+    if question.question_type == "shape":
+        return [_exists(question, f"{parts[0]} {answer}")]
+    if question.question_type == "size":
+        return [_exists(question, parts[0])]
+    if question.question_type == "left_right":
+        turned = _like(
+            question, f"Is the {parts[1]} left or right of the {parts[0]}?", _other(("left", "right"), answer)
+        )
+        return [turned, _exists(question, parts[0]), _exists(question, parts[1])]
+    if question.question_type in ("above", "compare_texture"):
+        is_above = question.question_type == "above" and answer == "yes"
+        below = [_like(question, f"Is the {parts[1]} above the {parts[0]}?", "no")] if is_above else []
+        return below + [_exists(question, thing) for thing in parts]
+    if question.question_type == "compare" and answer == "yes":
+        return [_like(question, f"Are there more {parts[1]} than {parts[0]}?", "no")]
+    if question.question_type == "logical" and (parts[1], answer) in (("and", "yes"), ("or", "no")):
+        return [_exists(question, thing, answer) for thing in (parts[0], parts[2])]
+    return []
+
+
+def equivalent(question: Question) -> list[Question]:
+    """The same question in other words."""
+    parts, answer = _parts(question), str(question.answer)
+    if question.question_type == "compare_texture":
+        return [_like(question, f"Do the {parts[1]} and the {parts[0]} have the same texture?", answer)]
+    if question.question_type == "logical":
+        return [_like(question, f"Is there a {parts[2]} {parts[1]} a {parts[0]} in the image?", answer)]
+    return []
+
+
+def _parts(question: Question) -> tuple[str, ...]:
+    """The things and values that a question names."""
+    found = re.fullmatch(_FORMS[question.question_type], question.question)
+    assert found, f"{question.question_type} is not asked as {question.question!r}"
+    return found.groups()
+
+
+def _like(question: Question, words: str, answer: str) -> Question:
+    return replace(question, id="", question=words, answer=answer)
+
+
+def _of_type(question: Question, question_type: str, words: str, answer: str) -> Question:
+    _, structural, semantic = QUESTION_TYPES[question_type]
+    return Question("", question.image_id, words, answer, question_type, structural, semantic)
+
+
+def _exists(question: Question, thing: str, answer: str = "yes") -> Question:
+    return _of_type(question, "exists", f"Does a {thing} exist in the image?", answer)
+
+
+def _exists_texture(question: Question, texture: str, thing: str) -> Question:
+    return _of_type(question, "exists_texture", f"Does a {texture} {thing} exist in the image?", "yes")
+
+
+def _other(pair: tuple[str, str], word: str) -> str:
+    return pair[1 - pair.index(word)]
+
+
+class _Program:
+    """A question's functional program, step by step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def add(self, operation: str, argument: str, *dependencies: int) -> int:
+        self.steps.append({"operation": operation, "dependencies": list(dependencies), "argument": argument})
+        return len(self.steps) - 1
+
+    def thing(self, words: str) -> int:
+        """Select "red circle": the shape, then its colour. GQA writes an object's id in brackets, "-" if unknown."""
+        colour, shape = words.split()
+        return self.add("filter color", colour, self.add("select", f"{shape} (-)"))
+
+
+def gqa_program(question: Question) -> list[dict[str, Any]]:
+    """GQA's `semantic`: [{"operation", "dependencies" (earlier steps), "argument"}]."""
+    kind, parts, program = question.question_type, _parts(question), _Program()
+    if kind == "exists":
+        program.add("exist", "?", program.thing(parts[0]))
+    elif kind == "exists_texture":
+        program.add("exist", "?", program.add("filter pattern", parts[0], program.thing(parts[1])))
+    elif kind == "texture":
+        program.add("query", "pattern", program.thing(parts[0]))
+    elif kind == "colour":
+        program.add("query", "color", program.add("select", f"{parts[0]} (-)"))
+    elif kind == "shape":
+        program.add("query", "name", program.add("filter color", parts[0], program.add("select", "object (-)")))
+    elif kind == "size":
+        program.add("choose size", "|".join(SIZES), program.thing(parts[0]))
+    elif kind == "left_right":
+        subject = parts[0].split()[1]
+        program.add("choose rel", f"{subject},to the left of|to the right of,s (-)", program.thing(parts[1]))
+    elif kind == "above":
+        program.add("verify rel", f"{parts[0].split()[1]},above,s (-)", program.thing(parts[1]))
+    elif kind == "compare":
+        program.add("more", "?", *(program.add("select", f"{plural} (-)") for plural in parts))
+    elif kind == "compare_texture":
+        program.add("same pattern", "?", *[program.thing(thing) for thing in parts])
+    elif kind == "logical":
+        things = [program.add("exist", "?", program.thing(thing)) for thing in (parts[0], parts[2])]
+        program.add(parts[1], "", *things)
+    else:
+        program.add("query", "ground", program.add("select", "scene"))
+    return program.steps
+
+
+def _step_text(step: dict[str, Any]) -> str:
+    """ "filter color: red [0]", as in GQA's semanticStr."""
+    needs = f" [{','.join(map(str, step['dependencies']))}]" if step["dependencies"] else ""
+    return f"{step['operation']}: {step['argument']}{needs}"
+
+
+def _detailed(question: Question) -> str:
+    if question.question_type == "logical" and _parts(question)[1] == "and":
+        return "existAnd"
+    return GQA_DETAILED[question.question_type]
+
+
+def _local_group(question: Question) -> str:
+    """GQA's local group: questions about the same thing, of the same kind."""
+    return "-".join([question.question_type, *(part.replace(" ", "_") for part in _parts(question))])
+
+
+def _full_answer(question: Question) -> str:
+    """A sentence: "Yes." and "No.", or what the one-word answer says of the thing."""
+    parts, answer = _parts(question), str(question.answer)
+    sentences = {
+        "texture": "The {0} is {answer}.",
+        "colour": "The {0} is {answer}.",
+        "shape": "The {0} object is a {answer}.",
+        "size": "The {0} is {answer}.",
+        "left_right": "The {0} is to the {answer} of the {1}.",
+        "ground": "The ground is {answer}.",
+    }
+    if question.question_type not in sentences:
+        return f"{answer.capitalize()}."
+    return sentences[question.question_type].format(*parts, answer=answer)
+
+
+def _look(scene: Scene, seen: dict[tuple[str, str], set[str]]) -> None:
+    """Note what the scene shows: `seen` holds the values of (kind of question, thing)."""
+    for thing in scene.objects:
+        seen["texture", name(thing)].add(thing.texture)
+        seen["size", name(thing)].add(thing.size)
+        seen["colour", thing.shape].add(thing.colour)
+        seen["shape", thing.colour].add(thing.shape)
+
+
+def _choices(question: Question, seen: dict[tuple[str, str], set[str]]) -> dict[str, list[str]]:
+    """valid: what can be an answer to such a question; plausible: what was seen of such a thing in any of the scenes."""
+    valid = VALID_ANSWERS.get(question.question_type, YES_NO)
+    found = seen.get((question.question_type, "".join(_parts(question)[:1])), valid)
+    return {"valid": list(valid), "plausible": [answer for answer in valid if answer in found]}
+
+
+# -------------------------------------------------------------------------------------------------- captions, retrieval
+
+
+def coco_captions(folder: Path, draw: Draw, size: int) -> None:
+    """Karpathy's dataset_coco.json: the scenes as its test split, and the next ones as its val split."""
+    images = []
+    for image_id, scene in _write_pictures(draw, range(2 * size), _coco_path(folder, "val2014")):
+        split = "test" if image_id <= size else "val"
+        record = {"filepath": "val2014", "filename": _coco_path(folder, "val2014")(image_id).name, "cocoid": image_id}
+        images.append(record | _karpathy_record(scene, image_id - 1, split))
+    _write_json(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+
+
+def flickr_retrieval(folder: Path, draw: Draw, size: int) -> None:
+    """Karpathy's dataset_flickr30k.json, as `coco_captions`; no folder and no COCO id in its records."""
+    images = []
+    for image_id, scene in _write_pictures(
+        draw, range(2 * size), lambda number: folder / "flickr30k-images" / f"{number}.jpg"
+    ):
+        split = "test" if image_id <= size else "val"
+        images.append({"filename": f"{image_id}.jpg"} | _karpathy_record(scene, image_id - 1, split))
+    _write_json(folder / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+
+
+def _karpathy_record(scene: Scene, imgid: int, split: str) -> dict[str, Any]:
+    sentids = list(range(imgid * COCO_CAPTIONS, (imgid + 1) * COCO_CAPTIONS))
+    sentences = [
+        {"tokens": text.split(), "raw": text, "imgid": imgid, "sentid": sentid}
+        for text, sentid in zip(_captions(scene, COCO_CAPTIONS), sentids, strict=True)
+    ]
+    return {"sentids": sentids, "imgid": imgid, "sentences": sentences, "split": split}
+
+
+def nocaps(folder: Path, draw: Draw, size: int) -> None:
+    """nocaps_val_4500_captions.json, a third of the pictures for each domain.
+
+    A novel object, as NoCaps calls what COCO does not have, is one whose colour, shape and texture never occur together
+    in training scenes: in-domain pictures have none, out-domain ones nothing else, near-domain ones both.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    streams = {domain: _scenes_of(domain, draw) for domain in DOMAINS}
+    for image_id in tqdm(range(size), unit="picture"):
+        domain = DOMAINS[image_id % len(DOMAINS)]
+        scene = next(streams[domain])
+        open_images_id = f"{image_id:016x}"
+        _write_picture(scene, folder / "images" / f"{open_images_id}.jpg")
+        images.append(_nocaps_image(image_id, open_images_id, domain))
+        for text in _captions(scene, NOCAPS_CAPTIONS):
+            annotations.append({"image_id": image_id, "id": len(annotations), "caption": text})
+    info = {
+        "url": "http://nocaps.org",
+        "version": "0.1",
+        "description": "The scenes of xformer-mllm in nocaps' format",
+    }
+    file = {"licenses": [], "info": info, "images": images, "annotations": annotations}
+    _write_json(folder / "nocaps_val_4500_captions.json", file)
+
+
+def _scenes_of(domain: str, draw: Draw) -> Iterator[Scene]:
+    index = 0
+    while True:
+        if _domain(scene := draw(index)) == domain:
+            yield scene
+        index += 1
+
+
+def _domain(scene: Scene) -> str:
+    novel = [(thing.colour, thing.shape, thing.texture) in HELD_OUT for thing in scene.objects]
+    return "out-domain" if all(novel) else "near-domain" if any(novel) else "in-domain"
+
+
+def _nocaps_image(image_id: int, open_images_id: str, domain: str) -> dict[str, Any]:
+    return {
+        "id": image_id,
+        "open_images_id": open_images_id,
+        "height": IMAGE_SIZE,
+        "width": IMAGE_SIZE,
+        "coco_url": "",
+        "file_name": f"{open_images_id}.jpg",
+        "license": 0,
+        "date_captured": "",
+        "domain": domain,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- GVT
+
+
+def gvt_counting(folder: Path, draw: Draw, size: int) -> None:
+    """coco_oc.json and vcr_oc.json: how many objects of a shape; small numbers are the most frequent, as in GVT."""
+    _gvt_lists(folder, "oc", _counted, draw, size)
+
+
+def gvt_identification(folder: Path, draw: Draw, size: int) -> None:
+    """coco_mci.json and vcr_mci.json: is there such a thing; half the answers are "Yes." GVT's leak in VCR is not copied."""
+    _gvt_lists(folder, "mci", _identified, draw, size)
+
+
+def _gvt_lists(
+    folder: Path, task: str, question_of: Callable[[Scene], tuple[str, str]], draw: Draw, size: int
+) -> None:
+    """One question a picture. COCO's pictures have numbers, VCR's a path inside vcr1images."""
+    coco = [
+        {"image_id": image_id} | _gvt_entry(scene, question_of)
+        for image_id, scene in _write_pictures(
+            draw, range(size), lambda number: folder / "val2017" / f"{number:012d}.jpg"
+        )
+    ]
+    _write_json(folder / f"coco_{task}.json", coco)
+    vcr = [
+        {"image_id": _vcr_name(image_id)} | _gvt_entry(scene, question_of)
+        for image_id, scene in _write_pictures(
+            draw, range(size, 2 * size), lambda number: folder / "vcr1images" / _vcr_name(number)
+        )
+    ]
+    _write_json(folder / f"vcr_{task}.json", vcr)
+
+
+def _vcr_name(image_id: int) -> str:
+    return f"movieclips_Scenes/{image_id:011d}@0.jpg"
+
+
+def _gvt_entry(scene: Scene, question_of: Callable[[Scene], tuple[str, str]]) -> dict[str, Any]:
+    text_in, text_out = question_of(scene)
+    return {"text_in": text_in, "text_out": text_out, "n_obj_exist": len(scene.objects)}
+
+
+def _counted(scene: Scene) -> tuple[str, str]:
+    shapes = Counter(thing.shape for thing in scene.objects)
+    shape = random.Random(scene.key + "/gvt").choice(sorted(shapes))
+    return f"How many {PLURALS[shape]} are there in the image?", str(shapes[shape])
+
+
+def _identified(scene: Scene) -> tuple[str, str]:
+    lot = random.Random(scene.key + "/gvt")
+    there = sorted({name(thing) for thing in scene.objects})
+    absent = [thing for thing in _every_name() if thing not in there]
+    answer = lot.choice(("Yes.", "No."))
+    return f"Does {lot.choice(there if answer == 'Yes.' else absent)} exist in the image?", answer
+
+
+def _every_name() -> Iterable[str]:
+    return (f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+
+FORMATS: dict[str, Callable[[Path, Draw, int], None]] = {
+    "vqav2": vqav2,
+    "ok-vqa": ok_vqa,
+    "gqa": gqa,
+    "coco-captions": coco_captions,
+    "nocaps": nocaps,
+    "gvt-counting": gvt_counting,
+    "gvt-identification": gvt_identification,
+    "coco-retrieval": coco_captions,
+    "flickr-retrieval": flickr_retrieval,
+}
