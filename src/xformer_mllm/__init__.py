@@ -8,6 +8,7 @@ Importing the package registers X-Former with transformers' Auto classes, so `Au
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from .attach import attach_xformer, detach_xformer
 from .model.configuration_xformer import XFormerConfig
 from .model.modeling_xformer import (
     XFormerForConditionalGeneration,
@@ -31,4 +32,6 @@ __all__ = [
     "XFormerForPreTraining",
     "XFormerModel",
     "XFormerProcessor",
+    "attach_xformer",
+    "detach_xformer",
 ]

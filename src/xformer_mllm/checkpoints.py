@@ -32,7 +32,7 @@ from .model.modeling_xformer import (
     without_dropout,
 )
 from .model.processing_xformer import XFormerProcessor, image_processor
-from .variants import variant_config
+from .variants import variant_config, with_second_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -84,25 +84,47 @@ def embedded_config() -> XFormerConfig:
     )
 
 
-def start_pretraining(variant: str = "xformer", seed: int = 0) -> tuple[XFormerForPreTraining, XFormerProcessor]:
+def start_pretraining(
+    variant: str = "xformer", seed: int = 0, second_encoder: str | None = None
+) -> tuple[XFormerForPreTraining, XFormerProcessor]:
     """A variant at the start of stage 1 on the embedded scenes: shipped frozen encoders, the rest initialised by `seed`.
 
+    Args:
+        variant: a name in `VARIANTS`.
+        seed: of what is initialised.
+        second_encoder: folder or hub id of another MAE, or of any vision tower, in place of the shipped MAE.
+
     Raises:
-        ValueError: for an unknown variant.
+        ValueError: for an unknown variant, or one that the second encoder does not go with.
     """
-    config = variant_config(variant, embedded_config())
+    base = embedded_config()
+    if second_encoder is not None:
+        base = with_second_encoder(base, AutoConfig.from_pretrained(second_encoder))
+    elif variant == "dinov2":
+        raise ValueError(
+            "variant dinov2 needs --second-encoder, folder or hub id of a DINOv2: none ships with the package"
+        )
+    config = variant_config(variant, base)
     torch.manual_seed(seed)
     model = XFormerForPreTraining._from_config(config, attn_implementation=attention_for_device())
     clip = CLIPVisionModel.from_pretrained(WEIGHTS / "clip")
     _copy(clip.state_dict(), model.xformer.clip_encoder.tower, "CLIP")
     if model.xformer.mae_encoder is not None and variant != "random_mae":
-        mae = ViTMAEForPreTraining.from_pretrained(WEIGHTS / "mae")
-        _copy(mae.vit.state_dict(), model.xformer.mae_encoder, "MAE encoder")
-        if model.xformer.mae_decoder is not None:
-            _copy(mae.decoder.state_dict(), model.xformer.mae_decoder, "MAE decoder")
+        _load_second_encoder(model.xformer, second_encoder or WEIGHTS / "mae")
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
     processor = XFormerProcessor(image_processor(config.clip_config.image_size), tokenizer, tokenizer)
     return model, processor
+
+
+def _load_second_encoder(model: Any, source: str | Path) -> None:
+    if not model.config.has_mae:
+        tower = type(model.mae_encoder).from_pretrained(source)  # of a whole CLIP or SigLIP, its vision tower
+        _copy(tower.state_dict(), model.mae_encoder, "second encoder")
+        return
+    mae = ViTMAEForPreTraining.from_pretrained(source)
+    _copy(mae.vit.state_dict(), model.mae_encoder, "MAE encoder")
+    if model.mae_decoder is not None:
+        _copy(mae.decoder.state_dict(), model.mae_decoder, "MAE decoder")
 
 
 def attention_for_device() -> str:

@@ -6,6 +6,9 @@ config = VARIANTS["concat"](XFormerConfig.paper())
 import copy
 from collections.abc import Callable
 
+from transformers import Dinov2Config, ViTMAEConfig
+from transformers.configuration_utils import PreTrainedConfig
+
 from .model.configuration_xformer import XFormerConfig
 
 
@@ -58,6 +61,36 @@ def random_mae(base: XFormerConfig) -> XFormerConfig:
     return no_reconstruction(base)
 
 
+def with_second_encoder(base: XFormerConfig, tower: PreTrainedConfig) -> XFormerConfig:
+    """`base` with another MAE, or any other vision tower, in place of its MAE.
+
+    Where the tower is no MAE there is no reconstruction.
+    """
+    changes = {"mae_config": tower, "mae_mean": None, "mae_std": None, "mae_image_size": None}
+    if tower.model_type != ViTMAEConfig.model_type:
+        changes |= {"reconstruction": False, "reconstruction_in_stage2": False}
+    return _with(base, **changes)
+
+
+def dinov2(base: XFormerConfig) -> XFormerConfig:
+    """Ours, not a row of the paper: X-Former whose M comes from a DINOv2; nothing is reconstructed.
+
+    A base whose second encoder is a MAE gets a DINOv2 of the same size; another tower (`with_second_encoder`) stays.
+    """
+    if base.has_mae:
+        mae = base.mae_config
+        tower = Dinov2Config(
+            hidden_size=mae.hidden_size,
+            num_hidden_layers=mae.num_hidden_layers,
+            num_attention_heads=mae.num_attention_heads,
+            mlp_ratio=max(1, mae.intermediate_size // mae.hidden_size),
+            image_size=mae.image_size,
+            patch_size=mae.patch_size,
+        )
+        base = with_second_encoder(base, tower)
+    return no_reconstruction(base)
+
+
 VARIANTS: dict[str, Callable[[XFormerConfig], XFormerConfig]] = {
     variant.__name__: variant
     for variant in (
@@ -69,6 +102,7 @@ VARIANTS: dict[str, Callable[[XFormerConfig], XFormerConfig]] = {
         no_reconstruction,
         reconstruction_in_stage2,
         random_mae,
+        dinov2,
     )
 }
 

@@ -14,6 +14,17 @@ OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
+HALF = [0.5, 0.5, 0.5]
+
+# What a kind of tower was trained on, where it is not what `clip_mean` and `mae_mean` have as their defaults.
+PIXEL_STATISTICS = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "blip_2_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip_vision_model": (HALF, HALF),
+    "siglip2_vision_model": (HALF, HALF),
+}
+# Towers that resize their positions by themselves, or have none that would need it.
+ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "siglip2_vision_model")
 
 FUSIONS = ("none", "concat", "early_cross_attention", "dual_cross_attention")
 
@@ -25,12 +36,21 @@ def _nested(value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
     return AutoConfig.for_model(**value)
 
 
+def _vision(value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
+    """A vision tower's configuration; of a whole CLIP's or SigLIP's, its vision tower's."""
+    config = _nested(value)
+    return getattr(config, "vision_config", config)
+
+
 class XFormerConfig(PreTrainedConfig):
     """Configuration of X-Former and of every model that the paper compares it with (see `variants.py`).
 
     Args:
         clip_config: the contrastive tower: `Blip2VisionConfig` (EVA-CLIP ViT-g), `CLIPVisionConfig`, `SiglipVisionConfig`.
-        mae_config: `ViTMAEConfig` of the second encoder and its decoder; None for a model without one.
+        mae_config: the second encoder, which gives M; None for a model without one. `ViTMAEConfig` of a MAE with its
+            decoder, or any vision tower's, of which M is the last hidden state: `Dinov2Config`, `Dinov2WithRegistersConfig`,
+            `DINOv3ViTConfig`, `SiglipVisionConfig` (SigLIP, and SigLIP 2 of fixed resolution), `Siglip2VisionConfig`
+            (NaFlex), `CLIPVisionConfig`. These have no decoder: they need `reconstruction=False`, and nothing is masked.
         qformer_config: `Blip2QFormerConfig`; `use_qformer_text_input=True` is what stage 1 needs (text feed-forwards).
         text_config: any causal language model's configuration; None before stage 2.
         clip_feature_layer: which of the tower's layers gives C. BLIP-2 takes the penultimate layer (-2); transformers'
@@ -48,7 +68,10 @@ class XFormerConfig(PreTrainedConfig):
         image_text_hidden_size: width of the shared image-text space of ITC.
         image_token_index: id of the image placeholder in the language model's tokenizer; set with the tokenizer.
         text_start_token_id: id of [DEC] in the Q-Former's tokenizer, which starts a text that is to be generated (ITG).
-        clip_mean, clip_std, mae_mean, mae_std: per-channel statistics of pixels in [0, 1], applied inside the model.
+        clip_mean, clip_std, mae_mean, mae_std: per-channel statistics of pixels in [0, 1], applied inside the model; by
+            default what the kind of tower was trained on (`PIXEL_STATISTICS`; else CLIP's, and ImageNet's for M).
+        mae_image_size: side of the pictures that the second encoder is given; by default its own, and for towers of
+            `ANY_SIZE` the CLIP's, in whole patches (DINOv2's own 518 pixels would only enlarge the CLIP's 224).
         itc_weight, itm_weight, itg_weight, reconstruction_weight: weights of the stage-1 losses (all 1 in the paper).
 
     Raises:
@@ -89,11 +112,12 @@ class XFormerConfig(PreTrainedConfig):
     clip_std: Any = None
     mae_mean: Any = None
     mae_std: Any = None
+    mae_image_size: Any = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        self.clip_config = _nested(self.clip_config)
-        self.mae_config = _nested(self.mae_config)
+        self.clip_config = _vision(self.clip_config)
+        self.mae_config = _vision(self.mae_config)
         self.text_config = _nested(self.text_config)
         if isinstance(self.qformer_config, dict):
             self.qformer_config = Blip2QFormerConfig(**self.qformer_config)
@@ -111,12 +135,27 @@ class XFormerConfig(PreTrainedConfig):
             self.qformer_config = Blip2QFormerConfig(
                 vocab_size=30523, encoder_hidden_size=self.clip_config.hidden_size, use_qformer_text_input=True
             )
-        self.clip_mean = self.clip_mean or OPENAI_CLIP_MEAN
-        self.clip_std = self.clip_std or OPENAI_CLIP_STD
-        self.mae_mean = self.mae_mean or IMAGENET_MEAN
-        self.mae_std = self.mae_std or IMAGENET_STD
+        self._set_pixel_defaults()
         super().__post_init__(**kwargs)
         self._check()
+        self._check_sizes()
+
+    def _set_pixel_defaults(self) -> None:
+        """Mean, deviation and size of the pixels of both encoders, by the kind of each, where they are not given."""
+        if not hasattr(self.clip_config, "image_size"):
+            raise ValueError(
+                f"clip_config: a {self.clip_config.model_type} has no image_size; it can be the second encoder alone"
+            )
+        clip = PIXEL_STATISTICS.get(self.clip_config.model_type, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        self.clip_mean, self.clip_std = self.clip_mean or clip[0], self.clip_std or clip[1]
+        kind = getattr(self.mae_config, "model_type", "")
+        mae = PIXEL_STATISTICS.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
+        self.mae_mean, self.mae_std = self.mae_mean or mae[0], self.mae_std or mae[1]
+        if kind in ANY_SIZE:
+            patch = self.mae_config.patch_size
+            self.mae_image_size = self.mae_image_size or self.clip_config.image_size // patch * patch
+        elif kind:
+            self.mae_image_size = self.mae_image_size or self.mae_config.image_size
 
     @classmethod
     def paper(cls, llm: PreTrainedConfig | None = None) -> XFormerConfig:
@@ -130,6 +169,11 @@ class XFormerConfig(PreTrainedConfig):
     def has_second_encoder(self) -> bool:
         """Whether there are tokens M at all."""
         return self.mae_config is not None or self.clip_shallow_layer is not None
+
+    @property
+    def has_mae(self) -> bool:
+        """Whether M comes from a MAE: what can be masked, and has a decoder to reconstruct with."""
+        return self.mae_config is not None and self.mae_config.model_type == ViTMAEConfig.model_type
 
     @property
     def second_encoder_config(self) -> PreTrainedConfig:
@@ -157,6 +201,11 @@ class XFormerConfig(PreTrainedConfig):
             )
         if self.reconstruction_in_stage2 and not self.reconstruction:
             raise ValueError("reconstruction_in_stage2 needs reconstruction")
+        if self.reconstruction and self.mae_config is not None and not self.has_mae:
+            raise ValueError(
+                f"reconstruction needs the decoder of a MAE, and a {self.mae_config.model_type} has none; "
+                "set reconstruction=False, as the variants dinov2 and no_reconstruction do"
+            )
         if self.reconstruction and (self.mae_config is None or self.fusion != "dual_cross_attention"):
             raise ValueError(
                 "reconstruction needs a MAE and the dual cross-attention: no other fusion changes the tokens M, "
@@ -168,11 +217,19 @@ class XFormerConfig(PreTrainedConfig):
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and below 1")
         if self.reconstruction and self.mask_ratio == 0.0:
             raise ValueError("reconstruction needs a mask_ratio above 0: its loss is taken on masked patches alone")
-        for name, tower in (("clip_config", self.clip_config), ("mae_config", self.mae_config)):
-            if tower is not None and tower.image_size % tower.patch_size:
+
+    def _check_sizes(self) -> None:
+        sizes = [("clip_config", self.clip_config, self.clip_config.image_size)]
+        if self.mae_config is not None:
+            sizes.append(("mae_config", self.mae_config, self.mae_image_size))
+            kind = self.mae_config.model_type
+            if kind not in ANY_SIZE and self.mae_image_size != self.mae_config.image_size:
                 raise ValueError(
-                    f"{name}: image_size {tower.image_size} is no multiple of patch_size {tower.patch_size}"
+                    f"mae_image_size is {self.mae_image_size}, but this {kind} takes {self.mae_config.image_size} alone"
                 )
+        for name, tower, size in sizes:
+            if size == 0 or size % tower.patch_size:
+                raise ValueError(f"{name}: image_size {size} is no multiple of patch_size {tower.patch_size}")
 
 
 __all__ = ["FUSIONS", "XFormerConfig"]

@@ -1,4 +1,9 @@
-"""Gathering over processes; the identity on one process, with no process group needed."""
+"""Gathering over processes; the identity on one process, with no process group needed.
+
+A loss that each process takes as a mean over its own items equals the mean over the joint batch only where all processes
+bring equally many. `share` mends that: DDP and FSDP average the gradients of the processes, so N processes of batch b
+give the gradient of one process of batch N * b, whatever the lengths of their texts.
+"""
 
 import torch
 from torch import distributed
@@ -39,4 +44,35 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if _world_size() == 1 else _Gather.apply(tensor.contiguous())
 
 
-__all__ = ["gather", "rank"]
+def equally_long(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their padding mask [B, T], padded on the right to the longest T of all processes.
+
+    Then they can be gathered. What stands at a padded place becomes 0 everywhere: equal texts stay equal rows.
+    """
+    if _world_size() == 1:
+        return ids, mask
+    longest = torch.tensor(ids.shape[1], device=ids.device)
+    distributed.all_reduce(longest, distributed.ReduceOp.MAX)
+    missing = (0, int(longest) - ids.shape[1])
+    pad = torch.nn.functional.pad
+    return pad(ids.masked_fill(mask == 0, 0), missing), pad(mask, missing)
+
+
+def share(items: torch.Tensor) -> torch.Tensor | float:
+    """What to multiply this process's mean with, so that the processes' average is the mean over the joint batch.
+
+    Args:
+        items: what the mean is over: a mask, true (or 1) for every token or pair that counts.
+
+    Returns:
+        This process's number of items over the processes' average number of them; 1 on one process.
+    """
+    if _world_size() == 1:
+        return 1.0
+    own = (items != 0).sum().double()
+    total = own.clone()
+    distributed.all_reduce(total)
+    return (own * _world_size() / total).float()
+
+
+__all__ = ["equally_long", "gather", "rank", "share"]

@@ -18,7 +18,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 
 from . import losses, masks
 from .configuration_xformer import XFormerConfig
-from .distributed import gather, rank
+from .distributed import equally_long, gather, rank, share
 from .fusion import ZeroLinear, build_fusion
 from .outputs import (
     XFormerForConditionalGenerationOutput,
@@ -27,7 +27,16 @@ from .outputs import (
     XFormerModelOutput,
 )
 from .reconstruction import reconstruction_loss
-from .vision_encoders import ClipEncoder, ImageTokens, MaeTokens, encode_mae, mae_positions, scaled
+from .vision_encoders import (
+    ClipEncoder,
+    ImageTokens,
+    build_tower,
+    encode_second,
+    is_frozen,
+    mae_positions,
+    scaled,
+    unmasked,
+)
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
 
@@ -69,7 +78,7 @@ class XFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, XFormerModel):
             # Zeros, as transformers has them, would make all queries equal for ever.
             init.normal_(module.query_tokens, std=self.config.initializer_range)
-            if module.mae_encoder is not None:  # transformers leaves these positions at zero, too
+            if isinstance(module.mae_encoder, ViTMAEModel):  # transformers leaves these positions at zero, too
                 positions = module.mae_encoder.embeddings.position_embeddings
                 init.copy_(positions, mae_positions(positions.shape[1] - 1, positions.shape[2]))
         elif isinstance(module, XFormerForPreTraining):
@@ -89,13 +98,9 @@ class XFormerPreTrainedModel(PreTrainedModel):
         """As usual, but frozen encoders stay in evaluation mode (BLIP-2's `disabled_train`)."""
         super().train(mode)
         for name, module in self.named_modules():
-            if name.rpartition(".")[2] in ("clip_encoder", "mae_encoder", "mae_decoder") and _is_frozen(module):
+            if name.rpartition(".")[2] in ("clip_encoder", "mae_encoder", "mae_decoder") and is_frozen(module):
                 module.eval()
         return self
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -114,7 +119,7 @@ class XFormerModel(XFormerPreTrainedModel):
         shallow = [] if config.clip_shallow_layer is None else [config.clip_shallow_layer]
         self.clip_encoder = ClipEncoder(config.clip_config, [config.clip_feature_layer, *shallow])
         self.clip_layernorm = nn.LayerNorm(config.clip_config.hidden_size, eps=1e-5)
-        self.mae_encoder = None if config.mae_config is None else ViTMAEModel._from_config(config.mae_config)
+        self.mae_encoder = None if config.mae_config is None else build_tower(config.mae_config)
         self.mae_decoder = None
         if config.reconstruction:
             num_patches = self.mae_encoder.embeddings.patch_embeddings.num_patches
@@ -136,21 +141,17 @@ class XFormerModel(XFormerPreTrainedModel):
     ) -> ImageTokens:
         """uint8[B, 3, H, W] (or float in [0, 1]) -> C and M. CLIP sees the whole image, the MAE what is not masked."""
         config, tower = self.config, self.clip_encoder
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(tower)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower)):
             dtype = next(tower.parameters()).dtype
             clip = config.clip_config
             pixels = scaled(pixel_values, clip.image_size, config.clip_mean, config.clip_std, dtype)
             clip_states, *shallow = tower(pixels)
         clip_tokens = self.clip_layernorm(clip_states.to(self.clip_layernorm.weight.dtype))
         if shallow:  # an earlier CLIP layer in place of M
-            mask = clip_tokens.new_zeros(shallow[0].shape[:2])
-            return ImageTokens(clip_tokens, MaeTokens(shallow[0], mask, mask.long()), None)
+            return ImageTokens(clip_tokens, unmasked(shallow[0]), None)
         if self.mae_encoder is None:
             return ImageTokens(clip_tokens, None, None)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.mae_encoder)):
-            dtype = next(self.mae_encoder.parameters()).dtype
-            pixels = scaled(pixel_values, config.mae_config.image_size, config.mae_mean, config.mae_std, dtype)
-            mae = encode_mae(self.mae_encoder, pixels, mask_ratio, noise)
+        mae, pixels = encode_second(self.mae_encoder, config, pixel_values, mask_ratio, noise)
         return ImageTokens(clip_tokens, mae, pixels)
 
     @torch.no_grad()
@@ -351,14 +352,15 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
             negatives: for each text an image and for each image a text, int64[B] each, indices over all processes, -1
                 for none; drawn hard if None.
         """
-        config, ids, text_mask = self.config, qformer_input_ids, qformer_attention_mask
+        config = self.config
+        ids, text_mask = equally_long(qformer_input_ids, qformer_attention_mask)
         image = self.xformer.encode_image(pixel_values, config.mask_ratio if config.reconstruction else 0.0, noise)
 
         generation_ids = torch.cat([torch.full_like(ids[:, :1], config.text_start_token_id), ids[:, 1:]], dim=1)
         causal = masks.multimodal_causal_mask(text_mask, config.num_query_tokens)
         output = self.xformer.read(image, generation_ids, causal)
         itg_logits = self.itg_logits(output.text_states)
-        itg = losses.itg_loss(itg_logits, generation_ids, text_mask, config.label_smoothing)
+        itg = losses.itg_loss(itg_logits, generation_ids, text_mask, config.label_smoothing) * share(text_mask[:, 1:])
 
         image_features, text_features = self.image_features(output.fused_queries), self.text_features(ids, text_mask)
         image_to_text = losses.image_text_similarity(image_features, gather(text_features)) / self.temperature
@@ -373,7 +375,8 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
                 losses.sample_hard_negatives(image_to_text, same),
             )
         itm_logits, labels = self._match_with_negatives(image, ids, text_mask, negatives)
-        itm = losses.itm_loss(itm_logits, labels)
+        of_all_pairs = share(torch.ones_like(labels))
+        itm = losses.itm_loss(itm_logits, labels) * of_all_pairs
 
         loss = config.itc_weight * itc + config.itm_weight * itm + config.itg_weight * itg
         reconstruction = None
@@ -387,7 +390,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
             itg_loss=itg,
             reconstruction_loss=reconstruction,
             itc_accuracy=(image_to_text.argmax(-1) == own).float().mean(),
-            itm_accuracy=(itm_logits.argmax(-1) == labels).float().mean(),
+            itm_accuracy=(itm_logits.argmax(-1) == labels).float().mean() * of_all_pairs,
             itm_logits=itm_logits,
             itg_logits=itg_logits,
             xformer_output=output,
@@ -544,6 +547,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             inputs_embeds=embeds, attention_mask=attention_mask, logits_to_keep=columns
         ).logits
         lm = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten())
+        lm = lm * share(targets != -100)
         loss, reconstruction = lm, None
         if reconstructs:
             if config.instruction_aware and image_index is not None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, Blip2VisionModel, ViTMAEModel
+from transformers import AutoModel, Blip2VisionModel, Siglip2VisionModel, ViTMAEModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
+from .configuration_xformer import XFormerConfig
 from .distributed import gather
+from .reconstruction import patchify
 
 
 def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, dtype: torch.dtype) -> torch.Tensor:
@@ -37,6 +39,10 @@ def build_tower(config: PreTrainedConfig) -> nn.Module:
     if config.model_type == Blip2VisionModel.config_class.model_type:
         return Blip2VisionModel._from_config(config)
     return AutoModel.from_config(config)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 class ClipEncoder(nn.Module):
@@ -92,7 +98,7 @@ def mae_positions(patches: int, width: int) -> torch.Tensor:
 
 @dataclass
 class MaeTokens:
-    """What the MAE encoder saw.
+    """What the second encoder saw. Of a tower that is no MAE, nothing is masked.
 
     tokens: [B, 1+K, D], CLS first, then the kept patches in the order of the shuffle (row order if none is masked).
     mask: [B, L], 1 = masked (removed), 0 = kept.
@@ -157,4 +163,60 @@ def encode_mae(
     return MaeTokens(encoder.layernorm(states), (ids_restore >= kept).to(pixels.dtype), ids_restore)
 
 
-__all__ = ["ClipEncoder", "ImageTokens", "MaeTokens", "build_tower", "encode_mae", "mae_positions", "scaled"]
+def tower_tokens(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Any tower but a MAE: normalised pixels [B, 3, H, W] -> its last hidden state [B, N, D], CLS first where it has one.
+
+    Registers are left out: DINO's authors throw them away as well.
+    """
+    if isinstance(
+        tower, Siglip2VisionModel
+    ):  # NaFlex takes patches, which of them are no padding, and their rows, columns
+        patches = patchify(pixels, tower.config.patch_size)
+        shape = pixels.new_tensor([size // tower.config.patch_size for size in pixels.shape[-2:]], dtype=torch.long)
+        every = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
+        return tower(patches, every, shape.expand(len(patches), -1)).last_hidden_state
+    states = tower(pixels).last_hidden_state
+    registers = getattr(tower.config, "num_register_tokens", 0)
+    return torch.cat([states[:, :1], states[:, 1 + registers :]], dim=1) if registers else states
+
+
+def unmasked(tokens: torch.Tensor) -> MaeTokens:
+    """M [B, N, D] that comes from no MAE."""
+    mask = tokens.new_zeros(tokens.shape[:2])
+    return MaeTokens(tokens, mask, mask.long())
+
+
+def encode_second(
+    encoder: nn.Module,
+    config: XFormerConfig,
+    pixel_values: torch.Tensor,
+    mask_ratio: float = 0.0,
+    noise: torch.Tensor | None = None,
+) -> tuple[MaeTokens, torch.Tensor]:
+    """uint8[B, 3, H, W] (or float in [0, 1]) -> M by the second encoder, and the normalised pixels that it was given.
+
+    Raises:
+        ValueError: if something is to be masked for an encoder that is no MAE.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
+        dtype = next(encoder.parameters()).dtype
+        pixels = scaled(pixel_values, config.mae_image_size, config.mae_mean, config.mae_std, dtype)
+        if config.has_mae:
+            return encode_mae(encoder, pixels, mask_ratio, noise), pixels
+        if mask_ratio:
+            raise ValueError(f"mask_ratio is {mask_ratio}, but a {config.mae_config.model_type} cannot be masked")
+        return unmasked(tower_tokens(encoder, pixels)), pixels
+
+
+__all__ = [
+    "ClipEncoder",
+    "ImageTokens",
+    "MaeTokens",
+    "build_tower",
+    "encode_mae",
+    "encode_second",
+    "is_frozen",
+    "mae_positions",
+    "scaled",
+    "unmasked",
+]

@@ -1,0 +1,170 @@
+"""X-Former on a BLIP-2 or InstructBLIP that exists: `attach_xformer(model, mae)` adds the fusion to it in place.
+
+    pixels ─┬─> model.vision_model ──> C ──> model.qformer ──> Z_q ─┐
+            │                                                       ├─ fusion ──> Z' ──> model.language_projection ──> …
+            └─> second encoder (frozen) ──> M ──────────────────────┘
+
+Two hooks do it: one in front of the vision model takes the pixels to the second encoder, one behind the Q-Former puts Z' in
+the place of Z_q. The model's own parts, their names and their weights stay as they are. `model.xformer` is what is new.
+
+`B` batch, `Q` queries, `T` text tokens, `D` Q-Former width.
+"""
+
+import copy
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from .model.configuration_xformer import XFormerConfig
+from .model.fusion import DualCrossAttention
+from .model.modeling_xformer import XFormerPreTrainedModel
+from .model.vision_encoders import build_tower, encode_second
+
+Model = TypeVar("Model", Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration)
+
+
+class AttachedXFormer(XFormerPreTrainedModel):
+    """`model.xformer`: the frozen second encoder and the dual cross-attention, saved and loaded like any model.
+
+    Args:
+        config: with the model's own Q-Former and vision tower in it.
+        mae_encoder: a pretrained tower of `config.mae_config`; a random one if None.
+    """
+
+    _keys_to_ignore_on_load_unexpected = (r"^(?!xformer\.)",)  # the model's own, where it was saved as a whole
+
+    def __init__(self, config: XFormerConfig, mae_encoder: nn.Module | None = None):
+        super().__init__(config)
+        self.register_module("mae_encoder", None)  # first: its dtype is what config.json calls the model's
+        config.qformer_config._attn_implementation = config._attn_implementation  # the fusion reads it there
+        tower = config.mae_config
+        self.fusion = DualCrossAttention(
+            tower.hidden_size, tower.num_attention_heads, config.fusion_blocks, config.qformer_config
+        )
+        self.post_init()  # initialises; so a pretrained encoder comes behind it
+        self.mae_encoder = build_tower(tower) if mae_encoder is None else mae_encoder
+        self.mae_tokens: torch.Tensor | None = None  # M, between the two hooks
+        self.handles: list[Any] = []
+
+    def take_pixels(self, _vision_model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Hook: the model's pixels, float[B, 3, H, W], back to [0, 1] -> the second encoder's own -> M, kept for `fuse`."""
+        pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        pixels = pixels.to(self.device, torch.float32)
+        mean, std = (pixels.new_tensor(s).view(1, 3, 1, 1) for s in (self.config.clip_mean, self.config.clip_std))
+        self.mae_tokens = encode_second(self.mae_encoder, self.config, pixels * std + mean)[0].tokens
+
+    def fuse(self, _qformer: nn.Module, _args: tuple, output: Any) -> Any:
+        """Hook: the Q-Former's output [B, Q+T, D] with Z' in place of Z_q."""
+        if self.mae_tokens is None:
+            raise ValueError("the Q-Former was called without the vision model: X-Former has no pixels to read")
+        states, count = output.last_hidden_state, self.config.num_query_tokens
+        dtype = next(self.fusion.parameters()).dtype  # fp32, whatever the model is in
+        queries, mae_tokens = (x.to(states.device, dtype) for x in (states[:, :count], self.mae_tokens))
+        self.mae_tokens = None
+        fused = self.fusion(queries, mae_tokens).queries.to(states.dtype)
+        output.last_hidden_state = torch.cat([fused, states[:, count:]], dim=1)
+        return output
+
+
+def attach_xformer(model: Model, mae: PreTrainedModel | str | os.PathLike, **settings) -> Model:
+    """Add the dual cross-attention over a second encoder to a model, in place; at step 0 the model answers as before.
+
+    Nothing of the model is frozen or unfrozen; the second encoder is frozen, the fusion is trained (fp32). The fusion's
+    output starts at zero, so Z' = Z_q bit for bit until it is.
+
+    Args:
+        model: a BLIP-2 or an InstructBLIP.
+        mae: the second encoder, pretrained: a `ViTMAEModel`, a `ViTMAEForPreTraining`, or any vision tower of transformers.
+            Or the folder (or hub id) that `model.save_pretrained` or `model.xformer.save_pretrained` wrote: it comes back
+            as trained. Or what `detach_xformer` gave.
+        settings: fields of `XFormerConfig` for a fresh fusion: fusion_blocks; the second encoder's mae_mean, mae_std,
+            mae_image_size; clip_mean, clip_std if the model's processor normalises by others than CLIP's.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: in one line, if this cannot be attached.
+    """
+    if not isinstance(model, Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration):
+        kinds = "Blip2ForConditionalGeneration or InstructBlipForConditionalGeneration"
+        raise ValueError(f"X-Former attaches to a {kinds}, not to a {type(model).__name__}")
+    if hasattr(model, "xformer"):
+        raise ValueError("an X-Former is attached to this model already; detach_xformer(model) takes it off")
+    if isinstance(mae, str | os.PathLike):
+        mae = _load(mae)
+    if isinstance(mae, AttachedXFormer):
+        part = _fitting(mae, model)
+    else:
+        tower = getattr(mae.base_model, "vision_model", mae.base_model)
+        part = AttachedXFormer(_config(model, tower, settings), tower)
+        part.freeze()
+    part.to(model.query_tokens.device)
+    part.train(model.training)
+    part.handles = [
+        model.vision_model.register_forward_pre_hook(part.take_pixels, with_kwargs=True),
+        model.qformer.register_forward_hook(part.fuse),
+    ]
+    model.xformer = part
+    model.config.xformer_config = part.config.to_dict()  # in config.json, for who loads the whole model
+    return model
+
+
+def detach_xformer(model: Model) -> AttachedXFormer:
+    """Take it off again: the model is what it was (its own weights as trained since). `attach_xformer` puts it back.
+
+    Raises:
+        ValueError: if nothing is attached.
+    """
+    if not hasattr(model, "xformer"):
+        raise ValueError("no X-Former is attached to this model")
+    part = model.xformer
+    for handle in part.handles:
+        handle.remove()
+    del model.xformer, model.config.xformer_config
+    return part
+
+
+def _config(model: Model, tower: PreTrainedModel, settings: dict) -> XFormerConfig:
+    config = copy.deepcopy(model.config)
+    qformer = config.qformer_config.to_dict()
+    del qformer["model_type"]  # InstructBLIP's has the same fields
+    return XFormerConfig(
+        clip_config=config.vision_config,
+        mae_config=copy.deepcopy(tower.config),
+        qformer_config=qformer,
+        num_query_tokens=config.num_query_tokens,
+        reconstruction=False,
+        dtype=tower.dtype,
+        **settings,
+    )
+
+
+def _load(folder: str | os.PathLike) -> AttachedXFormer:
+    fields, _ = PreTrainedConfig.get_config_dict(folder)
+    whole = fields.get("xformer_config")
+    if whole is None and AttachedXFormer.__name__ not in (fields.get("architectures") or ()):
+        raise ValueError(f"{folder}: no attached X-Former was saved there")
+    config = XFormerConfig.from_dict(whole or fields)
+    part, report = AttachedXFormer.from_pretrained(folder, config=config, dtype="auto", output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{folder}: no attached X-Former there, its {min(report['missing_keys'])} is missing")
+    part.freeze()
+    return part
+
+
+def _fitting(part: AttachedXFormer, model: Model) -> AttachedXFormer:
+    own = (part.config.num_query_tokens, part.config.qformer_config.hidden_size)
+    asked = (model.config.num_query_tokens, model.config.qformer_config.hidden_size)
+    if own != asked:
+        raise ValueError(
+            f"this X-Former is for {own[0]} queries of width {own[1]}, but the model has {asked[0]} of width {asked[1]}"
+        )
+    return part
+
+
+__all__ = ["AttachedXFormer", "attach_xformer", "detach_xformer"]
