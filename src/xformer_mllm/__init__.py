@@ -6,7 +6,13 @@ Importing the package registers X-Former with transformers' Auto classes, so `Au
 `image-text-to-text` pipeline know its checkpoints.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
 
 from .attach import attach_xformer, detach_xformer
 from .model.configuration_xformer import XFormerConfig
@@ -21,6 +27,7 @@ from .variants import VARIANTS
 
 AutoConfig.register("xformer", XFormerConfig)
 AutoModel.register(XFormerConfig, XFormerModel)
+AutoModelForPreTraining.register(XFormerConfig, XFormerForPreTraining)
 AutoModelForImageTextToText.register(XFormerConfig, XFormerForConditionalGeneration)
 AutoProcessor.register(XFormerConfig, XFormerProcessor)
 

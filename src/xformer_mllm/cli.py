@@ -73,6 +73,16 @@ COMMANDS = {
     "score": Command(
         "any model's answers to a benchmark, in its official format", "evaluate.run:ScoreConfig", "evaluate.run:score"
     ),
+    "convert": Command(
+        "published checkpoints -> a starting X-Former, verified against them",
+        "convert:ConvertConfig",
+        "convert:convert",
+    ),
+    "export": Command(
+        "a model -> a self-contained folder with a model card, ready for the hub",
+        "export:ExportConfig",
+        "export:export",
+    ),
 }
 
 RUN_AGAIN = ("train stage1", "train stage2")  # they take --config FILE
