@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
-from xformer_mllm.data.questions import Question
+from xformer_mllm.data.questions import QUESTION_PROMPT, Question
 from xformer_mllm.model.images import load_image
 
 # {group: {metric: value}}: "all" first, "n" in every group; shares are in [0, 1], caption metrics as pycocoevalcap's.
@@ -44,6 +44,21 @@ class Settings:
             words = question.lower().translate(dict.fromkeys(map(ord, '.!"()*#:;~'))).rstrip().split(" ")
             question = " ".join(words[:LAVIS_WORDS])
         return self.prompt.replace("{question}", question)
+
+
+# How an OPT is asked in zero-shot question answering: by BLIP-2's paper, and by LAVIS's vqav2_zeroshot_opt_eval.yaml with
+# the length penalty of `Blip2OPT.predict_answers`.
+ZERO_SHOT = {
+    "paper": Settings(prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1),
+    "lavis": Settings(
+        prompt="Question: {question} Short answer:",
+        num_beams=5,
+        length_penalty=0.0,
+        max_new_tokens=10,
+        min_new_tokens=1,
+        plain_question=True,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)

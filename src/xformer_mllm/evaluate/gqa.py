@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.json_files import read_json
-from xformer_mllm.data.questions import QUESTION_PROMPT, Question
-from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.data.questions import Question
+from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
 from xformer_mllm.evaluate.vqa_accuracy import normalised
 
 STRUCTURAL = ("query", "verify", "choose", "compare", "logical")
@@ -161,19 +161,7 @@ class Gqa(Benchmark):
 
     name = "gqa"
     splits = ("testdev", "val", "testdev-all", "val-all")
-    settings = {
-        "paper": Settings(
-            prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
-        ),
-        "lavis": Settings(
-            prompt="Question: {question} Short answer:",
-            num_beams=5,
-            length_penalty=0.0,
-            max_new_tokens=10,
-            min_new_tokens=1,
-            plain_question=True,
-        ),
-    }
+    settings = ZERO_SHOT
     normalisation = (
         "stripped and lower-cased, then GQA's exact match; "
         "lavis normalisation: also VQA's punctuation, articles and number words, on both sides"

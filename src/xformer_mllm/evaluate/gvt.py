@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from xformer_mllm.data.json_files import read_json
-from xformer_mllm.data.questions import QUESTION_PROMPT, Question
-from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.data.questions import Question
+from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores, Settings
 
 # Upstream's table, in its order, with its misspelling.
 GVT_WORDS = {
@@ -148,9 +148,7 @@ class _Gvt(Benchmark):
 
     splits = ("coco", "vcr")
     settings = {
-        "blip2": Settings(
-            prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
-        ),
+        "blip2": ZERO_SHOT["paper"],
         "paper": Settings(prompt="{question}", num_beams=1, length_penalty=1.0, max_new_tokens=32),
     }
     task: ClassVar[str]

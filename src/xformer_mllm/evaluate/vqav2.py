@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from xformer_mllm.data.json_files import read_json
-from xformer_mllm.data.questions import QUESTION_PROMPT, Question
-from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.data.questions import Question
+from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
 from xformer_mllm.evaluate.vqa_accuracy import vqa_accuracy
 
 Value = TypeVar("Value")
@@ -48,23 +48,7 @@ class Vqav2(Benchmark):
 
     name = "vqav2"
     splits: ClassVar[tuple[str, ...]] = ("val", "test-dev", "test")
-    settings = {
-        "paper": Settings(
-            prompt=QUESTION_PROMPT,
-            num_beams=5,
-            length_penalty=-1.0,
-            max_new_tokens=10,
-            min_new_tokens=1,
-        ),
-        "lavis": Settings(
-            prompt="Question: {question} Short answer:",
-            num_beams=5,
-            length_penalty=0.0,
-            max_new_tokens=10,
-            min_new_tokens=1,
-            plain_question=True,
-        ),
-    }
+    settings = ZERO_SHOT
     normalisation = (
         "the official VQA evaluation's: punctuation, case, number words, articles and contractions, "
         "but nothing where all annotators gave the same answer"
