@@ -321,11 +321,11 @@ PICTURE = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentenc
     ("file", "content", "message"),
     [
         ("other.json", {}, "neither dataset_coco.json nor coco_karpathy_test.json"),
-        ("dataset_coco.json", [], "dataset_coco.json: not in the official format"),
+        ("dataset_coco.json", [], "dataset_coco.json: not Karpathy's"),
         (
             "dataset_coco.json",
-            {"images": [{"split": "test"}]},
-            r"not in the official format \(KeyError\('filename'\)\)",
+            {"images": [{"split": "test", "sentences": []}]},
+            r"dataset_coco.json: images\[0\]\.filename is missing",
         ),
         ("dataset_coco.json", {"images": [PICTURE | {"split": "val"}]}, "no picture in the split 'test'"),
         ("dataset_coco.json", {"images": [PICTURE, PICTURE]}, r"1 pictures are there several times \(1\)"),

@@ -22,6 +22,8 @@ class Command:
     summary: str
     config: str
     run: str
+    reads_pictures: bool = False
+    """`data` does not know `model`: these are handed its `load_image`."""
 
 
 COMMANDS = {
@@ -33,6 +35,18 @@ COMMANDS = {
     ),
     "data export": Command(
         "the embedded scenes in a benchmark's official files", "data.exports:ExportConfig", "data.exports:export"
+    ),
+    "data inspect": Command(
+        "what a source of pictures holds, with a contact sheet, and what of it is broken",
+        "data.inspect:InspectConfig",
+        "data.inspect:inspect",
+        reads_pictures=True,
+    ),
+    "data shard": Command(
+        "any source as webdataset shards",
+        "data.shard_writer:ShardConfig",
+        "data.shard_writer:shard",
+        reads_pictures=True,
     ),
     "train stage1": Command(
         "stage 1: image-text contrast, matching, generation and reconstruction",
@@ -168,7 +182,12 @@ def _run(name: str, command: Command, words: list[str]) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading and writing weights: a bar for each of five small files
-    run(config)
+    if command.reads_pictures:
+        from xformer_mllm.model.images import load_image
+
+        run(config, load_image)
+    else:
+        run(config)
 
 
 def _take_config_file(words: list[str]) -> tuple[list[str], Path | None]:

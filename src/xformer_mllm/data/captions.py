@@ -7,41 +7,49 @@ The first line with text is the caption; what follows it may be other languages,
 tuxpaint-stamps-default. Folders inside the folder are read too.
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from PIL import Image
-from torch.utils.data import Dataset
+from xformer_mllm.data.records import CaptionItems, Load, Pictures, Record, Split, Table, places_of, record_of
 
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-MAX_BROKEN_SHARE = 0.01  # a download loses a picture here and there; more than this is a mistake somewhere
+FOLDER_VALIDATION_SHARE = 0.1  # folders are small
 LAYOUT = "expected e.g. cat.jpg and beside it cat.txt with the caption in its first line"
 
 
-class CaptionFolder(Dataset):
+@dataclass(frozen=True)
+class FoundCaptions:
+    """What a folder holds: its records, whose ids are the paths inside the folder, sorted; and what was left out."""
+
+    folder: Path
+    records: list[Record]
+    left_out: dict[str, int]
+
+    def left_out_line(self) -> str:
+        parts = [f"{count} {reason}" for reason, count in self.left_out.items() if count]
+        return f" (left out: {', '.join(parts)})" if parts else ""
+
+
+class CaptionFolder(Pictures):
     """Pictures with captions, sorted by name: items {"id", "image", "caption"}; id is the path inside the folder.
 
     Pictures without a .txt or with an empty one are left out; `skipped` counts them by reason and one line is logged.
-
-    A picture that cannot be read when it is asked for is replaced by the next one in order that can, so that a run
-    and its resumption see the same items; `broken` holds what was wrong with each, by id. Once more than 1 % of the
-    pictures are broken, ValueError. (Every worker process of a loader counts the broken pictures that it met itself.)
+    Broken pictures are replaced and counted, as `Pictures` says.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike,
-        loader: Callable[[Path], Image.Image],
-        split: Literal["train", "validation"] | None = None,
-        validation_share: float = 0.1,
+        loader: Load,
+        split: Split | None = None,
+        validation_share: float = FOLDER_VALIDATION_SHARE,
     ):
-        """loader: path -> PIL RGB, raising ValueError or OSError for a picture that cannot be read: `load_image` of
+        """loader: an opened picture -> RGB, raising ValueError or OSError for one that cannot be read: `load_image` of
         xformer_mllm.model.images. It is handed in because data/ and model/ do not know each other.
 
         split: None for every picture; else the pictures whose name's hash falls into that split: a picture keeps its
@@ -49,93 +57,50 @@ class CaptionFolder(Dataset):
 
         Raises FileNotFoundError if there is no such folder, ValueError if it holds no picture with a caption.
         """
-        self.folder = Path(folder)
-        self._loader = loader
-        if not self.folder.exists():
-            raise FileNotFoundError(f"{self.folder}: no such folder; {LAYOUT}")
-        if not self.folder.is_dir():
-            raise ValueError(f"{self.folder}: not a folder; {LAYOUT}")
-        self.skipped = {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not read": 0}
-        self.broken: dict[str, str] = {}
-        found = self._find()
-        if not found:
-            raise ValueError(f"{self.folder}: no picture with a caption{self._skipped_line()}; {LAYOUT}")
+        found = find_captions(Path(folder))
+        self.skipped = found.left_out
         if any(self.skipped.values()) and split != "validation":  # said once, by its training split
-            logger.warning("%s: %d pictures with captions%s", self.folder, len(found), self._skipped_line())
-        self._items = found if split is None else _split(found, validation_share)[split]
-        if not self._items:
-            raise ValueError(f"{self.folder}: one picture cannot be split into training and validation; add more")
+            logger.warning("%s: %d pictures with captions%s", folder, len(found.records), found.left_out_line())
+        ids = [record["id"] for record in found.records]
+        places = range(len(ids)) if split is None else places_of(ids, split, validation_share)
+        if not places:
+            raise ValueError(f"{folder}: one picture cannot be split into training and validation; add more")
+        rows = Table(found.records[place] for place in places)
+        super().__init__(str(folder), rows, CaptionItems(loader, None, 0))
 
-    def __len__(self) -> int:
-        return len(self._items)
 
-    def __getitem__(self, index: int) -> dict:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        for offset in range(len(self)):
-            name, caption = self._items[(index + offset) % len(self)]
-            if name in self.broken:
-                continue
-            try:
-                image = self._loader(self.folder / name)
-            except (ValueError, OSError) as error:
-                self._note_broken(name, error)
-                continue
-            return {"id": name, "image": image, "caption": caption}
-        raise AssertionError("unreachable: _note_broken stops long before every picture is broken")
+def find_captions(folder: Path) -> FoundCaptions:
+    """Every picture of a folder that has a caption. Raises as `CaptionFolder`."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder; {LAYOUT}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; {LAYOUT}")
+    left_out = {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not read": 0}
+    found = FoundCaptions(folder, list(_records(folder, left_out)), left_out)
+    if not found.records:
+        raise ValueError(f"{folder}: no picture with a caption{found.left_out_line()}; {LAYOUT}")
+    return found
 
-    def _find(self) -> list[tuple[str, str]]:
-        """(path inside the folder, caption) of every picture that has one."""
-        found = []
-        for path in sorted(self.folder.rglob("*")):
-            suffix = path.suffix.lower()
-            if suffix == ".svg":
-                self.skipped["in SVG, which is not read"] += 1
-            if suffix not in PICTURE_SUFFIXES:
-                continue
-            text = path.with_suffix(".txt")
-            if not text.is_file():
-                self.skipped["without a .txt"] += 1
-                continue
-            caption = _first_line(text)
-            if not caption:
-                self.skipped["with an empty .txt"] += 1
-                continue
-            found.append((path.relative_to(self.folder).as_posix(), caption))
-        return found
 
-    def _skipped_line(self) -> str:
-        parts = [f"{count} {reason}" for reason, count in self.skipped.items() if count]
-        return f" (left out: {', '.join(parts)})" if parts else ""
-
-    def _note_broken(self, name: str, error: Exception) -> None:
-        self.broken[name] = str(error)
-        logger.warning("left out a broken picture: %s", error)
-        if len(self.broken) > MAX_BROKEN_SHARE * len(self):
-            names = ", ".join(list(self.broken)[:5]) + (", ..." if len(self.broken) > 5 else "")
-            raise ValueError(
-                f"{self.folder}: {len(self.broken)} of {len(self)} pictures cannot be read, more than "
-                f"{MAX_BROKEN_SHARE:.0%}: {names}; remove or replace them"
-            ) from error
+def _records(folder: Path, left_out: dict[str, int]) -> Iterator[Record]:
+    for path in sorted(folder.rglob("*")):
+        suffix = path.suffix.lower()
+        if suffix == ".svg":
+            left_out["in SVG, which is not read"] += 1
+        if suffix not in PICTURE_SUFFIXES:
+            continue
+        text = path.with_suffix(".txt")
+        if not text.is_file():
+            left_out["without a .txt"] += 1
+            continue
+        caption = _first_line(text)
+        if not caption:
+            left_out["with an empty .txt"] += 1
+            continue
+        yield record_of(path.relative_to(folder).as_posix(), path, caption)
 
 
 def _first_line(path: Path) -> str:
     """The first line with text, '' if none. A byte that is no UTF-8 becomes a replacement character."""
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     return next((line.strip() for line in lines if line.strip()), "")
-
-
-def _split(items: list[tuple[str, str]], validation_share: float) -> dict[str, list[tuple[str, str]]]:
-    """By the hash of the name. Of the fewest pictures, too, there is one for validation: the one with the lowest hash."""
-    validation = {name for name, _ in items if _place(name) < validation_share} or {
-        min((n for n, _ in items), key=_place)
-    }
-    return {
-        "train": [item for item in items if item[0] not in validation],
-        "validation": [item for item in items if item[0] in validation],
-    }
-
-
-def _place(name: str) -> float:
-    """Uniform in [0, 1), the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

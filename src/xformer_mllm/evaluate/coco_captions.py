@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.json_files import read_json
+from xformer_mllm.data.karpathy import read_karpathy
 from xformer_mllm.evaluate.benchmark import Picture, Settings
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark, field, unique
 
@@ -68,18 +69,11 @@ Row = tuple[str, str, list[str]]  # image id, file name, captions
 
 
 def _read_karpathy(file: Path, split: str) -> list[Row]:
-    rows = []
-    for place, image in enumerate(field(read_json(file), "images", list, f"{file}:")):
-        where = f"{file}: images[{place}]"
-        if field(image, "split", str, where) == split:
-            sentences = field(image, "sentences", list, where)
-            captions = [
-                field(sentence, "raw", str, f"{where}.sentences[{number}]")
-                for number, sentence in enumerate(sentences)
-            ]
-            image_id = str(field(image, "cocoid", int, where))
-            rows.append((image_id, field(image, "filename", str, where), _some(captions, where)))
-    return rows
+    pictures = [picture for picture in read_karpathy(file) if picture.split == split]
+    for picture in pictures:
+        if not picture.image_id.isdigit():
+            raise ValueError(f"{file}: {picture.path} has no number as its cocoid")
+    return [(p.image_id, Path(p.path).name, _some(list(p.captions), f"{file}: {p.path}")) for p in pictures]
 
 
 def _read_lavis(file: Path) -> list[Row]:

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.json_files import read_json, write_whole
+from xformer_mllm.data.karpathy import read_karpathy
 from xformer_mllm.evaluate.benchmark import Scores
 from xformer_mllm.evaluate.prediction import processes
 from xformer_mllm.model.images import load_image
@@ -103,7 +104,7 @@ class Retrieval:
             raise FileNotFoundError(f"{data}: neither {karpathy.name} nor {lavis.name} is there; needed: {self.files}")
         read = _read_karpathy if file == karpathy else _read_lavis
         try:
-            found = read(read_json(file), split, self.pictures)
+            found = read(file, split, self.pictures)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: not in the official format ({error!r})") from None
         self.records = [CaptionedPicture(Path(path).stem, Path(path).stem, path, texts) for path, texts in found]
@@ -138,17 +139,15 @@ class FlickrRetrieval(Retrieval):
     files = "dataset_flickr30k.json (Karpathy) or flickr30k_SPLIT.json (LAVIS), and the pictures in flickr30k-images/"
 
 
-def _read_karpathy(content: Any, split: str, folder: str) -> list[tuple[str, tuple[str, ...]]]:
+def _read_karpathy(file: Path, split: str, folder: str) -> list[tuple[str, tuple[str, ...]]]:
     """Path and captions of each of the split's pictures."""
-    return [
-        (f"{image.get('filepath', folder)}/{image['filename']}", tuple(text["raw"] for text in image["sentences"]))
-        for image in content["images"]
-        if image["split"] == split
-    ]
+    pictures = [picture for picture in read_karpathy(file) if picture.split == split]
+    return [(p.path if "/" in p.path else f"{folder}/{p.path}", p.captions) for p in pictures]
 
 
-def _read_lavis(content: Any, _split: str, _folder: str) -> list[tuple[str, tuple[str, ...]]]:
+def _read_lavis(file: Path, _split: str, _folder: str) -> list[tuple[str, tuple[str, ...]]]:
     """The same; LAVIS has a file for each split. Its training files have one caption a row, and are refused."""
+    content = read_json(file)
     for entry in content:
         if not isinstance(entry["caption"], list):
             raise TypeError(f"caption of {entry['image']} is no list")

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 # Below Pillow's own limit (89 million), so that Pillow never needs to decode before we refuse. 64 million pixels are
 # 192 MB as RGB; both encoders look at 224 x 224.
@@ -60,12 +60,13 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name}: the picture has no pixels ({image.width} x {image.height})")
     try:
         image.load()  # decodes: a file cut short fails here
-        image = ImageOps.exif_transpose(image)  # a new image: the caller's stays as it is
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             return _deep_grey_to_8_bit(image).convert("RGB")
         if image.has_transparency_data:
             return _over_white(image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # each copy costs as much as decoding
     except Exception as error:  # as above: what a decoder raises depends on the format and on where the file breaks
         raise ValueError(
             f"{name}: the picture is damaged or cut short ({_one_line(error)}); copy or export it again"

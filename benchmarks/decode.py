@@ -1,0 +1,129 @@
+"""Decoding and transforming pictures, as ratios to Pillow's bare JPEG decode in the same run.
+
+    python benchmarks/decode.py [--rounds 40] [--size 224]
+
+JPEGs made here (blobs and noise of every scale, quality 90), one thread. All ways take turns on the same pictures, round by
+round, so that what else the machine does hits all alike; the median is reported. `bare` is `Image.open(...).load()` of bytes
+in memory; `decoded` is what every picture passes through (RGB, upright, transparency, limits: model/images.py); `train` and
+`evaluation` are the transforms on top of it; `from shards` is a training item's whole way: read from a tar file, through
+the shuffle buffer, decoded, cropped, with its caption.
+"""
+
+import argparse
+import io
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, features
+
+from xformer_mllm.data.sources import open_captions
+from xformer_mllm.data.transforms import EvalTransform, TrainTransform
+from xformer_mllm.model.images import load_image
+
+SIZES = ((640, 480), (1024, 768), (2048, 1536))
+PICTURES = 8  # of each size
+
+
+def jpeg(width: int, height: int, seed: int) -> bytes:
+    numbers = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3))
+    for cells in (4, 8, 16, 32, 64, 128, 256):
+        noise = Image.fromarray(numbers.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8))
+        total += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / math.sqrt(cells)
+    file = io.BytesIO()
+    pixels = 255 * (total - total.min()) / np.ptp(total)
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def shard(folder: Path, files: list[bytes]) -> str:
+    """The pictures a hundred times over: more than the buffer holds."""
+    with tarfile.open(folder / "00000.tar", "w") as archive:
+        for place in range(100 * len(files)):
+            for name, content in ((f"{place:09}.jpg", files[place % len(files)]), (f"{place:09}.txt", b"a picture")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return str(folder)
+
+
+def ways(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], object]]:
+    """What is compared; each call is about the next picture."""
+    lot, turns = random.Random(0), {}
+
+    def opened(way: str) -> Image.Image:
+        turns[way] = turns.get(way, -1) + 1
+        return Image.open(io.BytesIO(files[turns[way] % len(files)]))
+
+    train, evaluation = TrainTransform(size), EvalTransform(size)
+    items = iter(open_captions(shard(folder, files), "train", load_image, transform=train, buffer=32))
+    return {
+        "bare": lambda: opened("bare").load(),
+        "decoded": lambda: load_image(opened("decoded")),
+        "train": lambda: train(opened("train"), load_image, lot),
+        "evaluation": lambda: evaluation(opened("evaluation"), load_image, lot),
+        "from shards": lambda: next(items),
+    }
+
+
+def seconds(compared: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of processor time a picture."""
+    taken: dict[str, list[float]] = {name: [] for name in compared}
+    for round_ in range(rounds + 2):
+        for name, way in compared.items():
+            start = time.process_time()
+            for _ in range(PICTURES):
+                way()
+            if round_ >= 2:
+                taken[name].append((time.process_time() - start) / PICTURES)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--size", type=int, default=224)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    lines = []
+    for width, height in SIZES:
+        print(f"{width} x {height} ...", file=sys.stderr)
+        files = [jpeg(width, height, seed) for seed in range(PICTURES)]
+        with tempfile.TemporaryDirectory() as folder:
+            found = seconds(ways(files, Path(folder), arguments.size), arguments.rounds)
+        if not lines:
+            lines += [
+                f"| JPEG | kB | bare, ms | {' | '.join(list(found)[1:])} | items/s and core |",
+                "|---" * (len(found) + 3) + "|",
+            ]
+        ratios = [f"{found[name] / found['bare']:.2f}" for name in list(found)[1:]]
+        kilobytes = sum(map(len, files)) / PICTURES / 1000
+        cells = [f"{kilobytes:.0f}", f"{1000 * found['bare']:.2f}", *ratios, f"{1 / found['from shards']:.0f}"]
+        lines.append(f"| {width} × {height} | {' | '.join(cells)} |")
+    turbo = features.version_feature("libjpeg_turbo") or "no"
+    lines += [
+        "",
+        f"`python benchmarks/decode.py --rounds {arguments.rounds} --size {arguments.size}`: medians of processor time over "
+        f"{arguments.rounds} rounds of {PICTURES} pictures, one thread, {platform.machine()}, Pillow {PIL.__version__} "
+        f"(libjpeg-turbo {turbo}), torch {torch.__version__}. Columns from `decoded` on are ratios to `bare`.",
+    ]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""`xformer data shard`: any source of pictures as webdataset shards, as img2dataset writes them.
+
+    00000.tar            000000000.jpg (or .png, .webp), .txt (the first caption), .json ("id", "captions", "questions",
+                         width and height, ...), 000000001.jpg, ...
+    00000_stats.json     {"count", "successes", "failed"}
+    shards.json          what was asked for; another request is not written into the same folder
+
+A sample's name is its number in the source, so broken ones are missing as failed downloads are in img2dataset's shards.
+Each shard is written whole or not at all: a killed run goes on with the first shard that is missing.
+"""
+
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image
+from tqdm.auto import tqdm
+
+from xformer_mllm.data.formats import Listed
+from xformer_mllm.data.json_files import read_json, write_whole
+from xformer_mllm.data.records import GRACE, Load, Record, check_broken, open_picture
+from xformer_mllm.data.shards import Sharded, stats_file
+from xformer_mllm.data.sources import Mixture, find_source
+
+logger = logging.getLogger(__name__)
+
+ABOUT = "shards.json"
+KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # files of these formats are copied as they are
+QUALITY = 95  # of JPEG, as img2dataset's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """Any source of pictures as webdataset shards, as img2dataset writes them."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
+    output_dir: Path
+    """Where the shards go; a killed run goes on there."""
+    images: Path | None = None
+    """The folder of the pictures that a list names, if it is not the list's own."""
+    split: str | None = None
+    """Which of the source's own splits; by default train, where it has several."""
+    samples_per_shard: int = 10_000
+    """Samples in a shard."""
+    shortest_side: int | None = None
+    """Pictures whose shorter side is longer are made so small, in pixels; by default files are copied as they are."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in one line, for a number that cannot be."""
+        for name in ("samples_per_shard", "shortest_side"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def shard(config: ShardConfig, load: Load) -> Path:
+    """Run `xformer data shard` and return the folder. load: an opened picture -> RGB.
+
+    Raises ValueError if the folder holds other shards, or once more than 1 % of what was read is broken.
+    """
+    found = find_source(config.source, config.images)
+    if isinstance(found, Mixture):
+        raise ValueError(f"{config.source}: a mixture; make shards of each of its sources")
+    split = _chosen_split(config, found.rows if isinstance(found, Listed) else found.shards)
+    _begin(config, split)
+    records, total = _records(found, split)
+    shards = count = failed = 0
+    names: list[str] = []
+    with tqdm(records, total=total, unit="picture") as bar:
+        for samples in _chunks(iter(bar), config.samples_per_shard):
+            path = config.output_dir / f"{shards:05}.tar"
+            stats = _stats(path) or _write_shard(path, samples, shards, config, load, names)
+            for _ in samples:  # of a shard that is there already
+                pass
+            shards += 1
+            count, failed = count + stats["count"], failed + stats["failed"]
+            check_broken(config.source, failed, max(count, GRACE), names, "samples")
+    left_out = f"; {failed:,} broken ones are left out" if failed else ""
+    print(f"{config.output_dir}: {count - failed:,} samples in {shards:,} shards{left_out}")
+    return config.output_dir
+
+
+def _chosen_split(config: ShardConfig, splits: Collection[str]) -> str:
+    """The name of the split to be written. Raises ValueError if the source has no such split, or does not say which."""
+    wanted = config.split or (next(iter(splits)) if len(splits) == 1 else "train")
+    if wanted not in splits:
+        raise ValueError(f"{config.source}: has no split {wanted!r}; --split takes {', '.join(splits) or 'none'}")
+    return wanted
+
+
+def _begin(config: ShardConfig, split: str) -> None:
+    """Note what goes into the folder. Raises ValueError if that is not what is there."""
+    about = {
+        "source": config.source,
+        "split": split,
+        "samples_per_shard": config.samples_per_shard,
+        "shortest_side": config.shortest_side,
+    }
+    folder, file = config.output_dir, config.output_dir / ABOUT
+    if file.is_file():
+        if (there := read_json(file)) != about:
+            raise ValueError(f"{folder}: holds other shards ({json.dumps(there)}); name a new folder")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: not an empty folder; name a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(about, indent=2) + "\n")
+
+
+def _records(found: Listed | Sharded, split: str) -> tuple[Iterator[Record], int | None]:
+    """A split's records in order, and how many they are, if that is known."""
+    if isinstance(found, Listed):
+        rows = found.rows[split]
+        return (rows[place] for place in range(len(rows))), len(rows)
+    return chain.from_iterable(found.read(shard) for shard in found.shards[split]), found.size(split)
+
+
+def _chunks(records: Iterator[Record], size: int) -> Iterator[Iterator[Record]]:
+    for first in records:
+        yield chain([first], islice(records, size - 1))
+
+
+def _stats(path: Path) -> dict[str, int] | None:
+    """What a finished shard's stats file says; it is written last."""
+    return read_json(stats_file(path)) if path.is_file() and stats_file(path).is_file() else None
+
+
+def _write_shard(
+    path: Path, samples: Iterator[Record], number: int, config: ShardConfig, load: Load, names: list[str]
+) -> dict[str, int]:
+    """Write a shard and its stats file. The names of what is broken go into `names`."""
+    digits = len(str(config.samples_per_shard - 1))
+    count = failed = 0
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with tarfile.open(partial, "w") as tar:
+            for place, record in enumerate(samples):
+                count += record.get("lost", 1)
+                try:
+                    files = _files(record, f"{number:05}{place:0{max(4, digits)}}", load, config.shortest_side)
+                except BrokenError as error:
+                    logger.warning("left out: %s", error)
+                    names.append(record["id"])
+                    failed += record.get("lost", 1)
+                    continue
+                for name, content in files.items():
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    stats = {"count": count, "successes": count - failed, "failed": failed}
+    write_whole(stats_file(path), json.dumps(stats, indent=2) + "\n")
+    return stats
+
+
+class BrokenError(ValueError):
+    """A sample that cannot be used; not a fault of what is being written."""
+
+
+def _files(record: Record, key: str, load: Load, shortest_side: int | None) -> dict[str, bytes]:
+    """A sample's files by name. Raises BrokenError."""
+    if "broken" in record:
+        raise BrokenError(f"{record['id']}: {record['broken']}")
+    try:
+        suffix, content, about = _picture(record, load, shortest_side)
+    except (ValueError, OSError) as error:
+        raise BrokenError(str(error)) from error
+    texts = {"key": key, "id": record["id"], "status": "success"}
+    texts |= {kind: record[kind] for kind in ("captions", "questions") if record[kind]}
+    files = {key + suffix: content}
+    if record["captions"]:
+        files[f"{key}.txt"] = record["captions"][0].encode()
+        texts["caption"] = record["captions"][0]
+    return {**files, f"{key}.json": json.dumps({**texts, **about}, ensure_ascii=False).encode()}
+
+
+def _picture(record: Record, load: Load, shortest_side: int | None) -> tuple[str, bytes, dict[str, int]]:
+    """A picture's suffix, file and sizes. It is decoded in any case, to see that it can be."""
+    opened = open_picture(record["picture"], record["id"])
+    kept = KEPT.get(opened.format or "")
+    image = load(opened)
+    about = {"original_width": image.width, "original_height": image.height}
+    side = min(image.size)
+    if shortest_side and side > shortest_side:
+        size = [max(1, round(length * shortest_side / side)) for length in image.size]
+        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        suffix, content = ".jpg", _encoded(image, "JPEG", quality=QUALITY)
+    elif kept and not isinstance(record["picture"], Image.Image):
+        raw = record["picture"]
+        suffix, content = kept, raw if isinstance(raw, bytes) else Path(raw).read_bytes()
+    else:
+        suffix, content = ".png", _encoded(image, "PNG")
+    return suffix, content, {**about, "width": image.width, "height": image.height}
+
+
+def _encoded(image: Image.Image, kind: str, **settings: int) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()

@@ -1,0 +1,112 @@
+"""A picture -> uint8[3, S, S]: one crop and one flip, which both encoders see.
+
+Each encoder applies its own mean and deviation in the model, so nothing is normalised here.
+
+Training, BLIP-2's `blip2_image_train` (LAVIS processors/blip_processors.py) and, but for the smallest area, MAE's
+(main_pretrain.py): a random crop of 50-100 % of the area and a ratio of sides between 3:4 and 4:3, resized bicubically;
+flipped sideways every second time. Evaluation, BLIP-2's `blip_image_eval`: the whole picture resized to a square, as
+`model/processing_xformer.py` does it, pixel by pixel.
+
+A flipped picture no longer fits a caption that says left or right. BLIP-2 flips anyway; flip=False does not.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+SCALE = (0.5, 1.0)
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+FINER = 2.0  # what a JPEG is decoded to has at least so many pixels a side for one of the result; Pillow's thumbnail's
+SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+ORIENTATION = 0x0112  # in EXIF
+
+Decode = Callable[[Image.Image], Image.Image]
+
+
+class Transform(Protocol):
+    """A picture as `Image.open` gives it, not decoded yet -> uint8[3, S, S].
+
+    decode: -> PIL RGB, upright; `load_image` of xformer_mllm.model.images. lot: what is random comes from it.
+    """
+
+    size: int
+
+    def __call__(self, image: Image.Image, decode: Decode, lot: random.Random) -> torch.Tensor: ...
+
+
+class TrainTransform:
+    """A random crop, resized, perhaps flipped.
+
+    A JPEG whose crop is at least four times as wide and high as `size` is decoded at a half, a quarter or an eighth of its
+    size (Pillow's draft mode), which is still at least `FINER` times as fine as the result.
+    """
+
+    def __init__(self, size: int, scale: tuple[float, float] = SCALE, flip: bool = True):
+        """size: of the square, in pixels. scale: smallest and largest share of the picture's area.
+
+        Raises ValueError for what cannot be.
+        """
+        if size < 1:
+            raise ValueError(f"a picture's size must be at least 1 pixel, not {size}")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"a crop's share of the area must lie within 0 and 1, the smallest first, not {scale}")
+        self.size, self.scale, self.flip = size, scale, flip
+
+    def __call__(self, image: Image.Image, decode: Decode, lot: random.Random) -> torch.Tensor:
+        width, height = _upright_size(image)
+        left, top, right, bottom = draw_crop(width, height, self.scale, lot)
+        factor = min(right - left, bottom - top) / (self.size * FINER)
+        if factor >= 2:
+            image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+        image = decode(image)
+        across, down = image.width / width, image.height / height  # 1, unless decoded at a part of its size
+        crop = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
+        # Pillow's bicubic resizing but for a grey level or two here and there, and several times as fast.
+        pixels = torch.nn.functional.interpolate(_tensor(crop)[None], self.size, mode="bicubic", antialias=True)[0]
+        return pixels.flip(2) if self.flip and lot.random() < 0.5 else pixels
+
+
+class EvalTransform:
+    """The whole picture, resized by Pillow: the very pixels that the processor gives the model at inference."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, image: Image.Image, decode: Decode, lot: random.Random) -> torch.Tensor:
+        return _tensor(decode(image).resize((self.size, self.size), Image.Resampling.BICUBIC)).contiguous()
+
+
+def draw_crop(width: int, height: int, scale: tuple[float, float], lot: random.Random) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random crop, as torchvision's RandomResizedCrop draws it.
+
+    The area is uniform in `scale` and the ratio log-uniform in `RATIO`; after ten that do not fit into the picture it is
+    the largest centred crop whose ratio is within `RATIO`.
+    """
+    for _ in range(TRIES):
+        area = width * height * lot.uniform(*scale)
+        ratio = math.exp(lot.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = lot.randint(0, width - across), lot.randint(0, height - down)
+            return left, top, left + across, top + down
+    across = min(width, max(1, round(height * RATIO[1])))
+    down = min(height, max(1, round(width / RATIO[0])))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once the EXIF orientation is applied."""
+    sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+    return (image.height, image.width) if sideways else image.size
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """RGB -> uint8[3, H, W], the channels innermost in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,0 +1,125 @@
+"""What `xformer data inspect` says, of every kind of source."""
+
+import re
+
+import pytest
+from made import picture, shards, write_json
+from PIL import Image
+
+from xformer_mllm.data.inspect import SAMPLES, InspectConfig, contact_sheet, inspect
+from xformer_mllm.model.images import load_image
+
+
+def run(tmp_path, capsys, source, **settings):
+    """(findings, the words printed)"""
+    config = InspectConfig(source=str(source), sheet=tmp_path / "sheets" / "sheet.png", **settings)
+    findings = inspect(config, load_image)
+    return findings, re.sub(r" +", " ", capsys.readouterr().out)
+
+
+def test_folder(tmp_path, capsys):
+    for place in range(10):
+        picture(tmp_path / "in" / f"{place}.jpg").with_suffix(".txt").write_text("a " * (place + 1))
+    Image.new("RGB", (40, 20)).save(tmp_path / "in" / "9.jpg")
+    picture(tmp_path / "in" / "x.jpg")
+    (tmp_path / "in" / "3.jpg").write_bytes(b"no picture")
+    (findings,), said = run(tmp_path, capsys, tmp_path / "in")
+    for line in (
+        "format a folder of pictures with a .txt beside each",
+        "pictures 10, 10 captions, 0 questions",
+        "splits none of its own",
+        "left out 1 without a .txt",
+        "looked at 10 pictures",
+        "size width 8 / 8 / 40, height 8 / 8 / 20",
+        "captions 1.0 a picture; words 1 / 5 / 10",
+        "broken 1\n",
+        "3.jpg: ",
+    ):
+        assert line in said
+    assert list(findings.broken) == ["3.jpg"]
+    with Image.open(tmp_path / "sheets" / "sheet.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_shards(tmp_path, capsys):
+    folder = shards(tmp_path / "in", 4, 25, broken=(3,))
+    (folder / "00002.tar").write_bytes((folder / "00002.tar").read_bytes()[:20_000])
+    (findings,), said = run(tmp_path, capsys, folder)
+    assert "pictures unknown (no _stats.json says)" in said
+    assert "splits none of its own" in said
+    assert "broken " in said
+    assert set(findings.broken) == {"00000/000000003", str(folder / "00002.tar")}
+    for place in range(4):
+        write_json(folder / f"{place:05}_stats.json", {"successes": 25})
+    (findings,), said = run(tmp_path, capsys, folder)
+    assert "pictures 100\n" in said
+    assert findings.lost == 1 + 100 - findings.looked_at + 1  # the sample, and what the shard lost
+
+
+def test_few_pictures_are_spread_over_all(tmp_path, capsys):
+    (findings,), said = run(tmp_path, capsys, shards(tmp_path / "in", 20, 10), pictures=20)
+    assert "looked at 20 pictures" in said
+    seen = {int(caption.split()[1]) // 100 for caption in findings.captions}
+    assert seen == {0, 1}
+    rows = [{"image": picture(tmp_path / f"{n}.jpg").name, "caption": str(n)} for n in range(100)]
+    (findings,), said = run(tmp_path, capsys, write_json(tmp_path / "a.json", rows), pictures=10)
+    assert "pictures 100, 100 captions" in said
+    assert [int(caption) for caption in findings.captions] == list(range(0, 100, 10))
+
+
+@pytest.mark.parametrize("pictures", [0, 1000])
+def test_all(tmp_path, capsys, pictures):
+    _, said = run(tmp_path, capsys, shards(tmp_path / "in", 12, 5), pictures=pictures)
+    assert f"looked at {60 if pictures == 0 else 50} pictures" in said  # ten of the twelve shards
+
+
+def test_shards_cut_short_are_found_without_reading_them(tmp_path, capsys):
+    folder = shards(tmp_path / "in", 30, 2)
+    (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:2000])
+    (findings,), _ = run(tmp_path, capsys, folder, pictures=10)
+    assert findings.broken[str(folder / "00001.tar")] == "the shard is cut short or missing"
+
+
+def test_questions_and_splits(tmp_path, capsys):
+    rows = [
+        {"image": picture(tmp_path / "a.jpg").name, "question": "How many cats?", "answers": ["one", "1"]},
+        {"image": "a.jpg", "question": "Why?", "answer": "because"},
+    ]
+    (findings,), said = run(tmp_path, capsys, write_json(tmp_path / "q.json", rows))
+    assert "pictures 1, 0 captions, 2 questions" in said
+    assert "questions 2.0 a picture; words 1 / 1 / 3" in said
+    (_, text) = findings.samples[1]
+    assert text in ("How many cats? one", "Why? because")
+    images = [
+        {"filename": "a.jpg", "split": split, "sentences": [{"raw": "a"}] * 5}
+        for split in ("train", "val", "val", "test")
+    ]
+    _, said = run(tmp_path, capsys, write_json(tmp_path / "k.json", {"images": images}))
+    assert "splits train 1, validation 2, test 1" in said
+    assert "pictures 4, 20 captions" in said
+
+
+def test_mixture(tmp_path, capsys):
+    shards(tmp_path / "one", 1, 5)
+    shards(tmp_path / "two", 1, 5)
+    sources = [{"source": "one", "weight": 1}, {"source": "two", "weight": 2}]
+    findings, said = run(tmp_path, capsys, write_json(tmp_path / "m.json", {"sources": sources}))
+    assert len(findings) == 2
+    assert said.count("looked at 5 pictures") == 2
+
+
+def test_contact_sheet_has_rows_of_six():
+    image = Image.new("RGB", (300, 300), "red")
+    one, six, seven, many = (contact_sheet([(image, "a red square " * 20)] * number) for number in (1, 6, 7, SAMPLES))
+    assert one.width < six.width == seven.width == many.width
+    assert one.height == six.height < seven.height < many.height
+    assert six.getpixel((100, 100)) == (255, 0, 0)
+
+
+def test_nothing_that_can_be_seen(tmp_path, capsys):
+    findings, said = run(tmp_path, capsys, shards(tmp_path / "in", 1, 3, broken=range(3)))
+    assert findings[0].lost == 3
+    assert "sheet" not in said
+    assert not (tmp_path / "sheets").exists()
+    with pytest.raises(ValueError, match="pictures must not be negative"):
+        InspectConfig(source="x", pictures=-1)

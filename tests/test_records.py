@@ -1,0 +1,221 @@
+"""Records, what is made of them, and what happens to broken ones."""
+
+import logging
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from made import jpeg
+from PIL import Image
+
+from xformer_mllm.data.records import (
+    CaptionItems,
+    Pictures,
+    QuestionItems,
+    Table,
+    check_broken,
+    open_picture,
+    places_of,
+    question_of,
+    record_of,
+    texts_of,
+)
+from xformer_mllm.data.transforms import TrainTransform
+from xformer_mllm.model.images import load_image
+
+CAPTIONED = record_of("a", jpeg(200), ["one", "two", "three"])
+ASKED = record_of(
+    "b",
+    jpeg(),
+    None,
+    [{"id": f"q{number}", "question": f"{number}?", "answers": ["yes", "no"]} for number in range(6)],
+)
+
+
+def pictures(tmp_path, number, broken=(), **arguments):
+    for place in range(number):
+        (tmp_path / f"{place}.jpg").write_bytes(b"no picture" if place in broken else jpeg(place))
+    rows = Table(record_of(f"{place}", tmp_path / f"{place}.jpg", f"caption {place}") for place in range(number))
+    return Pictures("the source", rows, CaptionItems(load_image, None, 0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [
+        (" a cat\n", ["a cat"]),
+        ("", []),
+        (None, []),
+        (["a", " ", None, "b "], ["a", "b"]),
+        ([{"raw": "a"}, {"raw": ""}], ["a"]),
+        ([{"answer": "yes", "answer_id": 1}, {"answer": "no"}], ["yes", "no"]),
+        (("a", "b"), ["a", "b"]),
+    ],
+)
+def test_texts(value, texts):
+    assert texts_of(value) == texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ((None, "a"), "no picture"),
+        (("", "a"), "no picture"),
+        ((b"x", None), "no caption"),
+        ((b"x", " "), "an empty caption"),
+        (
+            (b"x", None, [{"id": "1", "question": "", "answers": ["a"]}]),
+            "a question without words or without an answer",
+        ),
+    ],
+)
+def test_what_a_record_lacks(arguments, why):
+    assert record_of("a", *arguments) == {"id": "a", "broken": why, "lost": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"answers": ["a", "b"]}, ["a", "b"]),
+        ({"answer": "a"}, ["a"]),
+        ({"answers": [{"answer": "a"}, {"answer": "a"}]}, ["a", "a"]),
+        ({"multiple_choice_answer": "a"}, ["a"]),
+        ({}, []),
+    ],
+)
+def test_answers(row, answers):
+    assert question_of("x", {"question": " Why? ", **row}) == {"id": "x", "question": "Why?", "answers": answers}
+    assert question_of("x", {"question": "?", "question_id": 7, **row})["id"] == "7"
+
+
+def test_captions_are_drawn_anew_at_each_visit_and_the_same_again():
+    item = CaptionItems(load_image, None, seed=0)
+    drawn = [item(CAPTIONED, visit)["caption"] for visit in range(300)]
+    assert set(Counter(drawn)) == {"one", "two", "three"}
+    assert min(Counter(drawn).values()) > 70
+    assert drawn == [item(CAPTIONED, visit)["caption"] for visit in range(300)]
+    assert drawn != [CaptionItems(load_image, None, seed=1)(CAPTIONED, visit)["caption"] for visit in range(300)]
+
+
+def test_image_is_a_picture_or_what_the_transform_makes_of_it():
+    image = CaptionItems(load_image, None, 0)(CAPTIONED, 0)["image"]
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    assert image.getpixel((4, 4))[0] > 150
+    pixels = CaptionItems(load_image, TrainTransform(4), 0)(CAPTIONED, 0)["image"]
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 4, 4))
+
+
+def test_crop_depends_on_the_visit_and_on_nothing_else():
+    record = record_of("a", Image.effect_noise((40, 30), 90).convert("RGB"), "noise")
+    item = CaptionItems(load_image, TrainTransform(16), 0)
+    one, again, next_visit = (item(record, visit)["image"] for visit in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, next_visit)
+
+
+def test_questions_of_a_picture():
+    items = QuestionItems(load_image, None, 0)(ASKED, 0)
+    assert [item["id"] for item in items] == [f"q{number}" for number in range(6)]
+    assert {item["image_id"] for item in items} == {"b"}
+    assert len({id(item["image"]) for item in items}) == 1
+    assert {item["answer"] for item in items} <= {"yes", "no"}
+    few = QuestionItems(load_image, None, 0, at_most=2)
+    drawn = [tuple(item["id"] for item in few(ASKED, visit)) for visit in range(20)]
+    assert {len(ids) for ids in drawn} == {2}
+    assert len(set(drawn)) > 5
+
+
+def test_more_frequent_answers_are_learned_more_often():
+    record = record_of("b", jpeg(), None, [{"id": "q", "question": "?", "answers": ["yes"] * 9 + ["no"]}])
+    answers = Counter(QuestionItems(load_image, None, 0)(record, visit)[0]["answer"] for visit in range(300))
+    assert 15 <= answers["no"] <= 50
+
+
+@pytest.mark.parametrize("content", [b"no picture", b"\xff\xd8\xff", b"GIF89a"])
+def test_broken_bytes_are_named(content):
+    with pytest.raises(ValueError, match="00003/000030004: ") as error:
+        load_image(open_picture(content, "00003/000030004"))
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_jpeg_is_named():
+    with pytest.raises(ValueError, match="00003/000030004: the picture is damaged or cut short"):
+        load_image(open_picture(jpeg(size=(200, 200))[:-300], "00003/000030004"))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.jpg: no such picture"):
+        open_picture(tmp_path / "a.jpg", "a")
+
+
+def test_pictures(tmp_path):
+    dataset = pictures(tmp_path, 5)
+    assert [item["id"] for item in dataset] == ["0", "1", "2", "3", "4"]
+    assert dataset[-1]["caption"] == "caption 4"
+    assert [item["id"] for item in pictures(tmp_path, 5, places=[3, 1])] == ["3", "1"]
+    with pytest.raises(IndexError):
+        dataset[5]
+
+
+def test_broken_pictures_are_replaced_and_more_than_one_percent_stop(tmp_path, caplog):
+    dataset = pictures(tmp_path, 200, broken=(3, 4, 50))
+    assert dataset[3]["id"] == "5"
+    assert set(dataset.broken) == {"3", "4"}
+    assert sum("left out a broken picture" in line for line in caplog.messages) == 2
+    with pytest.raises(ValueError, match=r"the source: 3 of 200 pictures .* 3, 4, 50"):
+        dataset[50]
+
+
+def test_what_was_already_broken_counts(tmp_path):
+    dataset = pictures(tmp_path, 198, broken=(3,))
+    assert dataset[3]["id"] == "4"
+    known = Pictures("the source", dataset.rows, dataset.item, None, {"x": "no caption", "y": "no caption"})
+    with pytest.raises(ValueError, match="3 of 200"):
+        known[3]
+
+
+def test_epoch_reaches_a_copy_in_shared_memory(tmp_path):
+    rows = Table([record_of("a", str(tmp_path / "a.jpg"), [f"caption {number}" for number in range(50)])])
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    dataset = Pictures("the source", rows, CaptionItems(load_image, None, 0))
+    loader = torch.utils.data.DataLoader(
+        dataset, 1, num_workers=1, persistent_workers=True, collate_fn=lambda items: items[0]["caption"]
+    )
+    drawn = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        drawn += [*loader, dataset[0]["caption"]]
+    assert drawn[::2] == drawn[1::2]
+    assert len(set(drawn)) > 1
+
+
+def test_table_gives_back_what_went_in_and_survives_a_pickle():
+    records = [{**CAPTIONED, "picture": "a.jpg"}, {**ASKED, "picture": "b.jpg"}]
+    table = pickle.loads(pickle.dumps(Table(records)))
+    assert [table[0], table[1]] == records
+    assert (len(table), list(table.ids())) == (2, ["a", "b"])
+    assert (list(table.counts("captions")), list(table.counts("questions"))) == ([3, 0], [0, 6])
+
+
+def test_splits_are_disjoint_complete_and_stay():
+    ids = [str(number) for number in range(1000)]
+    split = {name: [ids[place] for place in places_of(ids, name, 0.1)] for name in ("train", "validation")}
+    assert sorted(split["train"] + split["validation"]) == sorted(ids)
+    assert 60 <= len(split["validation"]) <= 140
+    more = [*ids, *map(str, range(1000, 1100))]
+    assert set(split["validation"]) <= {more[place] for place in places_of(more, "validation", 0.1)}
+    assert len(places_of(ids[:3], "validation", 0.0)) == 1
+
+
+def test_one_percent_is_allowed():
+    check_broken("s", 1, 100, ["a"])
+    with pytest.raises(ValueError, match=r"s: 2 of 100 pictures cannot be read, more than 1%: a, b; remove"):
+        check_broken("s", 2, 100, ["a", "b"])
+    with pytest.raises(ValueError, match=r"a, b, c, d, e, \.\.\.; remove"):
+        check_broken("s", 6, 100, list("abcdef"))
+
+
+def test_nothing_is_said_of_sound_pictures(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        list(pictures(tmp_path, 3))
+    assert not caplog.messages
