@@ -1,0 +1,107 @@
+"""How published checkpoints name their tensors -> transformers' names of BLIP-2 and of the MAE -> ours."""
+
+import re
+from typing import NamedTuple
+
+Names = tuple[tuple[str, str], ...]
+
+
+class Layout(NamedTuple):
+    """How a checkpoint names its tensors: (pattern, name in the next layout), and (pattern, why it has no use).
+
+    A tensor goes to every name whose pattern fits; none and no reason: it is unknown.
+    """
+
+    names: Names
+    unused: Names = ()
+
+
+def _eva(prefix: str) -> Names:
+    """LAVIS lavis/models/eva_vit.py -> Blip2VisionModel."""
+    layer, to = prefix + r"blocks\.(\d+)\.", r"vision_model.encoder.layers.\1."
+    return (
+        (prefix + "cls_token", "vision_model.embeddings.class_embedding"),
+        (prefix + "pos_embed", "vision_model.embeddings.position_embedding"),
+        (prefix + r"patch_embed\.proj\.(.+)", r"vision_model.embeddings.patch_embedding.\1"),
+        (layer + r"norm([12])\.(.+)", to + r"layer_norm\2.\3"),
+        (layer + r"attn\.(qkv\.weight|q_bias|v_bias)", to + r"self_attn.\2"),
+        (layer + r"attn\.proj\.(.+)", to + r"self_attn.projection.\2"),
+        (layer + r"mlp\.(.+)", to + r"mlp.\2"),
+    )
+
+
+TIED = (r".*cls\.predictions\.decoder\.(weight|bias)", "tied to the word embeddings and the bias")
+POSITIONS = (r".*\.position_ids", "numbers of positions, not weights")
+
+EVA = Layout(_eva(""), ((r"(norm|fc_norm|head)\..*", "behind the layer that is read"),))
+
+_LAVIS_LAYER = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
+LAVIS = Layout(  # LAVIS lavis/models/blip2_models/{blip2,Qformer,blip2_qformer,blip2_opt}.py
+    (
+        *_eva(r"visual_encoder\."),
+        (r"ln_vision\.(.+)", r"vision_model.post_layernorm.\1"),
+        ("query_tokens", "query_tokens"),
+        (r"Qformer\.bert\.embeddings\.LayerNorm\.(.+)", r"qformer.layernorm.\1"),
+        (r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight", r"embeddings.\1_embeddings.weight"),
+        (_LAVIS_LAYER + r"(attention|crossattention)\.self\.(.+)", r"qformer.encoder.layer.\1.\2.attention.\3"),
+        (_LAVIS_LAYER + r"((?!.*\.self\.).+)", r"qformer.encoder.layer.\1.\2"),
+        (r"Qformer\.cls\.predictions\.bias", "itg_bias"),
+        (r"Qformer\.cls\.predictions\.transform\.(.+)", r"itg_transform.\1"),
+        (r"(vision|text)_proj\.(.+)", r"\1_projection.\2"),
+        (r"itm_head\.(.+)", r"itm_head.\1"),
+        ("temp", "temperature"),
+        (r"opt_proj\.(.+)", r"language_projection.\1"),
+    ),
+    (TIED, POSITIONS, (r"opt_model\..*", "the language model comes from --llm")),
+)
+
+_BERT_LAYER = r"(?:bert\.)?encoder\.layer\.(\d+)\."
+BERT = Layout(  # as LAVIS starts from it: the queries' feed-forwards are copies of the text's, token types are dropped
+    (
+        (r"(?:bert\.)?embeddings\.(word|position)_embeddings\.weight", r"embeddings.\1_embeddings.weight"),
+        (r"(?:bert\.)?embeddings\.LayerNorm\.(.+)", r"qformer.layernorm.\1"),
+        (_BERT_LAYER + r"attention\.self\.(.+)", r"qformer.encoder.layer.\1.attention.attention.\2"),
+        (_BERT_LAYER + r"attention\.output\.(.+)", r"qformer.encoder.layer.\1.attention.output.\2"),
+        (_BERT_LAYER + r"(intermediate|output)\.(.+)", r"qformer.encoder.layer.\1.\2.\3"),
+        (_BERT_LAYER + r"(intermediate|output)\.(.+)", r"qformer.encoder.layer.\1.\2_query.\3"),
+        (r"cls\.predictions\.bias", "itg_bias"),
+        (r"cls\.predictions\.transform\.(.+)", r"itg_transform.\1"),
+    ),
+    (
+        (r"(?:bert\.)?embeddings\.token_type_embeddings\.weight", "the Q-Former has no token types"),
+        (r"(?:bert\.)?pooler\..*|cls\.seq_relationship\..*", "the Q-Former has no next-sentence head"),
+        TIED,
+        POSITIONS,
+    ),
+)
+
+BLIP2 = Layout(  # transformers' names, with our own for stage 1's generation head and temperature, which it lacks
+    (
+        (r"vision_model\.(.+)", r"xformer.clip_encoder.tower.\1"),
+        (r"vision_model\.post_layernorm\.(.+)", r"xformer.clip_layernorm.\1"),  # it is LAVIS's trained ln_vision
+        (r"(query_tokens|(?:qformer|embeddings)\..+)", r"xformer.\1"),
+        (r"((?:vision_projection|text_projection|itm_head|itg_transform|language_projection)\..+)", r"\1"),
+        (r"(itg_bias|temperature)", r"\1"),
+    ),
+    ((r"language_model\..*", "the language model comes from --llm"), POSITIONS),
+)
+
+MAE = Layout(((r"vit\.(.+)", r"xformer.mae_encoder.\1"), (r"decoder\.(.+)", r"xformer.mae_decoder.\1")))
+
+
+def current_mae_name(name: str) -> str:
+    """A tensor of a MAE -> the name that transformers gives it in memory.
+
+    On the hub are the names of transformers 4; `save_pretrained` of transformers 5 writes those, too, but of the decoder's
+    layers another one. A ViTMAEModel alone has no `vit.` in front.
+    """
+    name = re.sub(r"^(?=(embeddings|encoder|layers|layernorm)\.)", "vit.", name)
+    name = name.replace("vit.encoder.layer.", "vit.layers.").replace(".decoder_encoder.layer.", ".decoder_layers.")
+    name = re.sub(r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attention.\1_proj.", name)
+    name = name.replace(".attention.output.dense.", ".attention.o_proj.")
+    return name.replace(".intermediate.dense.", ".mlp.fc1.").replace(".output.dense.", ".mlp.fc2.")
+
+
+def current_bert_name(name: str) -> str:
+    """bert-base-uncased still has the names of BERT's first release for its layer norms."""
+    return name.replace(".LayerNorm.gamma", ".LayerNorm.weight").replace(".LayerNorm.beta", ".LayerNorm.bias")

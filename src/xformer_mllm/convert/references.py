@@ -1,0 +1,206 @@
+"""The sources on one example, run by their own code: transformers' classes, or LAVIS's steps for its files.
+
+`N` CLIP tokens, `Q` queries, `L` MAE patches, `S` the picture's side, `D` width. Each source is loaded by itself and
+dropped again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    PreTrainedModel,
+    ViTMAEForPreTraining,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..model.configuration_xformer import XFormerConfig
+from ..model.processing_xformer import XFormerProcessor
+from ..model.vision_encoders import build_tower, scaled, tower_tokens
+from .files import Source
+from .pieces import Pieces, as_they_are
+from .plan import ATTENDS, LANGUAGE_MODEL, PROJECTION, READS_IMAGES, READS_TEXT, SCORES, Plan
+from .target import Target
+
+LN_VISION_EPSILON = 1e-5  # LAVIS blip2.py; transformers, whose post_layernorm plays its part, has 1e-6
+CAPTION = "a photo of a red circle"
+QUESTION = "Question: what is in the picture? Answer:"
+
+Answers = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The test image, uint8[1, 3, S, S], noise [1, L] for its masking, and ids and mask of two texts.
+
+    caption: for the Q-Former. question: for the language model, with the placeholders; empty if there is none.
+    """
+
+    pixels: torch.Tensor
+    noise: torch.Tensor | None
+    caption: tuple[torch.Tensor, torch.Tensor]
+    question: tuple[torch.Tensor, ...]
+
+    def seen_by_clip(self, config: XFormerConfig, dtype: torch.dtype) -> torch.Tensor:
+        """The test image as the CLIP tower takes it."""
+        return scaled(self.pixels, config.clip_config.image_size, config.clip_mean, config.clip_std, dtype)
+
+
+def make_example(config: XFormerConfig, processor: XFormerProcessor) -> Example:
+    """A picture of waves in three colours, and two sentences: the same for everybody."""
+    side = torch.linspace(0, 1, config.clip_config.image_size)
+    rows, columns = side[:, None], side[None, :]
+    waves = [torch.sin(9 * rows + 4 * columns), torch.cos(23 * columns * rows), torch.sin(40 * columns) * rows]
+    pixels = ((torch.stack(waves) + 1) * 127.5).to(torch.uint8)[None]
+    noise = None
+    question: tuple[torch.Tensor, ...] = ()
+    if config.reconstruction:
+        length = (config.mae_image_size // config.mae_config.patch_size) ** 2
+        noise = torch.rand(1, length, generator=torch.Generator().manual_seed(0))
+    if config.text_config is not None:
+        text = processor(text=QUESTION)
+        question = text["input_ids"], text["attention_mask"]
+    caption = processor.qformer_inputs([CAPTION])
+    return Example(pixels, noise, (caption["qformer_input_ids"], caption["qformer_attention_mask"]), question)
+
+
+def tower_reference(target: Target, example: Example) -> torch.Tensor:
+    """C before its layer norm, [1, N, D], by the tower's own class with its own hidden states."""
+    config = target.config
+    tower = filled(lambda: build_tower(config.clip_config), target.tower_pieces, "vision_model.", target.dtype)
+    states = tower(example.seen_by_clip(config, target.dtype), output_hidden_states=True).hidden_states
+    return states[config.clip_feature_layer]
+
+
+def filled(build: Callable[[], nn.Module], pieces: Pieces, prefix: str, dtype: torch.dtype) -> Any:
+    """A module of transformers with a source's tensors, copied one at a time."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            module = build().eval()
+    finally:
+        torch.set_default_dtype(before)
+    for name, tensor in module.state_dict().items():
+        if prefix + name in pieces:
+            tensor.copy_(pieces[prefix + name].tensor())
+    return module
+
+
+def qformer_reference(target: Target, plan: Plan, example: Example, tokens: torch.Tensor) -> Answers:
+    """A BLIP-2's queries, and its scores or logits; `tokens`: C before its layer norm."""
+    config, pieces = target.config, target.pieces
+    if config.fusion == "concat" or plan.initialises(ATTENDS, READS_IMAGES):
+        return {}  # the queries are not the source's any more
+    weight, bias = (pieces[f"vision_model.post_layernorm.{name}"].tensor().float() for name in ("weight", "bias"))
+    states = nn.functional.layer_norm(tokens.float(), weight.shape, weight, bias, LN_VISION_EPSILON)
+    qformer = filled(lambda: Blip2QFormerModel(config.qformer_config), pieces, "qformer.", torch.float32)
+    query_tokens = pieces["query_tokens"].tensor().float()
+    queries = qformer(query_embeds=query_tokens, encoder_hidden_states=states).last_hidden_state
+    answers = {"queries": queries}
+    if target.stage2 and not plan.initialises(PROJECTION, LANGUAGE_MODEL):
+        answers["logits"] = logits_reference(target, example, queries)
+    if not target.stage2 and not plan.initialises(READS_TEXT, SCORES):
+        answers |= scores_reference(target, example, states)
+    return answers
+
+
+def bert_reference(source: Source, example: Example) -> torch.Tensor:
+    """BERT's states of the caption; without token types, as LAVIS has it."""
+    bert = BertModel.from_pretrained(source.folder, dtype="float32").eval()
+    bert.embeddings.token_type_embeddings.weight.zero_()
+    return bert(*example.caption).last_hidden_state
+
+
+def load_blip2(kind: type[PreTrainedModel], target: Target) -> Any:
+    """A BLIP-2 as transformers loads it, with what we train in float32 beside the frozen parts in half precision."""
+    trained = ["query_tokens", "qformer", r"^embeddings\.", "(language|vision|text)_projection", "itm_head"]
+    ours: Any = type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": [*trained, "post_layernorm"]})
+    model = ours.from_pretrained(target.sources.qformer.folder, dtype=target.dtype).eval()
+    norm = model.vision_model.post_layernorm
+    norm.eps = LN_VISION_EPSILON
+    norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return model
+
+
+class Shown(nn.Module):
+    """Stands in a BLIP-2 where its vision tower would be: gives what another tower has seen."""
+
+    def __init__(self, states: torch.Tensor):
+        super().__init__()
+        self.states = states
+
+    def forward(self, *_, **__) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=self.states)
+
+
+def scores_reference(target: Target, example: Example, states: torch.Tensor) -> Answers:
+    """A stage-1 BLIP-2's scores of the test image with the caption; `states`: C behind its layer norm, [1, N, D]."""
+    config = target.config
+    if target.sources.whole_blip2:
+        model = load_blip2(Blip2ForImageTextRetrieval, target)
+        pixels = example.seen_by_clip(config, target.dtype)
+    else:
+        no_tower = Blip2VisionConfig(hidden_size=states.shape[-1], num_attention_heads=1, num_hidden_layers=0)
+        blip2 = Blip2Config(
+            vision_config=no_tower,
+            qformer_config=config.qformer_config,
+            num_query_tokens=config.num_query_tokens,
+            image_text_hidden_size=config.image_text_hidden_size,
+        )
+        pieces = {name: piece for name, piece in target.pieces.items() if not name.startswith("vision_model.")}
+        model = filled(lambda: Blip2ForImageTextRetrieval(blip2), pieces, "", torch.float32)
+        model.vision_model, pixels = Shown(states), example.pixels
+    model.config.image_token_index = None  # no placeholders in the caption
+    return {
+        "ITC scores": model(pixels, *example.caption, return_dict=True).logits_per_image,
+        "ITM logits": model(pixels, *example.caption, True, return_dict=True).logits_per_image,
+    }
+
+
+def logits_reference(target: Target, example: Example, queries: torch.Tensor) -> torch.Tensor:
+    """The language model's logits for the question behind the test image; `queries`: Z_q, [1, Q, D]."""
+    llm = target.sources.llm
+    assert llm is not None
+    ids, mask = example.question
+    at = ids.eq(target.processor.image_token_id)
+    if target.sources.whole_blip2:
+        model = load_blip2(Blip2ForConditionalGeneration, target)
+        unused = next(number for number in range(ids.numel() + 1) if number not in ids)
+        model.config.image_token_index = unused  # theirs may be another than ours
+        pixels = example.seen_by_clip(target.config, target.dtype)
+        return model(pixels, ids.masked_fill(at, unused), mask).logits
+    weight, bias = (target.pieces[f"language_projection.{name}"].tensor().float() for name in ("weight", "bias"))
+    model = AutoModelForCausalLM.from_pretrained(llm.folder, config=llm.config, dtype=target.dtype).eval()
+    embeds = model.get_input_embeddings()(ids[:, at.sum() :])
+    prompt = nn.functional.linear(queries, weight, bias).to(embeds.dtype)
+    return model(inputs_embeds=torch.cat([prompt, embeds], dim=1), attention_mask=mask).logits
+
+
+def second_reference(source: Source, target: Target, example: Example) -> tuple[str, torch.Tensor]:
+    """A MAE's own reconstruction loss; where nothing is reconstructed, the second encoder's tokens."""
+    config, dtype = target.config, target.dtype
+    pixels = scaled(example.pixels, config.mae_image_size, config.mae_mean, config.mae_std, dtype)
+    if not config.has_mae:
+        tower = filled(lambda: build_tower(config.mae_config), as_they_are(source), "", dtype)
+        return "second encoder's tokens", tower_tokens(tower, pixels)
+    own = AutoConfig.from_pretrained(source.folder, mask_ratio=config.mask_ratio if config.reconstruction else 0.0)
+    mae = ViTMAEForPreTraining.from_pretrained(source.folder, config=own, dtype=dtype).eval()
+    if not config.reconstruction:
+        order = torch.arange(mae.vit.embeddings.patch_embeddings.num_patches)[None]
+        return "second encoder's tokens", mae.vit(pixels, noise=order).last_hidden_state
+    # The loss is taken in float32, as ours is, whatever the MAE computes in.
+    mae.vit.embeddings.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
+    mae.decoder.decoder_pred.register_forward_hook(lambda _module, _inputs, output: output.float())
+    return "reconstruction loss", mae(pixels.float(), noise=example.noise).loss
