@@ -87,6 +87,9 @@ COMMANDS = {
     "score": Command(
         "any model's answers to a benchmark, in its official format", "evaluate.run:ScoreConfig", "evaluate.run:score"
     ),
+    "estimate": Command(
+        "what a recipe will cost: memory, FLOPs, hours", "estimate:EstimateConfig", "estimate:estimate"
+    ),
     "convert": Command(
         "published checkpoints -> a starting X-Former, verified against them",
         "convert:ConvertConfig",
