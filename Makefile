@@ -36,7 +36,7 @@ bench: .venv/demo.stamp
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,easy-vqa,gguf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,easy-vqa,gguf,lora,dev]'
 	@touch $@ .venv/demo.stamp
 
 clean:

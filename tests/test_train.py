@@ -1,6 +1,7 @@
 """Training: real runs of a few steps on a few scenes, killed, resumed, repeated and broken on purpose."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -27,23 +29,26 @@ from xformer_mllm.train import freeze
 from xformer_mllm.train.batches import IGNORED, Stage1Collator, Stage2Collator
 from xformer_mllm.train.callbacks import keep_until
 from xformer_mllm.train.config import Stage1Config, Stage2Config, differences, read_config, write_config
+from xformer_mllm.train.run_checkpoints import checkpoints
 from xformer_mllm.train.stages import run_stage1, run_stage2
-from xformer_mllm.train.trainer import NonFiniteError, XFormerTrainer, newest_checkpoint
+from xformer_mllm.train.trainer import SPEED, NonFiniteError, XFormerTrainer, _arguments
 
 # 8 scenes in batches of 3: two batches an epoch, so that checkpoints fall in the middle and at the end of epochs; a log
 # every 4 steps and a checkpoint every 3, so that an average runs across a resumption.
 TINY = ["--train-size", "8", "--batch-size", "3", "--steps", "8", "--logging-steps", "4", "--save-steps", "3"]
 STAGE1 = ["train", "stage1", *TINY, "--sample-steps", "4", "--warmup-steps", "2"]
 
+SHORT = ["--variant", "qformer", "--train-size", "4", "--batch-size", "2", "--steps", "1", "--sample-steps", "9"]
+
 KILL_WHILE_WRITING = """
 import os, signal, sys
 from xformer_mllm.cli import main
-from xformer_mllm.train import state
-def save_process(folder, rank, averages):
+from xformer_mllm.train import run_checkpoints
+def write_files(folder, files):
+    write(folder, files)
     if folder.name.endswith("-6"):
         os.kill(os.getpid(), signal.SIGKILL)
-    save(folder, rank, averages)
-save, state.save_process = state.save_process, save_process
+write, run_checkpoints.write_files = run_checkpoints.write_files, write_files
 main(sys.argv[1:])
 """
 
@@ -73,7 +78,7 @@ def runs(tmp_path_factory) -> Path:
     cut = start(folder / "cut", "-c", KILL_WHILE_WRITING)
     killed = start(folder / "killed", "-m", "xformer_mllm.cli")
     deadline = time.monotonic() + 120
-    while newest_checkpoint(folder / "killed") is None and killed.poll() is None and time.monotonic() < deadline:
+    while not checkpoints(folder / "killed") and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     assert main([*STAGE1, "--output-dir", str(folder / "undisturbed")]) == 0
@@ -96,14 +101,31 @@ def test_a_run_folder_holds_what_it_should(runs):
         assert sum(parts) == pytest.approx(record["loss"], rel=1e-5)
         assert 0 <= record["itc_accuracy"] <= 1
         assert 0 <= record["itm_accuracy"] <= 1
+        assert record["grad_norm"] > 0
+        assert -1 <= record["query_similarity"] <= 1
+    assert log[0]["temperature"] == pytest.approx(0.07)
+    assert log[-1]["temperature"] != log[0]["temperature"]
     samples = lines(run / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [4] * 4 + [8] * 4
     assert all((run / sample["picture"]).is_file() and sample["reference"] for sample in samples)
 
 
+def test_tensorboard_has_the_log_the_speed_texts_and_reconstructions(runs):
+    run = runs / "undisturbed"
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    names = set(lines(run / "log.jsonl")[0]) - {"step"}
+    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in (*names, *SPEED)}
+    assert [event.step for event in events.Scalars("train/images_per_second")] == [1, 4, 8]
+    assert [event.step for event in events.Images("reconstruction")] == [4, 8]
+    assert "held-out pictures/text_summary" in events.Tags()["tensors"]
+    for step in (4, 8):
+        with Image.open(run / "samples" / f"reconstruction-{step:06}.png") as sheet:
+            assert sheet.size == (8 + 4 * 200, 28 + 4 * 200)
+
+
 def test_checkpoints_hold_what_was_trained_and_no_pickle(runs):
-    checkpoint = newest_checkpoint(runs / "cut")
-    assert checkpoint is not None
+    checkpoint, *_ = checkpoints(runs / "cut")
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
     model, _ = start_pretraining("xformer", 0)
     model.freeze()
@@ -116,7 +138,7 @@ def test_after_kill_9_a_run_goes_on_as_if_undisturbed(runs, name, capsys):
     run = runs / name
     if name == "cut":
         assert (run / "partial-checkpoint-6" / "trained.safetensors").is_file()
-        assert newest_checkpoint(run).name == "checkpoint-3"
+        assert [checkpoint.name for checkpoint in checkpoints(run)] == ["checkpoint-3"]
     assert main([*STAGE1, "--output-dir", str(run)]) == 0
     assert f"going on from {run / 'checkpoint-'}" in capsys.readouterr().out
     assert lines(run / "log.jsonl") == lines(runs / "undisturbed" / "log.jsonl")
@@ -163,6 +185,27 @@ def test_stage_2_trains_on_a_stage_1_run(runs, tmp_path, text):
     samples = lines(tmp_path / "samples.jsonl")
     assert len(samples) == 4
     assert all(("question" in sample) == (text == "questions") for sample in samples)
+
+
+def test_a_batch_of_1_and_one_that_is_larger_than_the_data(tmp_path, capsys):
+    for name, size in (("one", "1"), ("large", "7")):
+        arguments = [*STAGE1, "--variant", "qformer", "--batch-size", size, "--train-size", "3", "--steps", "2"]
+        assert main([*arguments, "--output-dir", str(tmp_path / name)]) == 0
+        assert [record["step"] for record in lines(tmp_path / name / "log.jsonl")] == [1, 2]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(said) == 4
+    assert all(" images/s  " in line and line.endswith(" left") for line in said)
+
+
+def test_the_log_goes_where_it_is_asked_to(tmp_path, capsys):
+    config = Stage1Config(output_dir=tmp_path, report_to=("tensorboard", "trackio"))
+    assert _arguments(config, [0] * 100).report_to == ["trackio"]  # through the Trainer; TensorBoard is ours
+    assert main(["train", "stage1", "--report-to", "--output-dir", str(tmp_path), *SHORT]) == 0
+    assert not (tmp_path / "tensorboard").exists()
+    if importlib.util.find_spec("wandb") is None:
+        arguments = [*SHORT, "--output-dir", str(tmp_path / "other"), "--report-to", "wandb"]
+        assert main(["train", "stage1", *arguments]) == 2
+        assert "--report-to wandb: that package is not installed; pip install wandb" in capsys.readouterr().err
 
 
 def test_stage_2_needs_a_finished_stage_1(runs, tmp_path):

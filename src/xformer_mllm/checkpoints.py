@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     Blip2QFormerConfig,
     CLIPVisionModel,
@@ -21,7 +22,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from .language_models import language_model_dir
+from .language_models import chat_turn, end_tokens, language_model_dir
 from .model.configuration_xformer import XFormerConfig
 from .model.modeling_xformer import (
     FROZEN,
@@ -29,6 +30,8 @@ from .model.modeling_xformer import (
     XFormerForPreTraining,
     XFormerModel,
     XFormerPreTrainedModel,
+    add_lora,
+    language_model_class,
     without_dropout,
 )
 from .model.processing_xformer import XFormerProcessor, image_processor
@@ -116,6 +119,28 @@ def start_pretraining(
     return model, processor
 
 
+def continue_pretraining(folder: Path, variant: str) -> tuple[XFormerForPreTraining, XFormerProcessor]:
+    """A model that `xformer convert` assembled, or that was trained before, at the start of stage 1.
+
+    Args:
+        folder: of the model or of its run.
+        variant: what it must be of.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, if there is none, or one of another kind or variant.
+    """
+    folder = model_folder(folder)
+    config = XFormerConfig.from_pretrained(folder)
+    if config.architectures != [XFormerForPreTraining.__name__]:
+        raise ValueError(f"{folder}: holds {config.architectures}, not the start of stage 1; convert without --llm")
+    fields = ("fusion", "reconstruction", "clip_shallow_layer", "reconstruction_in_stage2")
+    asked = variant_config(variant, config)
+    if different := [name for name in fields if getattr(asked, name) != getattr(config, name)]:
+        raise ValueError(f"{folder}: is not of the variant {variant} (other {', '.join(different)}); convert it anew")
+    model = XFormerForPreTraining.from_pretrained(folder, attn_implementation=attention_for_device())
+    return model, XFormerProcessor.from_pretrained(folder)
+
+
 def _load_second_encoder(model: Any, source: str | Path) -> None:
     if not model.config.has_mae:
         tower = type(model.mae_encoder).from_pretrained(source)  # of a whole CLIP or SigLIP, its vision tower
@@ -140,14 +165,24 @@ def bf16_is_fast() -> bool:
 
 
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen causal language model, without dropout, and its tokenizer.
+    """A frozen language model, causal or an encoder-decoder, without dropout, and its tokenizer.
 
     Args:
-        name: "opt" (the shipped tiny one), "smollm2", a directory or a hub id.
+        name: "opt" (the shipped tiny one), "smollm2", a directory or a hub id. What was saved in fp16 comes in bf16.
+
+    Raises:
+        ValueError, FileNotFoundError: in one line, if there is no such language model.
     """
     source = language_model_dir(name)
     config = without_dropout(AutoConfig.from_pretrained(source))
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, attn_implementation=attention_for_device())
+    kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in kinds:
+        raise ValueError(f"{name}: a {config.model_type} is no language model")
+    # Under bf16 autocast every fp16 weight would be cast in every step, and the casts kept for the backward pass.
+    dtype = torch.bfloat16 if config.dtype == torch.float16 else "auto"
+    model = language_model_class(config).from_pretrained(
+        source, config=config, dtype=dtype, attn_implementation=attention_for_device()
+    )
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -155,7 +190,12 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def start_generation(
-    pretrained: str | Path, llm: str = "opt", seed: int = 0, instruction_aware: bool = False
+    pretrained: str | Path,
+    llm: str = "opt",
+    seed: int = 0,
+    instruction_aware: bool = False,
+    chat_template: bool = False,
+    lora_rank: int = 0,
 ) -> tuple[XFormerForConditionalGeneration, XFormerProcessor]:
     """Stage 1's result with a language model behind it: the start of stage 2 (paper section "Stage 2").
 
@@ -163,20 +203,41 @@ def start_generation(
     instruction-aware.
 
     Args:
-        pretrained: directory of a saved `XFormerForPreTraining` with its processor.
+        pretrained: directory of a saved `XFormerForPreTraining` with its processor; or of `xformer convert --llm`, which
+            has its language model and projection already: `llm` and `seed` then say nothing.
         llm: as `load_language_model` takes it.
-        seed: of the new projection.
+        seed: of the new projection and adapters.
         instruction_aware: the queries read the prompt, too (InstructBLIP).
+        chat_template: speak to the language model by its chat template.
+        lora_rank: of LoRA adapters on the language model; 0 for none, as in the paper.
+
+    Raises:
+        ValueError, FileNotFoundError: in one line, for a language model that is none, or has no chat template.
+        ModuleNotFoundError: for adapters without the package peft.
     """
-    first = XFormerForPreTraining.from_pretrained(pretrained)
     processor = XFormerProcessor.from_pretrained(pretrained)
+    if XFormerConfig.from_pretrained(pretrained).architectures == [XFormerForConditionalGeneration.__name__]:
+        if instruction_aware or chat_template:
+            raise ValueError(
+                f"{pretrained}: has learned its prompt; leave out the chat template, add --no-instruction-aware"
+            )
+        whole = XFormerForConditionalGeneration.from_pretrained(pretrained, attn_implementation=attention_for_device())
+        without_dropout(whole.config.text_config)
+        if lora_rank:
+            add_lora(whole.language_model, lora_rank)
+            whole.config.lora_rank = lora_rank
+        return whole, processor
+    first = XFormerForPreTraining.from_pretrained(pretrained)
     language_model, tokenizer = load_language_model(llm)
+    turn = _speak(language_model, tokenizer, chat_template)
     processor = XFormerProcessor(
         processor.image_processor,
         tokenizer,
         processor.qformer_tokenizer,
         first.config.num_query_tokens,
         instruction_aware,
+        language_model.config.is_encoder_decoder,
+        turn,
     )
 
     config = first.config
@@ -184,6 +245,7 @@ def start_generation(
     config.image_token_index = processor.image_token_id
     config.qformer_config.use_qformer_text_input = config.instruction_aware = instruction_aware
     config._attn_implementation = attention_for_device()
+    config.qformer_config.dtype = torch.float32  # it is trained, whatever the frozen parts are in
     with torch.device("meta"):  # the parts come from elsewhere; nothing large is initialised for nothing
         model = XFormerForConditionalGeneration(config)
     torch.manual_seed(seed)
@@ -196,8 +258,29 @@ def start_generation(
     for name, part in model.xformer.named_children():
         if name in FROZEN:  # one dtype for all that is frozen
             part.to(language_model.dtype)
+    if lora_rank:
+        add_lora(language_model, lora_rank)
+        config.lora_rank = lora_rank
     model.generation_config = language_model.generation_config
     return model, processor
+
+
+def _speak(
+    language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: bool
+) -> list[str] | None:
+    """The turn of the chat template, if it is asked for; and in the generation settings what ends a text and what pads.
+
+    The first eos_token_id there is the one that training puts behind what is to be said.
+    """
+    settings, turn = language_model.generation_config, None
+    ends = end_tokens(tokenizer, settings.eos_token_id)
+    if chat_template:
+        turn, end = chat_turn(tokenizer)
+        ends = [end, *(token for token in ends if token != end)]
+    settings.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    return turn
 
 
 def model_folder(folder: Path) -> Path:

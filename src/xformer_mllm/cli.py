@@ -105,7 +105,7 @@ COMMANDS = {
 RUN_AGAIN = ("train stage1", "train stage2")  # they take --config FILE
 
 # Packages that only some commands need -> the extra that brings them.
-EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf", "pycocoevalcap": "eval"}
+EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf", "pycocoevalcap": "eval", "peft": "lora"}
 
 
 def main(arguments: list[str] | None = None) -> int:

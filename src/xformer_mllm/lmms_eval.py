@@ -252,27 +252,27 @@ class XFormer(lmms):
         return found
 
     def _score(self, texts: list[str], continuations: list[str], batch: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Rows as in training: [placeholders][prompt][continuation][padding]. The Q-Former reads the prompt alone."""
+        """Rows as in training, of prompt and continuation; an encoder-decoder's decoder says the continuation alone."""
         tokenizer, prompts = self._processor.tokenizer, self._processor(text=texts)
-        targets = tokenizer(continuations, add_special_tokens=False, verbose=False)["input_ids"]
-        rows, labels = [], []
-        for request, ids, mask, target in zip(
-            batch, prompts["input_ids"], prompts["attention_mask"], targets, strict=True
-        ):
+        read = self._processor.prompt_ids(texts)
+        said = self._processor.target_ids(texts, [continuation.strip() for continuation in continuations])
+        for request, prompt, target in zip(batch, read, said, strict=True):
             if not target:
                 raise ValueError(f"{request[4]}, document {request[3]}: an empty continuation has no likelihood")
-            prompt = ids[mask.bool()]
             self._room(len(prompt) + len(target) - 1)
-            rows.append(torch.cat([prompt, torch.tensor(target)]))
-            labels.append(torch.cat([torch.full_like(prompt, IGNORED), torch.tensor(target)]))
-        inputs = {
-            **prompts,
-            **self._pictures(batch),
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        }
-        logits = self._model(**self._on_device(inputs)).logits[:, :-1].float()  # [B, T-1, V]
-        following = pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, 1:].to(self.device)
+        targets = [torch.tensor(target) for target in said]
+        inputs = {**prompts, **self._pictures(batch)}
+        if self._processor.encoder_decoder:
+            following = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(self.device)
+            ids = self._model.language_model.prepare_decoder_input_ids_from_labels(following)
+            logits = self._model(**self._on_device(inputs | {"decoder_input_ids": ids})).logits.float()  # [B, T, V]
+        else:
+            rows = [torch.tensor(prompt + target) for prompt, target in zip(read, said, strict=True)]
+            labels = [torch.cat([torch.full((len(p),), IGNORED), t]) for p, t in zip(read, targets, strict=True)]
+            inputs["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+            inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            logits = self._model(**self._on_device(inputs)).logits[:, :-1].float()  # [B, T-1, V]
+            following = pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, 1:].to(self.device)
         losses = cross_entropy(logits.transpose(1, 2), following, ignore_index=IGNORED, reduction="none")  # [B, T-1]
         scored = following != IGNORED
         mean = losses.sum(-1) / scored.sum(-1)

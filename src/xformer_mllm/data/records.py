@@ -14,6 +14,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -116,11 +117,8 @@ class _Items:
 
     def _image(self, record: Record, lot: random.Random) -> Image.Image | torch.Tensor:
         image = open_picture(record["picture"], record["id"])
-        try:
+        with nullcontext() if image is record["picture"] else image:  # closes its file; `close` would drop its pixels
             return self.load(image) if self.transform is None else self.transform(image, self.load, lot)
-        finally:
-            if image is not record["picture"]:
-                image.close()
 
 
 class CaptionItems(_Items):

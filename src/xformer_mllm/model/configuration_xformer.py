@@ -52,7 +52,7 @@ class XFormerConfig(PreTrainedConfig):
             `DINOv3ViTConfig`, `SiglipVisionConfig` (SigLIP, and SigLIP 2 of fixed resolution), `Siglip2VisionConfig`
             (NaFlex), `CLIPVisionConfig`. These have no decoder: they need `reconstruction=False`, and nothing is masked.
         qformer_config: `Blip2QFormerConfig`; `use_qformer_text_input=True` is what stage 1 needs (text feed-forwards).
-        text_config: any causal language model's configuration; None before stage 2.
+        text_config: any causal language model's configuration, or an encoder-decoder's (FlanT5); None before stage 2.
         clip_feature_layer: which of the tower's layers gives C. BLIP-2 takes the penultimate layer (-2); transformers'
             `Blip2VisionConfig` describes a ViT-g whose last layer is already removed, so there it is -1.
         clip_shallow_layer: if set, M is this layer of the CLIP tower and there is no MAE (the paper's ablation: 26).
@@ -62,6 +62,8 @@ class XFormerConfig(PreTrainedConfig):
         reconstruction_in_stage2: stage 2 keeps it (the paper's ablation; it hurts).
         instruction_aware: in stage 2 the queries also read the language model's prompt inside the Q-Former (InstructBLIP);
             not in the paper.
+        lora_rank: of the LoRA adapters that the language model has in stage 2 (needs the package peft); 0 for none, as in
+            the paper.
         mask_ratio: share of the MAE's patches that are masked where there is a reconstruction loss.
         label_smoothing: of ITC and ITG (BLIP-2's 0.1).
         initial_temperature: of ITC, learned (BLIP-2's 0.07).
@@ -101,6 +103,7 @@ class XFormerConfig(PreTrainedConfig):
     reconstruction: bool = True
     reconstruction_in_stage2: bool = False
     instruction_aware: bool = False
+    lora_rank: int = 0
     mask_ratio: float = 0.5
     label_smoothing: float = 0.1
     initial_temperature: float = 0.07
@@ -213,6 +216,8 @@ class XFormerConfig(PreTrainedConfig):
             )
         if self.instruction_aware and not self.qformer_config.use_qformer_text_input:
             raise ValueError("instruction_aware needs qformer_config.use_qformer_text_input")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapters) or more")
         if not 0.0 <= self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and below 1")
         if self.reconstruction and self.mask_ratio == 0.0:

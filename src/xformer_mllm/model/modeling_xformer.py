@@ -6,10 +6,20 @@ Read top down, in the order of the paper's figure: `XFormerModel` (encoders, Q-F
 `B` batch, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` MAE patches, `D` Q-Former width, `E` LLM width.
 """
 
+import importlib
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM, Blip2QFormerModel, GenerationMixin, PreTrainedModel, ViTMAEModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Blip2QFormerModel,
+    GenerationMixin,
+    PreTrainedModel,
+    ViTMAEModel,
+)
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
@@ -39,6 +49,7 @@ from .vision_encoders import (
 )
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
+LORA = ".lora_"  # in the names of adapters' weights
 
 
 class XFormerPreTrainedModel(PreTrainedModel):
@@ -65,6 +76,8 @@ class XFormerPreTrainedModel(PreTrainedModel):
         "itg_bias",
         "temperature",
         "language_projection",
+        "lora_A",
+        "lora_B",
     ]
     _no_split_modules = ("Blip2QFormerLayer", "DualCrossAttentionBlock")
 
@@ -89,10 +102,24 @@ class XFormerPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     def freeze(self) -> None:
-        """Stop training what the paper freezes in both stages: both encoders, the MAE's decoder, the language model."""
+        """Stop training what the paper freezes in both stages: both encoders, the MAE's decoder, the language model.
+
+        A language model's LoRA adapters, if it has any, are trained.
+        """
         for name, module in self.named_modules():
             if name.rpartition(".")[2] in FROZEN:
                 module.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if LORA in name:
+                parameter.requires_grad_(True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen parts: what config.json keeps, and a saved model is loaded in. What is trained is fp32 always."""
+        for name, parameter in self.named_parameters():
+            if set(FROZEN) & set(name.split(".")[:2]):
+                return parameter.dtype
+        return super().dtype
 
     def train(self, mode: bool = True):
         """As usual, but frozen encoders stay in evaluation mode (BLIP-2's `disabled_train`)."""
@@ -105,10 +132,31 @@ class XFormerPreTrainedModel(PreTrainedModel):
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same configuration, changed in place: a frozen language model must not drop anything."""
-    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-        if hasattr(config, name):
+    for name, value in list(vars(config).items()):  # dropout (OPT), dropout_rate (T5), resid_pdrop (GPT-2), ...
+        if "drop" in name and type(value) in (int, float):
             setattr(config, name, 0.0)
     return config
+
+
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """transformers' Auto class for an encoder-decoder or a decoder with this configuration."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def add_lora(language_model: PreTrainedModel, rank: int) -> None:
+    """LoRA adapters, in place, on every linear layer but the vocabulary's; fp32, and without effect until they are trained.
+
+    They are scaled by 2 (alpha is twice the rank).
+
+    Raises:
+        ModuleNotFoundError: without the package peft.
+    """
+    peft = importlib.import_module("peft")  # as an import statement, everybody would need it (trust_remote_code)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    peft.inject_adapter_in_model(settings, language_model)
+    for name, parameter in language_model.named_parameters():
+        if LORA in name:
+            parameter.data = parameter.data.float()
 
 
 class XFormerModel(XFormerPreTrainedModel):
@@ -137,22 +185,47 @@ class XFormerModel(XFormerPreTrainedModel):
         return None if self.embeddings is None else self.embeddings.word_embeddings
 
     def encode_image(
-        self, pixel_values: torch.Tensor, mask_ratio: float = 0.0, noise: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None,
+        mask_ratio: float = 0.0,
+        noise: torch.Tensor | None = None,
+        features: dict[str, torch.Tensor] | None = None,
     ) -> ImageTokens:
-        """uint8[B, 3, H, W] (or float in [0, 1]) -> C and M. CLIP sees the whole image, the MAE what is not masked."""
-        config, tower = self.config, self.clip_encoder
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower)):
-            dtype = next(tower.parameters()).dtype
-            clip = config.clip_config
-            pixels = scaled(pixel_values, clip.image_size, config.clip_mean, config.clip_std, dtype)
-            clip_states, *shallow = tower(pixels)
+        """uint8[B, 3, H, W] (or float in [0, 1]) -> C and M. CLIP sees the whole image, the MAE what is not masked.
+
+        What is in `features`, from `frozen_features` of the same images, is not encoded again.
+        """
+        features = features or {}
+        clip_states, *shallow = features["clip"].unbind(1) if "clip" in features else self._clip_states(pixel_values)
         clip_tokens = self.clip_layernorm(clip_states.to(self.clip_layernorm.weight.dtype))
         if shallow:  # an earlier CLIP layer in place of M
             return ImageTokens(clip_tokens, unmasked(shallow[0]), None)
         if self.mae_encoder is None:
             return ImageTokens(clip_tokens, None, None)
-        mae, pixels = encode_second(self.mae_encoder, config, pixel_values, mask_ratio, noise)
+        if "mae" in features:
+            return ImageTokens(clip_tokens, unmasked(features["mae"]), None)
+        mae, pixels = encode_second(self.mae_encoder, self.config, pixel_values, mask_ratio, noise)
         return ImageTokens(clip_tokens, mae, pixels)
+
+    def _clip_states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The layers of CLIP that are read, [B, N, D_clip] each."""
+        config, tower = self.config, self.clip_encoder
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower)):
+            dtype = next(tower.parameters()).dtype
+            size = config.clip_config.image_size
+            return tower(scaled(pixel_values, size, config.clip_mean, config.clip_std, dtype))
+
+    @torch.no_grad()
+    def frozen_features(self, pixel_values: torch.Tensor, masked: bool) -> dict[str, torch.Tensor]:
+        """What the encoders make of images, before anything that is trained; to be kept, and given to `forward`.
+
+        {"clip": [B, layers that are read, N, D_clip]}, and, unless training masks a part of each image anew, "mae":
+        [B, 1+L, D_mae].
+        """
+        features = {"clip": torch.stack(self._clip_states(pixel_values), dim=1)}
+        if self.mae_encoder is not None and not masked:
+            features["mae"] = encode_second(self.mae_encoder, self.config, pixel_values)[0].tokens
+        return features
 
     @torch.no_grad()
     def standardise(self, pixel_values: torch.Tensor) -> None:
@@ -341,6 +414,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         qformer_attention_mask: torch.Tensor,
         noise: torch.Tensor | None = None,
         negatives: tuple[torch.Tensor, torch.Tensor] | None = None,
+        features: dict[str, torch.Tensor] | None = None,
         **_,
     ) -> XFormerForPreTrainingOutput:
         """The four losses of B image-text pairs.
@@ -351,10 +425,12 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
             noise: [B, L] in [0, 1) for the masking; drawn if None.
             negatives: for each text an image and for each image a text, int64[B] each, indices over all processes, -1
                 for none; drawn hard if None.
+            features: from `XFormerModel.frozen_features`: what is not to be encoded again.
         """
         config = self.config
         ids, text_mask = equally_long(qformer_input_ids, qformer_attention_mask)
-        image = self.xformer.encode_image(pixel_values, config.mask_ratio if config.reconstruction else 0.0, noise)
+        mask_ratio = config.mask_ratio if config.reconstruction else 0.0
+        image = self.xformer.encode_image(pixel_values, mask_ratio, noise, features)
 
         generation_ids = torch.cat([torch.full_like(ids[:, :1], config.text_start_token_id), ids[:, 1:]], dim=1)
         causal = masks.multimodal_causal_mask(text_mask, config.num_query_tokens)
@@ -429,7 +505,11 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
 
 
 class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
-    """Stage 2 and use: projection(Z') is a soft prompt at the image placeholders of a frozen language model."""
+    """Stage 2 and use: projection(Z') is a soft prompt at the image placeholders of a frozen language model.
+
+    The language model is a decoder, or an encoder-decoder that reads the soft prompt and the text by its encoder (BLIP-2's
+    FlanT5). Its LoRA adapters (`config.lora_rank`) are part of it, and are saved with the rest.
+    """
 
     def __init__(self, config: XFormerConfig):
         super().__init__(config)
@@ -438,8 +518,10 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         without_dropout(config.text_config)
         self.xformer = XFormerModel(config)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model_class(config.text_config).from_config(config.text_config)
         self.post_init()
+        if config.lora_rank:
+            add_lora(self.language_model, config.lora_rank)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, dtype=None, config=None, **kwargs):
@@ -512,6 +594,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         image_index: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        features: dict[str, torch.Tensor] | None = None,
         **_,
     ) -> XFormerForConditionalGenerationOutput:
         """The language-modelling loss of texts behind images (paper section "Stage 2").
@@ -520,11 +604,14 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             pixel_values: uint8[B, 3, H, W] or float in [0, 1].
             input_ids: int64[B, T] with the image placeholders in it, from `XFormerProcessor`.
             attention_mask: [B, T], 1 = token.
-            labels: int64[B, T], -100 where nothing is to be learned; no loss if None.
+            labels: int64[B, T], -100 where nothing is to be learned; no loss if None. An encoder-decoder's are what its
+                decoder is to say, int64[B, T'].
             noise: [B, L] for the masking of the variant that keeps the reconstruction loss.
             soft_prompt: [texts, Q, E] from `get_image_features`, in place of `pixel_values`.
             image_index: int64[texts], the image of each text where images have several; one each, in order, if None.
-            qformer_input_ids, qformer_attention_mask: int64[texts, T'], the prompts for an instruction-aware Q-Former.
+            qformer_input_ids, qformer_attention_mask: int64[texts, T''], the prompts for an instruction-aware Q-Former.
+            decoder_input_ids: int64[B, T'], what an encoder-decoder's decoder reads where there are no labels.
+            features: from `XFormerModel.frozen_features`: what is not to be encoded again.
 
         Raises:
             ValueError: if a text has not exactly as many placeholders as there are queries.
@@ -532,22 +619,18 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         config, output, image = self.config, None, None
         reconstructs = config.reconstruction_in_stage2 and labels is not None
         if soft_prompt is None:
-            image = self.xformer.encode_image(pixel_values, config.mask_ratio if reconstructs else 0.0, noise)
+            mask_ratio = config.mask_ratio if reconstructs else 0.0
+            image = self.xformer.encode_image(pixel_values, mask_ratio, noise, features)
             output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
             soft_prompt = self._soft_prompt(output, image_index)
         embeds = self._with_soft_prompt(input_ids, soft_prompt)
         if labels is None:
-            logits = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask).logits
+            decoder = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
+            logits = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, **decoder).logits
             return XFormerForConditionalGenerationOutput(logits=logits, xformer_output=output)
 
-        # The vocabulary is by far the widest layer: it is computed only in the columns where there is something to learn.
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        columns = (targets != -100).any(0).nonzero().squeeze(1)
-        logits = self.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, logits_to_keep=columns
-        ).logits
-        lm = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten())
-        lm = lm * share(targets != -100)
+        logits, targets = self._predict(embeds, attention_mask, labels)
+        lm = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) * share(targets != -100)
         loss, reconstruction = lm, None
         if reconstructs:
             if config.instruction_aware and image_index is not None:
@@ -555,6 +638,20 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             reconstruction = self.xformer.reconstruction_loss(image, output)
             loss = loss + config.reconstruction_weight * reconstruction
         return XFormerForConditionalGenerationOutput(loss, lm, reconstruction, None, output)
+
+    def _predict(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [texts, columns, V], and the tokens that they are to give: -100 where nothing is to be learned."""
+        if self.config.text_config.is_encoder_decoder:
+            ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
+            output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, decoder_input_ids=ids)
+            return output.logits, labels
+        # The vocabulary is by far the widest layer: it is computed only in the columns where there is something to learn.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        columns = (targets != -100).any(0).nonzero().squeeze(1)
+        output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, logits_to_keep=columns)
+        return output.logits, targets[:, columns]
 
     @torch.no_grad()
     def generate(
@@ -570,22 +667,29 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Continue texts behind images: as `forward`, and the language model's `generate` arguments -> new tokens only.
 
-        Pad on the left, as for any decoder. Without `input_ids` the text is the language model's start token.
+        Pad on the left, as for any decoder, or an encoder's text on the right. Without `input_ids` the text is empty.
         """
         if soft_prompt is None:
             soft_prompt = self.get_image_features(pixel_values, image_index, qformer_input_ids, qformer_attention_mask)
         if input_ids is None:
-            start = [self.config.image_token_index] * self.config.num_query_tokens
-            start += [self.generation_config.bos_token_id]
-            input_ids = torch.tensor(start, device=soft_prompt.device).expand(len(soft_prompt), -1)
+            input_ids = torch.tensor(self._empty_text(), device=soft_prompt.device).expand(len(soft_prompt), -1)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.language_model.generation_config = self.generation_config
-        return self.language_model.generate(
+        tokens = self.language_model.generate(
             inputs_embeds=self._with_soft_prompt(input_ids, soft_prompt),
             attention_mask=attention_mask,
             **generate_kwargs,
         )
+        decoder_starts = self.config.text_config.is_encoder_decoder and torch.is_tensor(tokens)
+        return tokens[:, 1:] if decoder_starts else tokens
+
+    def _empty_text(self) -> list[int]:
+        """Placeholders and the start token, or an encoder's end token: those that there are."""
+        settings = self.generation_config
+        token = settings.eos_token_id if self.config.text_config.is_encoder_decoder else settings.bos_token_id
+        text = [] if token is None else token if isinstance(token, list) else [token]
+        return [self.config.image_token_index] * self.config.num_query_tokens + text[:1]
 
 
 __all__ = [
@@ -594,5 +698,7 @@ __all__ = [
     "XFormerForPreTraining",
     "XFormerModel",
     "XFormerPreTrainedModel",
+    "add_lora",
+    "language_model_class",
     "without_dropout",
 ]

@@ -1,12 +1,17 @@
 """One picture -> one tensor for both encoders; text -> ids for the Q-Former and for the language model.
 
 Pictures are resized to a square (BLIP-2's evaluation transform: bicubic, no crop) and stay uint8: each encoder's mean and
-deviation are applied in the model. The language model's text gets image placeholders in front, before its start token,
-as `Blip2Processor` has it.
+deviation are applied in the model. What the language model reads is laid out here alone, for training and for use, `[…]`
+being one token each and `Q` the number of queries:
+
+    a decoder            Q x [<image>] [start] the prompt | what is to be said [end]         as `Blip2Processor` has it
+    with a chat template Q x [<image>] inside the user's turn, before the prompt | what is to be said [end of the turn]
+    an encoder-decoder   Q x [<image>] the prompt [end] into the encoder | what is to be said [end] out of the decoder
 """
 
 import logging
 import os
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -38,8 +43,11 @@ class XFormerProcessor(ProcessorMixin):
         image_processor: from `image_processor(image_size)`.
         tokenizer: the language model's; before stage 2 there is none, and the Q-Former's stands here too.
         qformer_tokenizer: the Q-Former's, BERT's kind: [CLS] text [SEP].
-        num_query_tokens: placeholders in front of each of the language model's texts.
+        num_query_tokens: placeholders for the picture in each of the language model's texts.
         instruction_aware: the language model's text is also given to the Q-Former, as the model's configuration asks.
+        encoder_decoder: the language model is one: it reads by its encoder, which is padded on the right.
+        turn: what a chat template puts [before the picture, behind the prompt, before the answer]; None for a language
+            model that is asked in plain text. It is kept as text, because a template may change with the calendar.
     """
 
     def __init__(
@@ -49,12 +57,16 @@ class XFormerProcessor(ProcessorMixin):
         qformer_tokenizer,
         num_query_tokens: int | None = None,
         instruction_aware: bool = False,
+        encoder_decoder: bool = False,
+        turn: Sequence[str] | None = None,
         **kwargs,
     ):
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
         self.num_query_tokens = num_query_tokens
         self.instruction_aware = instruction_aware
+        self.encoder_decoder = encoder_decoder
+        self.turn = None if turn is None else list(turn)
         super().__init__(image_processor, tokenizer, qformer_tokenizer, **kwargs)
 
     @property
@@ -76,12 +88,12 @@ class XFormerProcessor(ProcessorMixin):
 
         Args:
             images: paths or PIL images, any mode or size -> pixel_values, uint8[B, 3, S, S].
-            text: for the language model -> input_ids, attention_mask, int64[B, Q+T], placeholders in front. Padding is
-                on the left, as generation needs it.
+            text: prompts for the language model -> input_ids, attention_mask, int64[B, T], with the placeholders (and the
+                chat template) around them. Padding is on the left, as generation needs it; an encoder's on the right.
             qformer_text: for the Q-Former (stage 1, retrieval) -> qformer_input_ids, qformer_attention_mask, int64[B, T],
                 cut behind `MAX_CAPTION_TOKENS` tokens.
             padding: to the longest (True) or to `max_length` ("max_length").
-            max_length: cut the language model's text behind so many tokens, not counting the placeholders.
+            max_length: a longer prompt is cut such that the row has so many tokens, not counting the placeholders.
 
         Raises:
             ValueError, FileNotFoundError: in one line, for a picture that cannot be read or an empty text.
@@ -104,15 +116,62 @@ class XFormerProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _llm_text(self, texts: list[str], padding: bool | str, max_length: int | None) -> dict:
-        # A prompt that a chat template or a pipeline has already given placeholders is not given them twice.
-        texts = [text.replace(IMAGE_TOKEN, "") for text in texts]
-        encoded = encode(self.tokenizer, texts, padding, max_length, padding_side="left")
-        ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        if self.num_query_tokens is not None:
-            placeholders = ids.new_full((len(texts), self.num_query_tokens), self.image_token_id)
-            ids = torch.cat([placeholders, ids], dim=1)
-            mask = torch.cat([torch.ones_like(placeholders), mask], dim=1)
-        return {"input_ids": ids, "attention_mask": mask}
+        rows = self.prompt_ids(texts)
+        room = None if max_length is None else max_length + (self.num_query_tokens or 0)
+        if room is not None and max(map(len, rows)) > room:
+            logger.warning("a text of %d tokens was cut to %d", max(map(len, rows)), room)
+            rows = self.prompt_ids([self._cut(text, len(row) - room) for text, row in zip(texts, rows, strict=True)])
+        length = max(map(len, rows)) if padding is True or room is None else room
+        return {
+            "input_ids": self._pad(rows, length, self.tokenizer.pad_token_id),
+            "attention_mask": self._pad([[1] * len(row) for row in rows], length, 0),
+        }
+
+    def _cut(self, text: str, surplus: int) -> str:
+        """The text without its last `surplus` tokens."""
+        if surplus <= 0:
+            return text
+        return self.tokenizer.decode(self.tokenizer(text, add_special_tokens=False)["input_ids"][:-surplus])
+
+    def _pad(self, rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+        padding = [[value] * (length - len(row)) for row in rows]
+        pairs = zip(rows, padding, strict=True)
+        return torch.tensor([row + pad if self.encoder_decoder else pad + row for row, pad in pairs])
+
+    def prompt_ids(self, prompts: list[str]) -> list[list[int]]:
+        """What the language model reads before it speaks: the tokens of each prompt, with all that is around it."""
+        placeholders, rows = [self.image_token_id] * (self.num_query_tokens or 0), self._ids(map(self._asked, prompts))
+        if self.turn is None:
+            return [placeholders + ids for ids in rows]
+        places = [ids.index(self.image_token_id) for ids in rows]
+        return [[*ids[:at], *placeholders, *ids[at + 1 :]] for ids, at in zip(rows, places, strict=True)]
+
+    def target_ids(self, prompts: list[str], targets: list[str]) -> list[list[int]]:
+        """The tokens of what is to be said behind each prompt, as they would stand in one text; no end token.
+
+        Tokenizers join a space to the word behind it, each in its own way, so it is the whole text that is tokenized.
+        """
+        if self.encoder_decoder:
+            return self.tokenizer(targets, add_special_tokens=False)["input_ids"]
+        asked = [self._asked(prompt) for prompt in prompts]
+        spaces = [(" " if prompt else "") if self.turn is None else self.turn[2] for prompt in prompts]
+        said = [space + target for space, target in zip(spaces, targets, strict=True)]
+        alone = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+        whole = self._ids(map("".join, zip(asked, said, strict=True)))
+        return [
+            both[len(before) :] if both[: len(before)] == before else target
+            for both, before, target in zip(whole, self._ids(asked), alone, strict=True)
+        ]
+
+    def _asked(self, prompt: str) -> str:
+        """A prompt with what the chat template has around it, and one placeholder."""
+        if self.turn is None:
+            return _plain(prompt)
+        return self.turn[0] + IMAGE_TOKEN + _plain(prompt) + self.turn[1]
+
+    def _ids(self, texts: Iterable[str]) -> list[list[int]]:
+        """A chat template writes the start token itself."""
+        return self.tokenizer(list(texts), add_special_tokens=self.turn is None, verbose=False)["input_ids"]
 
     def qformer_inputs(self, texts: list[str], padding: bool | str = True) -> dict:
         """Texts -> qformer_input_ids, qformer_attention_mask, int64[B, T], cut behind `MAX_CAPTION_TOKENS` tokens."""
@@ -148,6 +207,11 @@ def encode(
         return_token_type_ids=False,
         return_tensors="pt",
     )
+
+
+def _plain(prompt: str) -> str:
+    """A prompt that a pipeline has already given placeholders is not given them twice."""
+    return prompt.replace(IMAGE_TOKEN, "")
 
 
 def _as_list(value):

@@ -4,6 +4,7 @@ B batch, T text tokens. Every batch has the inputs of the model's forward and "i
 """
 
 import logging
+import zlib
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Stage1Collator:
         for record, tokens in zip(records, tokenizer(captions)["input_ids"], strict=True):
             kept = self.cut(tokens, record["id"])
             rows.append(kept if len(kept) == len(tokens) else [*kept[:-1], tokens[-1]])
-        pixels = self.processor(images=[record["image"] for record in records], return_tensors="pt")["pixel_values"]
+        pixels = _pixels(self.processor, [record["image"] for record in records])
         return {
             "ids": [record["id"] for record in records],
             "pixel_values": pixels,
@@ -74,11 +75,13 @@ class Stage2Collator:
 
     pixel_values uint8[B, 3, H, W], each picture once; input_ids, attention_mask, labels int64[texts, T]; image_index
     int64[texts], the picture of each text; for an instruction-aware model qformer_input_ids and qformer_attention_mask,
-    the prompts in the Q-Former's tokens. A row is [image placeholders][prompt][target][end token][padding], up to the
-    target exactly what the processor makes of the prompt at inference (nothing for a caption, the question prompt for a
-    question). Labels are IGNORED but on the target and the end token. A target longer than `max_text_tokens` is cut and
-    then has no end token, for the text does not end there; a question is cut to as many words. Raises ValueError for an
-    empty text.
+    the prompts in the Q-Former's tokens. A row is [prompt][target][end token][padding], the prompt (with the image
+    placeholders and, where it is used, the chat template) exactly what the processor makes of it at inference. Labels are
+    IGNORED but on the target and the end token. An encoder-decoder's row is the prompt alone, and its labels, int64[texts,
+    T'], the target and the end token. The prompt is empty for a caption, and the question prompt for a question.
+
+    A target longer than `max_text_tokens` is cut and then has no end token, for the text does not end there; a question is
+    cut to as many words. Raises ValueError for an empty text.
     """
 
     def __init__(self, processor: Any, end_token_id: int, max_text_tokens: int):
@@ -86,35 +89,49 @@ class Stage2Collator:
         self.cut = _Cutter(max_text_tokens)
 
     def __call__(self, items: list[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
-        tokenizer = self.processor.tokenizer
         pictures = [item if isinstance(item, list) else [item] for item in items]
         records = [record for picture in pictures for record in picture]
-        prompts, targets = zip(*map(self._prompt_and_target, records), strict=True)
-        placeholders = [self.processor.image_token_id] * self.processor.num_query_tokens
-        prompt_ids = [placeholders + ids for ids in tokenizer(list(prompts))["input_ids"]]
-        target_ids = tokenizer(list(targets), add_special_tokens=False)["input_ids"]
-        rows, labels = [], []
-        for record, prompt, target in zip(records, prompt_ids, target_ids, strict=True):
-            learned = self.cut([*target, self.end_token_id], record["id"])
-            rows.append([*prompt, *learned])
-            labels.append([*[IGNORED] * len(prompt), *learned])
-        read_by_qformer = self.processor.qformer_inputs(list(prompts)) if self.processor.instruction_aware else {}
+        prompts, targets = map(list, zip(*map(self._prompt_and_target, records), strict=True))
+        read, said = self.processor.prompt_ids(prompts), self.processor.target_ids(prompts, targets)
+        learned = [
+            self.cut([*ids, self.end_token_id], record["id"]) for record, ids in zip(records, said, strict=True)
+        ]
+        if self.processor.encoder_decoder:
+            rows, labels = read, learned
+        else:
+            rows = [[*before, *ids] for before, ids in zip(read, learned, strict=True)]
+            labels = [[*[IGNORED] * len(before), *ids] for before, ids in zip(read, learned, strict=True)]
+        read_by_qformer = self.processor.qformer_inputs(prompts) if self.processor.instruction_aware else {}
         return {
             **read_by_qformer,
             "ids": [record["id"] for record in records],
-            "pixel_values": self.processor(images=[picture[0]["image"] for picture in pictures])["pixel_values"],
+            "pixel_values": _pixels(self.processor, [picture[0]["image"] for picture in pictures]),
             "image_index": torch.tensor([place for place, picture in enumerate(pictures) for _ in picture]),
-            "input_ids": _pad(rows, tokenizer.pad_token_id),
+            "input_ids": _pad(rows, self.processor.tokenizer.pad_token_id),
             "attention_mask": _pad([[1] * len(row) for row in rows], 0),
             "labels": _pad(labels, IGNORED),
         }
 
     def _prompt_and_target(self, record: dict[str, Any]) -> tuple[str, str]:
-        if "question" not in record:
-            return CAPTION_PROMPT, _require_text(record, "caption")
-        words = self.cut(_require_text(record, "question").split(), record["id"])
-        # A BPE tokenizer has the space in the word's first token.
-        return QUESTION_PROMPT.format(question=" ".join(words)), " " + _require_text(record, "answer")
+        if "question" in record:
+            words = self.cut(_require_text(record, "question").split(), record["id"])
+            return QUESTION_PROMPT.format(question=" ".join(words)), _require_text(record, "answer")
+        caption = _require_text(record, "caption")
+        return self._split(caption, record["id"]) if self.processor.encoder_decoder else (CAPTION_PROMPT, caption)
+
+    def _split(self, caption: str, name: str) -> tuple[str, str]:
+        """Prefix language modelling (BLIP-2, section 3.3): the encoder reads a caption's beginning, or nothing.
+
+        Where it is split is drawn by its words and its picture's name, so it is the same however often it is seen.
+        """
+        words = caption.split()
+        at = zlib.crc32(f"{name} {caption}".encode()) % len(words)
+        return " ".join(self.cut(words[:at], name)), " ".join(words[at:])
+
+
+def _pixels(processor: Any, images: list[Any]) -> torch.Tensor:
+    """Pictures, or what a transform has made of them, uint8[3, S, S] each -> uint8[B, 3, S, S]."""
+    return torch.stack(images) if torch.is_tensor(images[0]) else processor(images=images)["pixel_values"]
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:

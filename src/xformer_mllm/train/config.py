@@ -14,7 +14,12 @@ from typing import Any, Literal, TypeVar, get_type_hints
 CONFIG_FILE = "config.json"
 
 # These do not change what is learned, so a run may go on with other values of them.
-NOT_LEARNED = {"output_dir", "resume", "save_steps", "save_total_limit", "sample_steps", "num_workers"}
+NOT_LEARNED = {
+    "output_dir", "resume", "save_steps", "save_minutes", "save_total_limit", "sample_steps", "num_workers", "report_to",
+    "feature_cache",
+}  # fmt: skip
+
+SCENES = 24_000
 
 Config = TypeVar("Config")
 
@@ -24,9 +29,13 @@ class RunConfig:
     """What both stages share."""
 
     data: str = "scenes"
-    """scenes (the embedded world), easy-vqa, or a folder of pictures with a .txt caption beside each."""
-    train_size: int = 24_000
-    """At most this many training pictures."""
+    """scenes (the embedded world), easy-vqa, or your own: a folder, .json, .jsonl, .tar shards, hf:NAME (docs/data.md)."""
+    images: Path | None = None
+    """The folder of the pictures that a .json or .jsonl names, if it is not beside that file."""
+    train_size: int | None = None
+    """At most this many training pictures; by default all there are, and 24,000 scenes."""
+    augment: Literal["crop+flip", "crop", "none"] = "crop+flip"
+    """Of your own pictures: a random crop of 50-100 % of the area, and every second time flipped (BLIP-2)."""
     output_dir: Path = Path("runs/train")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
     resume: bool = True
@@ -55,28 +64,41 @@ class RunConfig:
 
     max_text_tokens: int = 32
     """Longer captions, questions and answers are cut (and it is said once)."""
+    feature_cache: Path | None = None
+    """Keep what the frozen encoders make of the pictures in this folder (for whole pictures: --augment none)."""
     num_workers: int = 0
     """Processes that prepare batches; 0: the training process itself."""
     logging_steps: int = 20
     """Losses and accuracies are logged as averages over this many steps."""
     save_steps: int = 200
     """A checkpoint after every so many steps."""
+    save_minutes: float = 30.0
+    """A checkpoint also when so many minutes have passed since the last one (looked at every logging_steps steps)."""
     save_total_limit: int = 2
     """Checkpoints kept while training; a finished run keeps its model only."""
     sample_steps: int = 200
-    """Texts for fixed held-out pictures after every so many steps."""
+    """Texts, and reconstructions, of fixed held-out pictures after every so many steps."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where the log goes beside log.jsonl and the terminal; wandb and trackio are packages of their own."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for a number that cannot be."""
-        at_least_one = ("train_size", "steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")
+        if self.train_size is None and self.data == "scenes":
+            object.__setattr__(self, "train_size", SCENES)
+        if self.train_size is not None and self.train_size < 1:
+            raise ValueError(f"train_size must be at least 1, not {self.train_size}")
+        at_least_one = ("steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")
         for name in (*at_least_one, "logging_steps", "save_steps", "save_total_limit", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if self.feature_cache is not None and self.augment != "none" and self.data not in ("scenes", "easy-vqa"):
+            raise ValueError("feature_cache keeps the features of whole pictures; with it, set --augment none")
+        for name in ("learning_rate", "save_minutes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +107,17 @@ class Stage1Config(RunConfig):
 
     variant: str = "xformer"
     """Which model: a row of the paper's tables (xformer, qformer, concat, ...; see variants.py)."""
+    start_from: Path | None = None
+    """Folder of `xformer convert`, or of a model trained before; by default the embedded world's encoders."""
+    second_encoder: str | None = None
+    """Folder or hub id of another MAE or vision tower in place of the embedded world's MAE."""
     output_dir: Path = Path("runs/stage1")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_from is not None and self.second_encoder is not None:
+            raise ValueError("second_encoder belongs to the embedded world's start; give --mae to `xformer convert`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +129,18 @@ class Stage2Config(RunConfig):
     from_pretraining: Path = Path("runs/stage1")
     """The folder of a finished stage-1 run, or of its model."""
     llm: str = "opt"
-    """The frozen language model: opt (tiny, shipped), smollm2, or a local folder or hub id of a causal model."""
+    """The frozen language model: opt (tiny, shipped), smollm2, or a folder or hub id of a causal model or an encoder-decoder
+    (docs/language-models.md)."""
     text: Literal["captions", "questions"] = "captions"
     """What is learned to be said: captions alone, as in the paper (questions are then zero-shot), or answers."""
     instruction_aware: bool = True
     """With --text questions: the queries read the question, too, as in InstructBLIP (the paper's do not)."""
     questions_per_picture: int = 4
-    """With --text questions: how many on each picture, where the data set draws them (scenes)."""
+    """With --text questions: how many on each picture; of a source of your own at most so many, drawn anew each time."""
+    chat_template: bool = False
+    """Speak to the language model by its chat template (for instruct models)."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank on the language model, too (package peft); 0: none, as in the paper."""
     output_dir: Path = Path("runs/stage2")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
     steps: int = 900
@@ -115,6 +151,13 @@ class Stage2Config(RunConfig):
     """Peak, after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's (BLIP-2's paper)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.questions_per_picture < 1:
+            raise ValueError(f"questions_per_picture must be at least 1, not {self.questions_per_picture}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must not be negative, but is {self.lora_rank}")
 
 
 def write_config(config: Any, command: str) -> None:
@@ -147,8 +190,8 @@ def read_config(path: Path, kind: type[Config], command: str) -> Config:
 
 def _as_field(hint: Any, value: Any) -> Any:
     """JSON's strings and lists back as the paths and tuples they were."""
-    if hint is Path:
-        return Path(value)
+    if hint in (Path, Path | None):
+        return value if value is None else Path(value)
     return tuple(value) if isinstance(value, list) else value
 
 

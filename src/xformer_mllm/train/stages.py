@@ -4,6 +4,7 @@ A run's folder: config.json (the resolved configuration), freeze.json, log.jsonl
 held-out pictures), tensorboard/, checkpoint-N/ while it runs; and when it is finished summary.json and model/.
 """
 
+import importlib.util
 import json
 import platform
 import shutil
@@ -14,20 +15,20 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
+from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import set_seed
 
-from xformer_mllm.checkpoints import start_generation, start_pretraining
-from xformer_mllm.data.captions import CaptionFolder
-from xformer_mllm.data.easy_vqa import EasyVqaCaptions, EasyVqaQuestions
-from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT, ByPicture
-from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
-from xformer_mllm.model.images import load_image
-from xformer_mllm.train import freeze
+from xformer_mllm.checkpoints import continue_pretraining, start_generation, start_pretraining
+from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
+from xformer_mllm.model.modeling_xformer import XFormerForPreTraining
+from xformer_mllm.model.painting import reconstructions, rows_of_panels, sheet
+from xformer_mllm.train import data_sets, freeze, processes, run_checkpoints
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
-from xformer_mllm.train.callbacks import LOG, SAMPLES, HeldOutTexts, Progress, RunLog
+from xformer_mllm.train.callbacks import LOG, SAMPLES, HeldOut, Progress, RunLog, SaveByTheClock
 from xformer_mllm.train.config import (
     CONFIG_FILE,
     RunConfig,
@@ -37,14 +38,17 @@ from xformer_mllm.train.config import (
     read_config,
     write_config,
 )
-from xformer_mllm.train.trainer import XFormerTrainer, newest_checkpoint
+from xformer_mllm.train.data_sets import Records
+from xformer_mllm.train.feature_cache import FeatureCache, WithFeatures
+from xformer_mllm.train.health import CollapseAlarm
+from xformer_mllm.train.trainer import XFormerTrainer, uses_bf16
 
-HELD_OUT_PICTURES = 4
 STANDARDISED_OVER = 256  # pictures, whose tokens' statistics the fresh layer norms start with
 SAMPLE_TOKENS = 20
 
-Records = list[dict[str, Any]]
 Write = Callable[[nn.Module, torch.Tensor], list[str]]  # model, pixels of the held-out pictures -> a text for each
+Ask = Callable[[nn.Module], Records]
+Draw = Callable[[nn.Module], Image.Image]
 
 
 def run_stage1(config: Stage1Config) -> Path:
@@ -53,33 +57,48 @@ def run_stage1(config: Stage1Config) -> Path:
     Raises ValueError for an unknown variant or data set and where output_dir holds another run, FileNotFoundError for
     a missing folder, NonFiniteError at nan.
     """
-    if _is_finished(config, "train stage1"):
+    process = processes.join()
+    if processes.on_first(lambda: _is_finished(config, "train stage1")):
         return config.output_dir
     set_seed(config.seed)
     processor: Any
-    model, processor = start_pretraining(config.variant, config.seed)
-    train, held_out = _captions(config)
-    first: list[dict[str, Any]] = [train[index] for index in range(min(STANDARDISED_OVER, len(train)))]  # type: ignore[arg-type]
-    model.xformer.standardise(processor(images=[record["image"] for record in first])["pixel_values"])
+    model, processor = processes.together(lambda: _start(config))
+    train, held_out = processes.together(lambda: data_sets.captions(config, _picture_size(processor)))
+    collator = Stage1Collator(processor, config.max_text_tokens)
+    model.to(process.device)
+    if config.start_from is None:  # a converted model's norms were trained
+        pixels = collator(data_sets.records_of(train, STANDARDISED_OVER))["pixel_values"]
+        model.xformer.standardise(pixels.to(process.device))
+    processes.take_weights_of_first(model)  # of a stream, each process has seen other pictures
     tokenizer = processor.qformer_tokenizer
 
     def write(model: nn.Module, pixels: torch.Tensor) -> list[str]:
         ids = model.caption(pixels, tokenizer.sep_token_id, max_new_tokens=SAMPLE_TOKENS)  # type: ignore[operator]
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    collator = Stage1Collator(processor, config.max_text_tokens)
     return _run(config, "train stage1", model, processor, train, held_out, collator, write)
+
+
+def _start(config: Stage1Config) -> tuple[Any, Any]:
+    if config.start_from is not None:
+        return continue_pretraining(config.start_from, config.variant)
+    return start_pretraining(config.variant, config.seed, config.second_encoder)
 
 
 def run_stage2(config: Stage2Config) -> Path:
     """Train stage 2 on the model of a stage-1 run and return the run's folder. Raises as `run_stage1`."""
-    if _is_finished(config, "train stage2"):
+    processes.join()
+    if processes.on_first(lambda: _is_finished(config, "train stage2")):
         return config.output_dir
     set_seed(config.seed)
-    model, processor = start_generation(
-        _pretrained(config), config.llm, config.seed, config.instruction_aware and config.text == "questions"
+    aware = config.instruction_aware and config.text == "questions"
+    model, processor = processes.together(
+        lambda: start_generation(
+            _pretrained(config), config.llm, config.seed, aware, config.chat_template, config.lora_rank
+        )
     )
-    train, held_out = _questions(config) if config.text == "questions" else _captions(config)
+    open_data = data_sets.questions if config.text == "questions" else data_sets.captions
+    train, held_out = processes.together(lambda: open_data(config, _picture_size(processor)))
     end = model.generation_config.eos_token_id
     collator = Stage2Collator(processor, end if isinstance(end, int) else end[0], config.max_text_tokens)
     asked = [QUESTION_PROMPT.format_map(r) if "question" in r else CAPTION_PROMPT for r in held_out]
@@ -92,49 +111,6 @@ def run_stage2(config: Stage2Config) -> Path:
     return _run(config, "train stage2", model, processor, train, held_out, collator, write)
 
 
-def _captions(config: RunConfig) -> tuple[Dataset, Records]:
-    """Pictures with captions to train on, and a few held-out ones."""
-    if config.data == "scenes":
-        return SceneCaptions("train", config.train_size), _first(SceneCaptions("validation", HELD_OUT_PICTURES))
-    if config.data == "easy-vqa":
-        return _at_most(EasyVqaCaptions("train"), config.train_size), _first(EasyVqaCaptions("validation"))
-    _require_folder(config.data)
-    train = CaptionFolder(config.data, load_image, "train")
-    return _at_most(train, config.train_size), _first(CaptionFolder(config.data, load_image, "validation"))
-
-
-def _questions(config: Stage2Config) -> tuple[Dataset, Records]:
-    """Questions with answers to train on, picture by picture, and one on each of a few held-out pictures."""
-    if config.data == "scenes":
-        each = config.questions_per_picture
-        scenes = SceneQuestions("train", config.train_size, questions_per_scene=each)
-        groups = [list(range(first, first + each)) for first in range(0, len(scenes), each)]
-        return ByPicture(scenes, groups), _first(
-            SceneQuestions("validation", HELD_OUT_PICTURES, questions_per_scene=1)
-        )
-    if config.data == "easy-vqa":
-        questions = EasyVqaQuestions("train")
-        places: dict[str, list[int]] = {}
-        for place, question in enumerate(questions.questions):
-            places.setdefault(question.image_id, []).append(place)
-        return ByPicture(questions, list(places.values())[: config.train_size]), _first(EasyVqaQuestions("validation"))
-    _require_folder(config.data)
-    raise ValueError(f"{config.data}: a folder of pictures has captions, not questions; use --text captions")
-
-
-def _require_folder(data: str) -> None:
-    if not Path(data).is_dir():
-        raise FileNotFoundError(f"--data {data}: neither scenes nor easy-vqa, nor a folder that exists")
-
-
-def _at_most(dataset: Dataset, size: int) -> Dataset:
-    return Subset(dataset, range(size)) if len(dataset) > size else dataset  # type: ignore[arg-type]
-
-
-def _first(dataset: Dataset) -> Records:
-    return [dataset[index] for index in range(min(HELD_OUT_PICTURES, len(dataset)))]  # type: ignore[arg-type]
-
-
 def _pretrained(config: Stage2Config) -> Path:
     """The stage-1 model's folder.
 
@@ -142,15 +118,19 @@ def _pretrained(config: Stage2Config) -> Path:
     """
     run = config.from_pretraining
     if not (run / "model").is_dir():
-        if (run / "model.safetensors").is_file():
+        if any(run.glob("model*.safetensors")):
             return run
-        why = "that run is not finished" if newest_checkpoint(run) else "no stage-1 model there"
+        why = "that run is not finished" if run_checkpoints.checkpoints(run) else "no stage-1 model there"
         raise FileNotFoundError(f"{run}: {why}; run: xformer train stage1 --output-dir {run}")
     if config.variant is not None:
         trained = read_config(run / CONFIG_FILE, Stage1Config, "train stage1").variant
         if trained != config.variant:
             raise ValueError(f"{run}: holds the variant {trained}, not {config.variant}")
     return run / "model"
+
+
+def _picture_size(processor: Any) -> int:
+    return processor.image_processor.size["height"]
 
 
 def _is_finished(config: RunConfig, command: str) -> bool:
@@ -171,6 +151,7 @@ def _is_finished(config: RunConfig, command: str) -> bool:
             "choose another --output-dir, or --no-resume to delete that run"
         )
     if (folder / "model").is_dir():
+        _delete_checkpoints(folder)  # of a run that was killed just before
         print(f"{folder}: this run is finished; nothing to do (--no-resume to train it anew)")
         return True
     return False
@@ -178,11 +159,12 @@ def _is_finished(config: RunConfig, command: str) -> bool:
 
 def _clear(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else."""
-    for pattern in ("checkpoint-*", "partial-*", "model", "tensorboard", "samples"):
+    for pattern in ("checkpoint-*", "damaged-*", "partial-*", "model", "tensorboard", "samples"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
-    for name in (LOG, SAMPLES, "freeze.json", "summary.json", "stopped.json", CONFIG_FILE):
-        (folder / name).unlink(missing_ok=True)
+    for name in (LOG, SAMPLES, "freeze.json", "summary.json", "stopped*.json", CONFIG_FILE):
+        for path in folder.glob(name):
+            path.unlink()
 
 
 def _run(
@@ -192,44 +174,92 @@ def _run(
     processor: Any,
     train: Dataset,
     held_out: Records,
-    collator: Stage1Collator | Stage2Collator,
+    collator: Callable,
     write: Write,
 ) -> Path:
     """What both stages share: freeze, train or go on, save."""
     folder = config.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stopped.json").unlink(missing_ok=True)
     model.freeze()
+    checkpoint = processes.on_first(lambda: _begin(config, command, model, train))
+    start = run_checkpoints.step_of(checkpoint) if checkpoint else 0
+    if config.feature_cache is not None:
+        train, collator = _cached(config, model, train, collator, _picture_size(processor))
+    pixels = processor(images=[record["image"] for record in held_out])["pixel_values"]
+    texts, draw = _texts(folder, pixels, held_out, write), _draw(model, pixels)
+    tensorboard = None
+    if processes.is_first() and "tensorboard" in config.report_to:
+        tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    callbacks = [
+        Progress(),
+        RunLog(folder, tensorboard),
+        SaveByTheClock(config.save_minutes),
+        HeldOut(folder, tensorboard, config.sample_steps, texts, draw),
+        CollapseAlarm(),
+    ]
+    trainer = XFormerTrainer(model, config, train, collator, callbacks)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if tensorboard is not None:
+        tensorboard.close()
+    _finish(folder, trainer, processor, start, time.perf_counter() - began)
+    return folder
+
+
+def _begin(config: RunConfig, command: str, model: Any, train: Dataset) -> Path | None:
+    """Make the run's folder ready, say what will be done, and return the checkpoint to go on from, if any."""
+    for name in config.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--report-to {name}: that package is not installed; pip install {name}")
+    if config.feature_cache is not None and isinstance(train, IterableDataset):
+        raise ValueError(
+            f"--feature-cache: {config.data} is a stream, whose pictures nobody has counted; leave it out"
+        )
+    folder = config.output_dir
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("stopped*.json"):
+        path.unlink()
     table = freeze.freeze_table(model)
     print(freeze.show(table))
-    print(f"{len(train):,} training records of {config.data}, {config.steps:,} steps of {config.batch_size}")  # type: ignore[arg-type]
-    checkpoint = newest_checkpoint(folder)
+    print(f"{data_sets.described(train)} of {config.data}, {config.steps:,} steps of {config.batch_size}")
+    print(processes.described())
+    checkpoint, not_used = run_checkpoints.newest_good(folder)
+    for line in not_used:
+        print(line)
     if checkpoint:
         freeze.check_same_frozen(table, folder / "freeze.json")
         print(f"going on from {checkpoint} (--no-resume to start over)")
     else:
         freeze.write(table, folder / "freeze.json")
         write_config(config, command)
-    start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) as tensorboard:
-        texts = HeldOutTexts(folder, tensorboard, config.sample_steps, _sampler(folder, processor, held_out, write))
-        callbacks = [Progress(), RunLog(folder, tensorboard), texts]
-        trainer = XFormerTrainer(model, config, train, collator, callbacks)
-        began = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.is_world_process_zero():
-        _finish(folder, trainer, processor, start, time.perf_counter() - began)
-    return folder
+    return checkpoint
 
 
-def _sampler(folder: Path, processor: Any, held_out: Records, write: Write) -> Callable[[nn.Module], Records]:
-    """What HeldOutTexts calls: a record with the model's text for each held-out picture. Saves the pictures."""
-    pixels = processor(images=[record["image"] for record in held_out])["pixel_values"]
-    (folder / "samples").mkdir(exist_ok=True)
+def _cached(
+    config: RunConfig, model: Any, train: Any, collator: Callable, picture_size: int
+) -> tuple[Dataset, Callable]:
+    """The data set and the collator of a run that takes what the frozen encoders say from a cache, which is filled first."""
+    assert config.feature_cache is not None
+    masked, source = _reconstructs(model), f"{config.data} {config.images or ''}"
+    model.xformer.to(PartialState().device)
+    cache = FeatureCache(config.feature_cache, model, masked, source, picture_size, uses_bf16(config))
+    broken = cache.fill(model, train, collator, config.num_workers)
+    train = train if masked else data_sets.undecoded(train, broken)
+    return train, WithFeatures(collator, cache, pixels_needed=masked)
+
+
+def _reconstructs(model: Any) -> bool:
+    """Whether this stage hides a part of every picture and has it reconstructed."""
+    stage1 = isinstance(model, XFormerForPreTraining)
+    return model.config.reconstruction if stage1 else model.config.reconstruction_in_stage2
+
+
+def _texts(folder: Path, pixels: torch.Tensor, held_out: Records, write: Write) -> Ask:
+    """What HeldOut calls: a record with the model's text for each held-out picture. Saves the pictures."""
     shown = []
     for number, record in enumerate(held_out):
         picture = f"samples/{number}.png"
-        record["image"].save(folder / picture)
+        if processes.is_first():
+            record["image"].save(folder / picture)
         question = {"question": record["question"]} if "question" in record else {}
         reference = record["answer"] if question else record["caption"]
         shown.append({"id": record["id"], "picture": picture, **question, "reference": reference})
@@ -241,13 +271,31 @@ def _sampler(folder: Path, processor: Any, held_out: Records, write: Write) -> C
     return texts
 
 
+def _draw(model: Any, pixels: torch.Tensor) -> Draw | None:
+    """What HeldOut calls, where this training reconstructs: the held-out pictures, half hidden, as painted."""
+    if not _reconstructs(model):
+        return None
+
+    def draw(model: Any) -> Image.Image:
+        on_device = pixels.to(next(model.parameters()).device)
+        painted = reconstructions(model, on_device, model.config.mask_ratio, seed=0)
+        del painted["hidden"]
+        return sheet(rows_of_panels(painted))
+
+    return draw
+
+
 def _finish(folder: Path, trainer: XFormerTrainer, processor: Any, start: int, seconds: float) -> None:
     """Write summary.json and the model, whole or not at all; then the checkpoints have done their work."""
+    weights = trainer.whole_weights()  # which all processes must ask for
+    if not trainer.is_world_process_zero():
+        return
     summary = {
         "steps": trainer.state.global_step,
         "steps_in_this_session": trainer.state.global_step - start,
         "seconds_in_this_session": round(seconds, 2),
         "share_of_time_waiting_for_data": round(trainer.data_seconds / seconds, 4),
+        "processes": trainer.args.world_size,
         "bf16": trainer.args.bf16,
         "threads": torch.get_num_threads(),
         "device": str(trainer.args.device),
@@ -258,9 +306,14 @@ def _finish(folder: Path, trainer: XFormerTrainer, processor: Any, start: int, s
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     partial = folder / "partial-model"
     shutil.rmtree(partial, ignore_errors=True)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(partial)
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
     partial.rename(folder / "model")
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    _delete_checkpoints(folder)
     print(f"finished: {folder}/model")
+
+
+def _delete_checkpoints(folder: Path) -> None:
+    for pattern in ("checkpoint-*", "damaged-*"):
+        for checkpoint in folder.glob(pattern):
+            shutil.rmtree(checkpoint)

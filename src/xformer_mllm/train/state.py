@@ -1,6 +1,8 @@
-"""The state of a run between two steps, as safetensors and JSON.
+"""The state of a run between two steps, as tensors and JSON.
 
-transformers' Trainer writes optimiser, schedule and random states as pickles; we neither publish nor load pickles.
+transformers' Trainer writes optimiser, schedule and random states as pickles; we neither publish nor load pickles. Where
+FSDP has split a tensor over the processes, all of them put it together and one writes it: a checkpoint is the same
+whatever the number of processes, and is read by another number of them, or without FSDP.
 """
 
 import json
@@ -10,78 +12,121 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-TRAINED = "trained.safetensors"
+TRAINED, OPTIMIZER, SCHEDULE = "trained.safetensors", "optimizer.safetensors", "optimizer.json"
+PROCESSES, RANDOM = "processes.json", "processes.safetensors"
+
+Files = dict[str, dict[str, Any]]
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
-    """Save the trained parameters alone: the frozen ones are where they came from."""
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, folder / TRAINED)
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor itself, or what FSDP has split, put together; then every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What may be split, put together one by one, in the first process's main memory; nothing on the others."""
+    first, found = PartialState().is_main_process, {}
+    for name, tensor in tensors.items():
+        one = whole(tensor.detach())
+        if first:
+            found[name] = one.cpu()
+    return found
+
+
+def _as_split(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor, where `like` is split."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+# ---- what was trained: the frozen parameters are where they came from
+
+
+def trained(model: nn.Module) -> Files:
+    """The trained parameters alone."""
+    return {TRAINED: gathered({name: p for name, p in model.named_parameters() if p.requires_grad})}
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Load what `save_trained` saved. Raises ValueError if that is not exactly what `model` trains."""
-    trained = load_file(folder / TRAINED)
+    """Load what `trained` gave. Raises ValueError if that is not exactly what `model` trains."""
+    found = load_file(folder / TRAINED)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wrong = sorted(
-        name for name in trained.keys() | parameters.keys() if _shape(trained, name) != _shape(parameters, name)
+        name for name in found.keys() | parameters.keys() if _shape(found, name) != _shape(parameters, name)
     )
     if wrong:
         raise ValueError(f"{folder}: does not fit this model ({wrong[0]}); start over with --no-resume")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(trained[name])
+            parameter.copy_(_as_split(found[name], parameter))
 
 
 def _shape(tensors: dict[str, Any], name: str) -> torch.Size | None:
     return tensors[name].shape if name in tensors else None
 
 
-def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Save an optimiser's tensors and settings and a schedule's position."""
+# ---- optimiser and schedule
+
+
+def of_optimizer(optimizer: Any, scheduler: Any) -> Files:
+    """An optimiser's tensors and settings and a schedule's position."""
     state = optimizer.state_dict()
     tensors = {f"{index}.{name}": t for index, of_one in state["state"].items() for name, t in of_one.items()}
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "optimizer.safetensors")
     settings = {"param_groups": state["param_groups"], "scheduler": scheduler.state_dict()}
-    (folder / "optimizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    return {OPTIMIZER: gathered(tensors), SCHEDULE: settings}
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Load what `save_optimizer` saved."""
-    settings = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    """Load what `of_optimizer` gave."""
+    settings = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in load_file(folder / OPTIMIZER).items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        like = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = _as_split(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": settings["param_groups"]})
     scheduler.load_state_dict(settings["scheduler"])
 
 
-def save_process(folder: Path, rank: int, averages: dict[str, list[float]]) -> None:
-    """Save what belongs to one process: its random states, and the averages begun since the last log."""
+# ---- what each process has of its own
+
+
+def of_processes(own: dict[str, Any]) -> Files:
+    """The random states of every process and what else it has of its own, `own` (plain); all processes must ask."""
     tensors = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, folder / f"process-{rank}.safetensors")
     kind, keys, *rest = np.random.get_state(legacy=True)
-    plain = {"averages": averages, "python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
-    (folder / f"process-{rank}.json").write_text(json.dumps(plain), encoding="utf-8")
+    plain = {"own": own, "python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    everyone = gather_object([(tensors, plain)])
+    return {
+        RANDOM: {f"{rank}.{name}": t for rank, (tensors, _) in enumerate(everyone) for name, t in tensors.items()},
+        PROCESSES: {str(rank): plain for rank, (_, plain) in enumerate(everyone)},
+    }
 
 
-def load_process(folder: Path, rank: int) -> dict[str, list[float]]:
-    """Load what `save_process` saved; returns the averages. A process that was not there keeps its own state."""
-    path = folder / f"process-{rank}.json"
-    if not path.is_file():
-        return {}
-    plain = json.loads(path.read_text(encoding="utf-8"))
+def load_process(folder: Path, rank: int) -> dict[str, Any]:
+    """Set this process's random states as `of_processes` found them; returns its `own`.
+
+    A process that was not there keeps its own random state, and gets the first one's `own`.
+    """
+    everyone = json.loads((folder / PROCESSES).read_text(encoding="utf-8"))
+    if str(rank) not in everyone:
+        return everyone["0"]["own"]
+    plain = everyone[str(rank)]
     version, keys, gauss = plain["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(plain["numpy"]))
-    tensors = load_file(folder / f"process-{rank}.safetensors")
-    torch.random.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    return plain["averages"]
+    tensors = load_file(folder / RANDOM)
+    torch.random.set_rng_state(tensors[f"{rank}.cpu"])
+    if f"{rank}.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"{rank}.cuda"])
+    return plain["own"]

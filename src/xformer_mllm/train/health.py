@@ -1,0 +1,43 @@
+"""Is a run healthy? How alike the queries have become, and an alarm when they say one and the same thing."""
+
+import logging
+
+import torch
+from torch.nn.functional import normalize
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+COLLAPSED = 0.98  # mean cosine of two queries of one picture
+LOGS_UNTIL_ALARM = 5
+
+
+def query_similarity(queries: torch.Tensor) -> torch.Tensor:
+    """The mean cosine of two different queries of one picture, [B, Q, D] -> a scalar in [-1, 1]; nan for one query."""
+    unit = normalize(queries.detach().float(), dim=-1)
+    count = unit.shape[1]
+    # The squared length of the sum holds every cosine twice, and the ones of the queries with themselves.
+    pairs = unit.sum(1).square().sum(-1) - count
+    return (pairs / (count * (count - 1))).mean()
+
+
+class CollapseAlarm(TrainerCallback):
+    """One warning when `query_similarity` was above COLLAPSED in LOGS_UNTIL_ALARM logs in a row; again after a recovery.
+
+    All queries then carry the same vector: 32 of them say no more than one.
+    """
+
+    def __init__(self):
+        self.above = 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        similarity = (logs or {}).get("query_similarity")
+        if similarity is None:
+            return
+        self.above = self.above + 1 if similarity > COLLAPSED else 0
+        if self.above == LOGS_UNTIL_ALARM and state.is_world_process_zero:
+            logger.warning(
+                "step %d: the queries have collapsed: two of one picture have a cosine of %.3f, above %.2f for %d logs; "
+                "see docs/training.md (equal initial queries? learning rate too high? wrong normalisation?)",
+                state.global_step, similarity, COLLAPSED, LOGS_UNTIL_ALARM,
+            )  # fmt: skip

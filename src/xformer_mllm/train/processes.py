@@ -1,0 +1,88 @@
+"""Runs of several processes: who writes and speaks, and how all come to one decision.
+
+torchrun and `accelerate launch` start a process for each device and tell it its place in the environment; accelerate
+makes the process group of that. A process that was started by itself is alone, and needs none.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed, nn
+
+T = TypeVar("T")
+
+# The others wait while the first one hashes frozen weights, reads a checkpoint or describes held-out pictures.
+TIMEOUT = timedelta(minutes=30)
+
+
+def join() -> PartialState:
+    """This process's place among the others, and its device."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+
+
+def is_first() -> bool:
+    return PartialState().is_main_process
+
+
+def on_first(decide: Callable[[], T]) -> T:
+    """What `decide` returns on the first process, which alone calls it, on all of them.
+
+    What it raises there, if it is something the user can mend, ends the others, too, without a word.
+    """
+    found: list = [None, False]
+    error = None
+    if is_first():
+        try:
+            found[0] = decide()
+        except (ValueError, OSError) as raised:
+            error, found[1] = raised, True
+    result, failed = broadcast_object_list(found)
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return result
+
+
+def together(build: Callable[[], T]) -> T:
+    """What `build` returns on each process. Where it fails, all of them end, and the first one says why."""
+    result, error = None, None
+    try:
+        result = build()
+    except (ValueError, OSError) as raised:
+        error = raised
+    everyone = gather_object([None if error is None else str(error)])
+    if any(everyone):
+        if not is_first():
+            raise SystemExit(2)
+        if error is not None:
+            raise error
+        rank, why = next((rank, why) for rank, why in enumerate(everyone) if why)
+        raise ValueError(f"process {rank}: {why}")
+    return result  # type: ignore[return-value]
+
+
+def take_weights_of_first(model: nn.Module) -> None:
+    """Give what is trained the first process's values on all of them."""
+    if distributed.is_initialized():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                distributed.broadcast(parameter.data, 0)
+
+
+def described() -> str:
+    """One line: how many processes share the work, and how."""
+    process = PartialState()
+    if process.num_processes == 1:
+        here = torch.cuda.device_count()
+        hint = f"; {here} GPUs are here: torchrun --no-python --nproc-per-node {here} xformer ... takes all"
+        return f"1 process on {process.device}{hint if here > 1 else ''}"
+    how = "DDP"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        how = "DDP (accelerate has no FSDP for CPUs)" if process.device.type == "cpu" else "FSDP"
+    return f"{process.num_processes} processes on {process.device.type}, {how}"

@@ -1,0 +1,68 @@
+"""What FSDP has to know of our models: accelerate does the sharding, here it is told where.
+
+Wanted: every layer of the big frozen parts (encoders, language model) is split over the processes and put together only
+while it computes; frozen bf16 and trained fp32 weights live side by side; and the numbers are those of DDP.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers.utils import is_accelerate_available
+
+from xformer_mllm.model.modeling_xformer import FROZEN
+
+ACCELERATE = "1.15.0"
+
+
+def plan(model: Any, plugin: Any, device: torch.device) -> None:
+    """Fill accelerate's FSDP plugin in, before it prepares `model`.
+
+    Raises ValueError if the plugin is for the first version of FSDP, which takes no two dtypes in one unit, or leaves the
+    reading of the weights to one process, and for an older accelerate, which shards scalars and makes frozen weights fp32.
+    """
+    if not is_accelerate_available(ACCELERATE):
+        raise ValueError(f"FSDP needs accelerate {ACCELERATE} or newer: pip install --upgrade accelerate")
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP: only its second version can hold this model; set fsdp_version: 2 in the configuration")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("FSDP: every process reads the weights; set fsdp_cpu_ram_efficient_loading: false")
+    # Of outputs that must not be changed in place; none is.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = sorted(frozen_layers(model))
+    # Nothing is cast by FSDP: what is trained stays fp32 under autocast, as without FSDP.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    scalars = [p for p in model.parameters() if p.ndim == 0]  # the temperature: FSDP takes no scalars
+    for scalar in scalars:
+        scalar.data = scalar.data.to(device)
+        scalar.register_post_accumulate_grad_hook(_average)
+    plugin.ignored_modules = [nn.ParameterList(scalars)]
+
+
+def frozen_layers(model: nn.Module) -> set[str]:
+    """The classes of the layers that the frozen parts are stacks of."""
+    return {
+        type(layer).__name__
+        for name, part in model.named_modules()
+        if name.rpartition(".")[2] in FROZEN
+        for stack in part.modules()
+        if isinstance(stack, nn.ModuleList)
+        for layer in stack
+    }
+
+
+def keep_tied_weights(model: Any) -> None:
+    """Leave the word embeddings whole once they were read: ITG's head takes their weight directly."""
+    words = model.get_input_embeddings()
+    if isinstance(words, FSDPModule):
+        words.set_reshard_after_forward(False)
+
+
+def _average(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    distributed.all_reduce(parameter.grad)
+    parameter.grad.div_(distributed.get_world_size())
