@@ -9,13 +9,13 @@ B pictures, L MAE patches, P values of a patch, as in model/.
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from safetensors.torch import save_file
 
 from xformer_mllm.checkpoints import load_model
@@ -28,14 +28,12 @@ from xformer_mllm.model.modeling_xformer import (
     XFormerForPreTraining,
     XFormerModelOutput,
 )
-from xformer_mllm.model.reconstruction import patch_statistics, patchify, unpatchify
+from xformer_mllm.model.painting import reconstructions, rows_of_panels, sheet
 
 STAGE1 = Path("runs/demo/xformer/stage1/model")
 STAGE2 = Path("runs/demo/xformer/stage2/model")
 KINDS = (XFormerForPreTraining, XFormerForConditionalGeneration)
 
-PANEL_PIXELS = 192  # a reconstruction's panels are enlarged to about this width
-MASKED_GREY = 0.5
 FEATURES = ("clip_tokens", "mae_tokens", "queries", "fused_queries", "enriched_mae_tokens")
 
 
@@ -194,18 +192,18 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     rows: list[dict[str, Image.Image]] = []
     for names, pixels in _batches(config, config.images, model, processor):
-        pictures = _reconstructions(model, pixels, config.mask_ratio, config.seed)
+        pictures = reconstructions(model, pixels, config.mask_ratio, config.seed)
         hidden = pictures.pop("hidden")
         errors = {
             key: ((pictures[label] - pictures["original"]).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))
             for key, label in (("mae_error", "MAE"), ("xformer_error", "X-Former"))
         }
+        rows += rows_of_panels(pictures)
         for place, name in enumerate(names):
-            rows.append({label: _to_image(batch[place]) for label, batch in pictures.items()})
             measured = {key: error[place].item() for key, error in errors.items()}
             found.append({"image": name, "file": str(config.output), **measured})
     partial = _partial(config.output)
-    _panels(rows).save(partial, format="PNG")
+    sheet(rows).save(partial, format="PNG")
     os.replace(partial, config.output)
     if config.json:
         print(json.dumps(found))
@@ -270,65 +268,6 @@ def _tensors(output: XFormerModelOutput) -> dict[str, torch.Tensor]:
             tensors[f"{name}.{number}"] = attention
     # clone: in a variant without fusion Z' is Z_q itself, and a safetensors file takes no tensor twice.
     return {name: tensor.float().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _reconstructions(model: Any, pixel_values: torch.Tensor, mask_ratio: float, seed: int) -> dict[str, torch.Tensor]:
-    """{"original", "masked", "MAE", "X-Former", "hidden"}: float[B, 3, S, S] in [0, 1], in the MAE's resolution.
-
-    Only hidden patches are painted. A decoder that was trained to predict patches normalised each by itself says
-    nothing about their mean and deviation: there the original's are used, for both.
-    """
-    base, config = model.xformer, model.config
-    size, patches = config.mae_config.patch_size, base.mae_encoder.embeddings.patch_embeddings.num_patches
-    noise = torch.rand(1, patches, generator=torch.Generator().manual_seed(seed)).expand(len(pixel_values), -1)
-    image = base.encode_image(pixel_values, mask_ratio, noise)
-    output = base.read(image)
-    hidden = output.mae_mask[..., None].float()  # [B, L, 1]
-    original = patchify(image.pixels.float(), size)  # [B, L, P]
-    painted = {
-        "MAE": base.reconstruct(replace(output, enriched_mae_tokens=output.mae_tokens)).float(),
-        "X-Former": base.reconstruct(output).float(),
-    }
-    if config.mae_config.norm_pix_loss:
-        mean, deviation = patch_statistics(original)
-        painted = {label: prediction * deviation + mean for label, prediction in painted.items()}
-    mean, std = (
-        torch.tensor(values, device=original.device).view(1, 3, 1, 1) for values in (config.mae_mean, config.mae_std)
-    )
-
-    def picture(prediction: torch.Tensor) -> torch.Tensor:
-        return (unpatchify(prediction * hidden + original * (1 - hidden), size) * std + mean).clamp(0, 1)
-
-    hidden_pixels = unpatchify(hidden.expand_as(original), size)
-    whole = picture(original)
-    masked = whole * (1 - hidden_pixels) + MASKED_GREY * hidden_pixels
-    return {
-        "original": whole,
-        "masked": masked,
-        **{label: picture(prediction) for label, prediction in painted.items()},
-        "hidden": hidden_pixels,
-    }
-
-
-def _to_image(pixels: torch.Tensor) -> Image.Image:
-    """float[3, S, S] in [0, 1] -> RGB."""
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def _panels(rows: list[dict[str, Image.Image]]) -> Image.Image:
-    """A row for each picture, a labelled column for each stage; pixels enlarged without smoothing."""
-    size = rows[0]["original"].width
-    size *= max(1, round(PANEL_PIXELS / size))
-    gap, header, font = 8, 28, ImageFont.load_default(size=16)
-    sheet = Image.new("RGB", (gap + len(rows[0]) * (size + gap), header + len(rows) * (size + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(rows[0]):
-        draw.text((gap + column * (size + gap), gap // 2), label, fill="black", font=font)
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures.values()):
-            enlarged = picture.resize((size, size), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (gap + column * (size + gap), header + row * (size + gap)))
-    return sheet
 
 
 def _partial(path: Path) -> Path:
