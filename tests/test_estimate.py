@@ -12,7 +12,7 @@ from conftest import llm_inputs, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, LlamaConfig, OPTConfig
+from transformers import AutoConfig, LlamaConfig, OPTConfig, T5Config
 
 from xformer_mllm import VARIANTS, XFormerConfig, XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.checkpoints import WEIGHTS, embedded_config
@@ -477,3 +477,9 @@ def test_the_command_line_takes_the_recipe_first(tmp_path):
 def test_opt_of_the_paper_is_not_asked_of_a_hub():
     assert language_model_config("facebook/opt-6.7b").ffn_dim == 16384
     assert isinstance(language_model_config("opt"), OPTConfig)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="causal language models alone"):
+        language_model_config(str(tmp_path))

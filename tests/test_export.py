@@ -409,3 +409,9 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"the weights take 0\.016 GB, and 0\.001 GB are free"):
         run(runs / "stage1", tmp_path / "new")
     assert left_in(tmp_path) == []
+
+
+def test_adapters_are_trained_and_stay_fp32():
+    weight = torch.zeros(1)
+    assert export.dtype_of("language_model.layers.0.q_proj.lora_A.default.weight", weight, "bfloat16") == torch.float32
+    assert export.dtype_of("language_model.layers.0.q_proj.weight", weight, "bfloat16") == torch.bfloat16

@@ -190,7 +190,10 @@ def language_model_config(name: str) -> PreTrainedConfig:
             num_hidden_layers=layers,
             num_attention_heads=heads,
         )
-    return AutoConfig.from_pretrained(language_model_dir(name))
+    config = AutoConfig.from_pretrained(language_model_dir(name))
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name}: an encoder-decoder; the cost of causal language models alone is counted")
+    return config
 
 
 # ---- what is counted on the model itself

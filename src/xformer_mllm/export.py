@@ -32,7 +32,7 @@ from .data.json_files import read_json, write_whole
 from .data.questions import QUESTION_PROMPT
 from .language_models import SMOLLM2_ON_HUB
 from .model.configuration_xformer import XFormerConfig
-from .model.modeling_xformer import FROZEN, XFormerForConditionalGeneration, XFormerForPreTraining
+from .model.modeling_xformer import FROZEN, LORA, XFormerForConditionalGeneration, XFormerForPreTraining
 from .model.processing_xformer import XFormerProcessor
 from .report.benchmark import UNSCALED, decoding, number
 from .report.contents import BLIND
@@ -250,7 +250,8 @@ def part_of(name: str) -> str:
 
 def dtype_of(name: str, tensor: torch.Tensor, frozen: str | None) -> torch.dtype:
     """That of a tensor in the new folder; `frozen`, if given, is that of the frozen parts."""
-    changes = frozen is not None and part_of(name) in FROZEN and tensor.is_floating_point()
+    is_frozen = part_of(name) in FROZEN and LORA not in name
+    changes = frozen is not None and is_frozen and tensor.is_floating_point()
     return getattr(torch, str(frozen)) if changes else tensor.dtype
 
 
