@@ -1,5 +1,6 @@
 """The embedded world's own questions on held-out scenes."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ class OwnQuestions(Benchmark[Question]):
     def image_file(self, record: Question) -> Path:
         raise ValueError(f"{record.image_id}: this picture is in no file")
 
+    @abstractmethod
     def training_questions(self) -> Iterable[Question]:
         """What the blind baselines learn from."""
-        raise NotImplementedError
 
     def credit(self, record: Question, answer: str) -> float:
         return float(exact_match.is_right(answer, record.answer))
