@@ -4,7 +4,9 @@ torchrun and `accelerate launch` start a process for each device and tell it its
 makes the process group of that. A process that was started by itself is alone, and needs none.
 """
 
+import atexit
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -22,7 +24,18 @@ TIMEOUT = timedelta(minutes=30)
 
 def join() -> PartialState:
     """This process's place among the others, and its device."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    process = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    if process.num_processes > 1:
+        atexit.register(_outlive_the_collectives)
+    return process
+
+
+def _outlive_the_collectives() -> None:
+    """Let gloo's threads free the last tensors they sent, which they do a moment after the collective has returned.
+
+    A thread that finds Python ended by then aborts the process, which had done all its work.
+    """
+    time.sleep(0.2)
 
 
 def is_first() -> bool:
