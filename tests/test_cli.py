@@ -50,7 +50,7 @@ def test_training_help_shows_every_field_explained(capsys):
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--config FILE takes the settings of a run's config.json" in shown
     assert "--max-grad-norm FLOAT Gradients are scaled down to this norm; 0 for never. (default: 1.0)" in shown
-    assert "--steps INT Optimiser steps; the cosine schedule ends there. (default: 900)" in shown
+    assert "--steps INT Optimiser steps; the cosine schedule ends there. (default: 800)" in shown
 
 
 def test_version(capsys):

@@ -58,10 +58,10 @@ class DemoConfig:
     """Of the initial weights, the batches and the masks."""
     output_dir: Path = Path("runs/demo")
     """Where everything goes."""
-    stage1_steps: int = 800
+    stage1_steps: int = 720
     """Steps of stage 1, for each variant."""
     stage2_steps: int | None = None
-    """Steps of stage 2, for each variant; by default 900, and 250 with another language model than opt."""
+    """Steps of stage 2, for each variant; by default 800, and 250 with another language model than opt."""
     train_size: int = 24_000
     """At most this many training pictures."""
     test_size: int = 2_000
@@ -101,7 +101,7 @@ def run_demo(config: DemoConfig) -> Path:
 def parts_of(config: DemoConfig, variant: str) -> list[Part]:
     """A variant's parts in order. Equal budgets: nothing but the variant's name differs between the lanes."""
     lane = config.output_dir / variant
-    steps = config.stage2_steps or (900 if config.llm == "opt" else 250)
+    steps = config.stage2_steps or (800 if config.llm == "opt" else 250)
     common = ("--data", config.data, "--train-size", str(config.train_size), "--seed", str(config.seed))
     first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common)
     parts = [_training_part("stage 1", lane / "stage1", first, config.stage1_steps)]

@@ -43,7 +43,7 @@ class RunConfig:
     seed: int = 0
     """Of the initial weights, the order of the data, the masks, dropout and hard negatives."""
 
-    steps: int = 800
+    steps: int = 720
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 48
     """Pictures per step and device."""
@@ -143,7 +143,7 @@ class Stage2Config(RunConfig):
     """Train LoRA adapters of this rank on the language model, too (package peft); 0: none, as in the paper."""
     output_dir: Path = Path("runs/stage2")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
-    steps: int = 900
+    steps: int = 800
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 24
     """Pictures per step and device, each encoded once and with all its questions."""
