@@ -100,6 +100,16 @@ def test_without_augmentation_a_picture_is_what_the_processor_makes_of_it(folder
     assert bytes(record["image"].permute(1, 2, 0).flatten().tolist()) == resized.tobytes()
 
 
+def test_captions_are_cleaned_in_training_and_of_the_held_out_pictures(tmp_path):
+    for number in range(24):
+        picture(number).save(tmp_path / f"{number:02}.png")
+        (tmp_path / f"{number:02}.txt").write_text(f"A #{number} Circle!\n")
+    for cleaned, text in ((True, "a {} circle"), (False, "A #{} Circle!")):
+        train, held_out = data_sets.captions(config(data=str(tmp_path), clean_captions=cleaned), 32)
+        for record in (train[0], held_out[0]):
+            assert record["caption"] == text.format(int(record["id"][:2]))
+
+
 def test_crops_alone_are_not_flipped(folder):
     """The colour of the whole picture's left edge is at the crop's left edge, too; flipped, it is at its right one."""
     whole, _ = data_sets.captions(config(data=str(folder), augment="none"), 32)

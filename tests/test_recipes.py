@@ -38,7 +38,9 @@ def test_a_recipe_has_the_papers_epochs_in_blip2s_batches(path):
     assert recipe.gradient_accumulation_steps == 1 or not stage1  # the contrast sees one batch
     assert recipe.steps == -(-(9 if stage1 else 1) * PAIRS // batch)
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.weight_decay) == (1e-4, 2000, 0.05)
+    assert recipe.min_learning_rate == (1e-5 if stage1 else 5e-5)
     assert recipe.betas == (0.9, 0.98)
+    assert recipe.clean_captions
     assert recipe.bf16 == "yes"
     assert (ROOT / recipe.data).is_file()
 

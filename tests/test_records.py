@@ -97,6 +97,16 @@ def test_captions_are_drawn_anew_at_each_visit_and_the_same_again():
     assert drawn != [CaptionItems(load_image, None, seed=1)(CAPTIONED, visit)["caption"] for visit in range(300)]
 
 
+def test_captions_are_cleaned_where_that_is_wished():
+    """`clean` itself is held against LAVIS's by test_retrieval.py."""
+    record = record_of("a", Image.new("RGB", (4, 4)), 'A "Red" circle; and so on! ' + "word " * 60)
+    assert CaptionItems(load_image, None, 0)(record, 0)["caption"] == record["captions"][0]
+    said = CaptionItems(load_image, None, 0, cleaned=True)(record, 0)["caption"]
+    assert said == " ".join(["a red circle and so on", *["word"] * 44])
+    with pytest.raises(ValueError, match=r"b: no word is left of the caption '\*\*\*'"):
+        CaptionItems(load_image, None, 0, cleaned=True)(record_of("b", Image.new("RGB", (4, 4)), "***"), 0)
+
+
 def test_image_is_a_picture_or_what_the_transform_makes_of_it():
     image = CaptionItems(load_image, None, 0)(CAPTIONED, 0)["image"]
     assert (image.mode, image.size) == ("RGB", (8, 8))

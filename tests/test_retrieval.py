@@ -11,13 +11,13 @@ import torch
 from torch import multiprocessing
 
 from xformer_mllm.checkpoints import start_pretraining
+from xformer_mllm.data.records import clean
 from xformer_mllm.data.scenes import SceneCaptions
 from xformer_mllm.evaluate import retrieval
 from xformer_mllm.evaluate.retrieval import (
     CocoRetrieval,
     FlickrRetrieval,
     best,
-    clean,
     pairs_to_score,
     rerank,
     retrieve,

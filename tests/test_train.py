@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -303,6 +304,17 @@ def test_every_scalar_is_averaged_between_logs_and_others_are_not_logged(tmp_pat
     assert not any("vector" in log for log in logs)
 
 
+def test_the_rate_rises_in_a_line_and_falls_in_a_cosine_to_its_minimum(tmp_path):
+    steps = {"steps": 6, "logging_steps": 1, "learning_rate": 1e-9, "min_learning_rate": 2e-10}
+    trainer = standin_trainer(tmp_path, [1.0] * 6, **steps)
+    trainer.args.warmup_steps = 2
+    trainer.train()
+    logged = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    falling = [2e-10 + 8e-10 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert logged == pytest.approx([0, 5e-10, *falling], rel=1e-6)
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(2e-10)
+
+
 def test_accumulated_steps_are_the_mean_of_their_batches(tmp_path):
     one = standin_trainer(tmp_path / "one", [1.0, 3.0], steps=1, gradient_accumulation_steps=2, max_grad_norm=0)
     one.train()
@@ -403,6 +415,11 @@ def test_a_configuration_survives_its_file(tmp_path):
 def test_impossible_numbers_are_refused(field):
     with pytest.raises(ValueError, match=field):
         Stage1Config(**{field: 0})
+
+
+def test_a_minimum_above_the_peak_is_refused():
+    with pytest.raises(ValueError, match=r"min_learning_rate 0.01 is above learning_rate 0.001, the peak"):
+        Stage1Config(learning_rate=1e-3, min_learning_rate=1e-2)
 
 
 def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):

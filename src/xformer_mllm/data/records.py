@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 import random
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -79,6 +80,15 @@ def texts_of(value: Any) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
+CLEAN_WORDS = 50
+
+
+def clean(caption: str) -> str:
+    """A caption as BLIP-2 trains on it (LAVIS, blip_processors.py, `BlipCaptionProcessor.pre_caption`)."""
+    words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()
+    return " ".join(words[:CLEAN_WORDS])
+
+
 # ------------------------------------------------------------------------------------------------------ out of records
 
 
@@ -121,15 +131,21 @@ class _Items:
             return self.load(image) if self.transform is None else self.transform(image, self.load, lot)
 
 
+@dataclass(frozen=True)
 class CaptionItems(_Items):
-    """-> {"id", "image", "caption"}: one of the record's captions, drawn anew at every visit."""
+    """-> {"id", "image", "caption"}: one of the record's captions, drawn anew at every visit, and cleaned if so wished."""
+
+    cleaned: bool = False
 
     def __call__(self, record: Record, visit: int) -> dict[str, Any]:
         if not record["captions"]:
             raise ValueError(f"{record['id']}: no caption")
         lot = self._lot(record, visit)
         caption = lot.choice(record["captions"])
-        return {"id": record["id"], "image": self._image(record, lot), "caption": caption}
+        text = clean(caption) if self.cleaned else caption
+        if not text:
+            raise ValueError(f"{record['id']}: no word is left of the caption {caption!r}")
+        return {"id": record["id"], "image": self._image(record, lot), "caption": text}
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def open_captions(
     rank: int = 0,
     world: int = 1,
     buffer: int = BUFFER,
+    cleaned: bool = False,
 ) -> Dataset:
     """Pictures with captions: items {"id", "image", "caption"}; one of a picture's captions, drawn at every visit.
 
@@ -86,6 +87,7 @@ def open_captions(
         seed: of captions, crops and, for streams, the order.
         rank, world: which of how many training processes this is; for streams, which split themselves.
         buffer: size of each shuffle buffer; for shards.
+        cleaned: captions as `records.clean` leaves them.
 
     Returns:
         Training: `records.Pictures`, which has a length and takes `set_epoch`, or an endless `streams.Stream`.
@@ -94,7 +96,9 @@ def open_captions(
     Raises FileNotFoundError, ValueError: in one line, if the source is not there, is of no known format, has no captions,
     or more than 1 % of it is broken.
     """
-    return _open(source, split, CaptionItems(load, transform, seed), "captions", images, seed, rank, world, buffer)
+    return _open(
+        source, split, CaptionItems(load, transform, seed, cleaned), "captions", images, seed, rank, world, buffer
+    )
 
 
 def open_questions(

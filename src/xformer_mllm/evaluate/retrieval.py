@@ -18,7 +18,6 @@ however often a run is killed, so the result is, too.
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from tqdm.auto import tqdm
 from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.json_files import read_json, write_whole
 from xformer_mllm.data.karpathy import read_karpathy
+from xformer_mllm.data.records import CLEAN_WORDS, clean
 from xformer_mllm.evaluate.benchmark import Scores
 from xformer_mllm.evaluate.prediction import processes
 from xformer_mllm.model.images import load_image
@@ -46,7 +46,6 @@ K_TEST = 128
 NO_CANDIDATE = -100.0
 RECALLS = (1, 5, 10)
 TEXT_TOKENS = 35  # LAVIS's for evaluation; its training and ours cut behind 32
-WORDS = 50
 CAPTIONS_AT_ONCE = 256
 PAIRS_PER_PICTURE = 4  # in a batch: LAVIS scores 128 pairs where it encodes 32 pictures
 ROWS_AT_ONCE = 256  # sorting takes about 20 bytes an entry
@@ -84,7 +83,7 @@ class Retrieval:
     files: ClassVar[str]
     normalisation = (
         'captions are lower-cased, .!"()*#:;~ become spaces, '
-        f"and they are cut behind {WORDS} words and {TEXT_TOKENS} tokens"
+        f"and they are cut behind {CLEAN_WORDS} words and {TEXT_TOKENS} tokens"
     )
     karpathy_file: ClassVar[str]
     lavis_file: ClassVar[str]
@@ -163,12 +162,6 @@ def _check(file: Path, split: str, records: Sequence[CaptionedPicture]) -> None:
     silent = [record.id for record in records if not record.captions]
     if silent:
         raise ValueError(f"{file}: {len(silent)} pictures have no caption ({', '.join(silent[:3])})")
-
-
-def clean(caption: str) -> str:
-    """A caption as LAVIS gives it to the Q-Former (blip_processors.py `BlipCaptionProcessor.pre_caption`)."""
-    words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()
-    return " ".join(words[:WORDS])
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking

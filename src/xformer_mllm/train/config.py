@@ -36,6 +36,8 @@ class RunConfig:
     """At most this many training pictures; by default all there are, and 24,000 scenes."""
     augment: Literal["crop+flip", "crop", "none"] = "crop+flip"
     """Of your own pictures: a random crop of 50-100 % of the area, and every second time flipped (BLIP-2)."""
+    clean_captions: bool = False
+    """Of your own pictures: captions in lower case, without .!"()*#:;~ and at most 50 words long (BLIP-2)."""
     output_dir: Path = Path("runs/train")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
     resume: bool = True
@@ -51,6 +53,8 @@ class RunConfig:
     """Batches per optimiser step (the contrastive loss sees one batch at a time)."""
     learning_rate: float = 1.5e-3
     """Peak, after the warm-up."""
+    min_learning_rate: float = 0.0
+    """What the cosine falls to."""
     warmup_steps: int = 50
     """Steps of linear warm-up."""
     weight_decay: float = 0.05
@@ -91,7 +95,7 @@ class RunConfig:
         for name in (*at_least_one, "logging_steps", "save_steps", "save_total_limit", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers", "seed"):
+        for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_grad_norm", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.feature_cache is not None and self.augment != "none" and self.data not in ("scenes", "easy-vqa"):
@@ -99,6 +103,10 @@ class RunConfig:
         for name in ("learning_rate", "save_minutes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}, the peak"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

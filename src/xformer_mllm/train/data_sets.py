@@ -62,8 +62,10 @@ def captions(config: RunConfig, picture_size: int) -> tuple[Dataset, Records]:
         return SceneCaptions("train", _scenes(config)), _first(SceneCaptions("validation", HELD_OUT_PICTURES))
     if config.data == "easy-vqa":
         return _at_most(EasyVqaCaptions("train"), config), _first(EasyVqaCaptions("validation"))
-    train = open_captions(config.data, "train", load_image, **_how(config, picture_size))
-    return _at_most(train, config), _first(open_captions(config.data, "validation", load_image, images=config.images))
+    cleaned = config.clean_captions
+    train = open_captions(config.data, "train", load_image, **_how(config, picture_size), cleaned=cleaned)
+    held_out = open_captions(config.data, "validation", load_image, images=config.images, cleaned=cleaned)
+    return _at_most(train, config), _first(held_out)
 
 
 def questions(config: Stage2Config, picture_size: int) -> tuple[Dataset, Records]:
