@@ -26,7 +26,8 @@ from transformers.initialization import no_init_weights
 
 from xformer_mllm import VARIANTS, XFormerConfig, XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.checkpoints import WEIGHTS, attention_for_device, embedded_config
-from xformer_mllm.estimate import Work, memory, sizes_of
+from xformer_mllm.estimate.costs import Work, memory
+from xformer_mllm.estimate.sizes import sizes_of
 from xformer_mllm.model.modeling_xformer import FROZEN
 
 BATCH = 2

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from full_size import PARTS, TEXT, config_of, machine, random_inputs, random_model
 
-from xformer_mllm.estimate import Work, costs, memory, sizes_of, total
+from xformer_mllm.estimate.costs import Work, costs, memory
+from xformer_mllm.estimate.operations import total
+from xformer_mllm.estimate.sizes import sizes_of
 
 VARIANTS = ("qformer", "xformer")
 PROMPT_TOKENS = 12

@@ -19,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import xformer_mllm
-from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor, export
+from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
 from xformer_mllm.checkpoints import load_model
-from xformer_mllm.export import ExportConfig
+from xformer_mllm.export.folder import dtype_of
+from xformer_mllm.export.run import export
+from xformer_mllm.export.settings import ExportConfig
+from xformer_mllm.export.source import part_of
 from xformer_mllm.model.modeling_xformer import FROZEN
 
 PROMPT = "Question: How many objects are there in the image? Answer:"
@@ -62,7 +65,7 @@ assert [name for name in sys.modules if name.endswith(".modeling_xformer")]
 
 
 def run(model: Path, output: Path, **settings) -> Path:
-    return export.export(ExportConfig(model=model, output_dir=output, **settings))
+    return export(ExportConfig(model=model, output_dir=output, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +215,14 @@ def test_the_weights_are_the_models_own_in_shards_with_an_index(place, runs):
         exported |= load_file(shard)
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in original.items())
-    assert {"clip_encoder", "mae_encoder", "mae_decoder", "language_model"} <= set(map(export.part_of, exported))
+    assert {"clip_encoder", "mae_encoder", "mae_decoder", "language_model"} <= set(map(part_of, exported))
 
 
 def test_a_dtype_is_of_the_frozen_parts_and_is_kept(place, tmp_path):
     again = run(place / "half", tmp_path / "again")  # an export can be exported, in the dtype that it has
     tensors = load_file(again / "model.safetensors")
     for name, tensor in tensors.items():
-        assert tensor.dtype == (torch.bfloat16 if export.part_of(name) in FROZEN else torch.float32), name
+        assert tensor.dtype == (torch.bfloat16 if part_of(name) in FROZEN else torch.float32), name
     config = json.loads((again / "config.json").read_text())
     assert [config["dtype"], config["text_config"]["dtype"], config["clip_config"]["dtype"]] == ["bfloat16"] * 3
     assert config["qformer_config"]["dtype"] == "float32"
@@ -400,12 +403,12 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "save_file", full)
+        patch.setattr("xformer_mllm.export.folder.save_file", full)
         with pytest.raises(OSError, match=r"new could not be written, and nothing is left of it: .*No space left"):
             run(runs / "stage1", tmp_path / "new")
     assert left_in(tmp_path) == []
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    monkeypatch.setattr("xformer_mllm.export.folder.shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(OSError, match=r"the weights take 0\.016 GB, and 0\.001 GB are free"):
         run(runs / "stage1", tmp_path / "new")
     assert left_in(tmp_path) == []
@@ -413,5 +416,5 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch):
 
 def test_adapters_are_trained_and_stay_fp32():
     weight = torch.zeros(1)
-    assert export.dtype_of("language_model.layers.0.q_proj.lora_A.default.weight", weight, "bfloat16") == torch.float32
-    assert export.dtype_of("language_model.layers.0.q_proj.weight", weight, "bfloat16") == torch.bfloat16
+    assert dtype_of("language_model.layers.0.q_proj.lora_A.default.weight", weight, "bfloat16") == torch.float32
+    assert dtype_of("language_model.layers.0.q_proj.weight", weight, "bfloat16") == torch.bfloat16

@@ -10,16 +10,8 @@ import pytest
 import tyro
 
 from xformer_mllm.data import exports
-from xformer_mllm.data.exports import (
-    FORMATS,
-    ExportConfig,
-    entailed,
-    equivalent,
-    export,
-    gqa_program,
-    vqa_answer_type,
-    vqa_question_type,
-)
+from xformer_mllm.data.exports import FORMATS, ExportConfig, export, vqa_answer_type, vqa_question_type
+from xformer_mllm.data.gqa_export import entailed, equivalent, gqa_program
 from xformer_mllm.data.scene_questions import PLURALS, ask, name
 from xformer_mllm.data.scenes import caption
 from xformer_mllm.data.world import HELD_OUT, draw_scene, render

@@ -88,7 +88,7 @@ COMMANDS = {
         "any model's answers to a benchmark, in its official format", "evaluate.run:ScoreConfig", "evaluate.run:score"
     ),
     "estimate": Command(
-        "what a recipe will cost: memory, FLOPs, hours", "estimate:EstimateConfig", "estimate:estimate"
+        "what a recipe will cost: memory, FLOPs, hours", "estimate.run:EstimateConfig", "estimate.run:estimate"
     ),
     "convert": Command(
         "published checkpoints -> a starting X-Former, verified against them",
@@ -97,8 +97,8 @@ COMMANDS = {
     ),
     "export": Command(
         "a model -> a self-contained folder with a model card, ready for the hub",
-        "export:ExportConfig",
-        "export:export",
+        "export.settings:ExportConfig",
+        "export.run:export",
     ),
 }
 

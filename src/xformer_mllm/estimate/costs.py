@@ -1,0 +1,280 @@
+"""The cost of a pass, part by part; from it, memory and time on a GPU."""
+
+from dataclasses import dataclass
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from xformer_mllm.estimate.operations import (
+    BF16,
+    FP32,
+    INT64,
+    NORM_STATISTICS,
+    Cost,
+    attention,
+    dropout,
+    feed_forward,
+    frozen_on_the_way,
+    frozen_tower,
+    linear,
+    norm,
+    total,
+)
+from xformer_mllm.estimate.sizes import Sizes
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+
+ADAMW_TRAFFIC = (
+    7 * FP32
+)  # a parameter's update reads it, its gradient and two moments, and writes all but the gradient
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Of the maker's data sheet: peak bf16 FLOP/s without sparsity, memory in bytes, its bandwidth in bytes/s."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+GPUS = {
+    "A100-40": Gpu(312e12, 40e9, 1555e9),
+    "A100-80": Gpu(312e12, 80e9, 2039e9),
+    "H100": Gpu(989e12, 80e9, 3350e9),
+    "H200": Gpu(989e12, 141e9, 4800e9),
+    "L40S": Gpu(362e12, 48e9, 864e9),
+    "RTX-4090": Gpu(165e12, 24e9, 1008e9),
+}
+"""GPUs with bf16; older ones (V100, T4) do not have it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one GPU does in one pass, forward and backward.
+
+    Args:
+        stage: 1 or 2.
+        pictures: the batch on this GPU.
+        text_tokens: T; of a caption in stage 1, of what is learned to be said in stage 2.
+        gpus: how many share the contrastive loss.
+        texts: for each picture, in stage 2 (several where it learns from questions).
+        prompt_tokens: in front of what is learned, start token included, in stage 2.
+        instruction_aware: the Q-Former reads the prompt, in stage 2.
+    """
+
+    stage: int
+    pictures: int
+    text_tokens: int
+    gpus: int = 1
+    texts: int = 1
+    prompt_tokens: int = 1
+    instruction_aware: bool = False
+
+
+# ---- the parts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one picture: C, and M as it is read. `mae_patches`: before masking."""
+
+    clip: int
+    mae: int
+    mae_patches: int
+
+
+def tokens_of(config: XFormerConfig, stage: int) -> Tokens:
+    clip = _patches(config.clip_config, config.clip_config.image_size) + _class_token(config.clip_config)
+    if config.mae_config is None:
+        return Tokens(clip, clip if config.has_second_encoder else 0, 0)
+    patches = _patches(config.mae_config, config.mae_image_size)
+    masked = config.reconstruction if stage == 1 else config.reconstruction_in_stage2
+    kept = int(patches * (1 - config.mask_ratio)) if masked else patches
+    return Tokens(clip, kept + _class_token(config.mae_config), patches)
+
+
+def _patches(tower: PreTrainedConfig, image_size: int) -> int:
+    return (image_size // tower.patch_size) ** 2
+
+
+def _class_token(tower: PreTrainedConfig) -> int:
+    return 0 if "siglip" in tower.model_type else 1
+
+
+def clip_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
+    """The whole picture, and the trained layer norm behind the tower."""
+    clip = config.clip_config
+    patches = 2 * _patches(clip, clip.image_size) * 3 * clip.patch_size**2 * clip.hidden_size
+    tower = frozen_tower(*sizes.stacks["clip_encoder"], tokens.clip, clip.hidden_size)
+    return Cost(patches) + tower + norm(tokens.clip, clip.hidden_size)
+
+
+def second_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
+    """The patches that are not masked (all are embedded)."""
+    tower = config.mae_config
+    patches = 2 * tokens.mae_patches * 3 * tower.patch_size**2 * tower.hidden_size
+    read = tokens.mae + getattr(tower, "num_register_tokens", 0)
+    return Cost(patches) + frozen_tower(*sizes.stacks["mae_encoder"], read, tower.hidden_size)
+
+
+def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int) -> Cost:
+    """One pass of `queries` and `text` together; either may be 0. Text alone does not read the picture."""
+    parts, width, heads = config.qformer_config, config.qformer_config.hidden_size, _heads(config)
+    both = queries + text
+    embedded = norm(both if text else 0, width) + dropout(both, width, parts)  # queries alone are a parameter's view
+    reads = tokens.clip + (tokens.mae if config.fusion == "concat" else 0)
+    after = norm(both, width) + dropout(both, width, parts)
+    layer = linear(both, width, width) * 4 + attention(both, both, width, heads, masked=text > 0) + after
+    layer += feed_forward(both, width, parts.intermediate_size) + after
+    cross = linear(queries, width, width) * 2 + linear(reads, parts.encoder_hidden_size, width) * 2
+    cross += attention(queries, reads, width, heads) + norm(queries, width) + dropout(queries, width, parts)
+    crossing = len(range(0, parts.num_hidden_layers, parts.cross_attention_frequency)) if queries else 0
+    return embedded + layer * parts.num_hidden_layers + cross * crossing
+
+
+def fusion(config: XFormerConfig, tokens: Tokens, queries: int) -> Cost:
+    """What the variant adds to one pass of the Q-Former with queries."""
+    if config.fusion == "none":
+        return Cost()
+    parts, width, wide = config.qformer_config, config.qformer_config.hidden_size, _mae_width(config)
+    inside, heads = parts.intermediate_size, _heads(config)
+    if config.fusion == "concat":
+        return norm(tokens.mae, wide) + linear(tokens.mae, wide, config.clip_config.hidden_size)
+    if config.fusion == "early_cross_attention":
+        crossing = len(range(0, parts.num_hidden_layers, parts.cross_attention_frequency))
+        statistics = Cost(kept=crossing * tokens.mae * NORM_STATISTICS)  # all six read the same M
+        layer = norm(queries, width) + _reads(queries, width, tokens.mae, wide, heads)
+        return layer * crossing + Cost(kept=FP32 * tokens.mae * wide) + statistics
+    mae_heads = config.second_encoder_config.num_attention_heads
+    block = norm(tokens.mae, wide) + norm(queries, width) + _reads(tokens.mae, wide, queries, width, mae_heads)
+    block += norm(tokens.mae, wide) + feed_forward(tokens.mae, wide, inside)
+    block += norm(tokens.mae, wide) + _reads(queries, width, tokens.mae, wide, heads)  # its queries are kept already
+    block += norm(queries, width) + feed_forward(queries, width, inside)
+    return block * config.fusion_blocks
+
+
+def _reads(asking: int, width: int, answering: int, context: int, heads: int) -> Cost:
+    """The fusion's cross-attention behind its norms."""
+    products = linear(asking, width, width) * 2 + linear(answering, context, width) * 2
+    return products + attention(asking, answering, width, heads)
+
+
+def _heads(config: XFormerConfig) -> int:
+    return config.qformer_config.num_attention_heads
+
+
+def _mae_width(config: XFormerConfig) -> int:
+    return config.second_encoder_config.hidden_size
+
+
+def reconstruction(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
+    """M' through the frozen decoder, all patches and CLS, and the squared error in fp32."""
+    mae = config.mae_config
+    width, length, values = mae.decoder_hidden_size, tokens.mae_patches + 1, 3 * mae.patch_size**2
+    ends = 2 * tokens.mae * _mae_width(config) * width + 2 * length * width * values
+    unshuffled = Cost(kept=INT64 * tokens.mae_patches * width)
+    layers, weights = sizes.stacks["mae_decoder"]
+    stack = frozen_on_the_way(
+        layers, weights, length, width, width, mae.decoder_num_attention_heads, mae.decoder_intermediate_size
+    )
+    error = Cost(kept=FP32 * tokens.mae_patches * values)
+    return Cost(ends, ends) + unshuffled + stack + norm(length, width) + error
+
+
+def stage1_heads(config: XFormerConfig, work: Work) -> Cost:
+    """ITC on queries and text against all GPUs' pairs, ITM on three pairs, ITG on each text token."""
+    width, shared = config.qformer_config.hidden_size, config.image_text_hidden_size
+    queries, tokens, vocabulary = config.num_query_tokens, work.text_tokens, config.qformer_config.vocab_size
+    pairs = work.pictures * work.gpus
+    itc = linear(queries, width, shared) + linear(1, width, shared)
+    compared = 4 * queries * shared * pairs  # each way: all queries of a picture, or of all pictures, and one text
+    itc += Cost(compared, 2 * compared, 2 * pairs * queries * BF16 + 3 * (queries + 1) * shared * FP32)
+    itm = linear(3 * queries, width, 2)
+    itg = linear(tokens, width, width) + Cost(kept=BF16 * tokens * width) + norm(tokens, width)
+    itg += linear(tokens, width, vocabulary) + Cost(kept=FP32 * (tokens - 1) * vocabulary)
+    return itc + itm + itg
+
+
+def language_model(config: XFormerConfig, sizes: Sizes, work: Work) -> Cost:
+    """One text: queries, prompt and what is learned through the frozen stack; the vocabulary on what is learned alone."""
+    text = config.text_config
+    length = config.num_query_tokens + work.prompt_tokens + work.text_tokens
+    width, heads = text.hidden_size, text.num_attention_heads
+    keys = width // heads * (getattr(text, "num_key_value_heads", None) or heads)
+    inside = getattr(text, "ffn_dim", None) or text.intermediate_size
+    kept_inside = (
+        3 * inside if sizes.gated else inside
+    )  # ReLU keeps its result; a gate its input, its result, the other
+    stack = frozen_on_the_way(*sizes.stacks["language_model"], length, width, keys, heads, kept_inside)
+    words = 2 * work.text_tokens * width * text.vocab_size
+    return stack + norm(length, width) + Cost(words, words, FP32 * work.text_tokens * text.vocab_size)
+
+
+def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
+    """Of one picture, by part, in the order of the figure."""
+    tokens, queries, text = tokens_of(config, work.stage), config.num_query_tokens, work.text_tokens
+    parts = {"CLIP encoder": clip_encoder(config, sizes, tokens)}
+    if config.mae_config is not None:
+        parts["second encoder"] = second_encoder(config, sizes, tokens)
+    if work.stage == 1:
+        parts["Q-Former, queries | text (ITG, ITC)"] = qformer(config, tokens, queries, text)
+        parts["Q-Former, text (ITC)"] = qformer(config, tokens, 0, text)
+        parts["Q-Former, 3 pairs (ITM)"] = qformer(config, tokens, queries, text) * 3
+        parts["fusion, once and 3 pairs"] = fusion(config, tokens, queries) * 4
+        parts["heads of ITC, ITM, ITG"] = stage1_heads(config, work)
+        if config.reconstruction:
+            parts["MAE decoder"] = reconstruction(config, sizes, tokens)
+        return parts
+    read = work.prompt_tokens if work.instruction_aware else 0
+    passes = work.texts if work.instruction_aware else 1
+    parts["Q-Former"] = qformer(config, tokens, queries, read) * passes
+    parts["fusion"] = fusion(config, tokens, queries) * passes
+    parts["projection"] = linear(queries, config.qformer_config.hidden_size, config.text_config.hidden_size) * passes
+    if config.reconstruction_in_stage2:
+        parts["MAE decoder"] = reconstruction(config, sizes, tokens) * passes
+    parts["language model"] = language_model(config, sizes, work) * work.texts
+    return parts
+
+
+# ---- memory and time
+
+
+def memory(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, int]:
+    """Bytes on each GPU when a forward pass ends, by what they are for.
+
+    The gradients are counted too, though most of them appear as activations go.
+    """
+    trained = sum(sizes.trained.values())
+    return {
+        "frozen weights (bf16)": BF16 * (sum(sizes.parameters.values()) - trained),
+        "trained weights (fp32)": FP32 * trained,
+        "gradients (fp32)": FP32 * trained,
+        "gradient buckets of DDP (fp32)": FP32 * trained if work.gpus > 1 else 0,
+        "AdamW's two moments (fp32)": 2 * FP32 * trained,
+        "bf16 copies of trained weights": BF16 * sizes.cast,
+        "kept for the backward pass": work.pictures * total(list(costs(config, sizes, work).values())).kept,
+        "pictures to choose hard negatives from": _candidates(config, work) if work.stage == 1 else 0,
+    }
+
+
+def _candidates(config: XFormerConfig, work: Work) -> int:
+    """C (fp32) and M (bf16) of all GPUs' pictures, and of the three pairs of each of ours."""
+    tokens = tokens_of(config, 1)
+    picture = FP32 * tokens.clip * config.clip_config.hidden_size
+    if tokens.mae:
+        picture += BF16 * tokens.mae * _mae_width(config)
+    everywhere = work.pictures * work.gpus if work.gpus > 1 else 0
+    return (everywhere + 3 * work.pictures) * picture
+
+
+def step_seconds(
+    config: XFormerConfig, sizes: Sizes, work: Work, gpu: Gpu, utilisation: float, passes: int = 1
+) -> float:
+    """Of an optimiser step with so many passes: products at a share of the peak, memory traffic at the bandwidth.
+
+    What is kept for the backward pass is written once and read once.
+    """
+    of_picture = total(list(costs(config, sizes, work).values()))
+    flops = work.pictures * (of_picture.forward + of_picture.backward)
+    moved = 2 * work.pictures * of_picture.kept
+    update = ADAMW_TRAFFIC * sum(sizes.trained.values())
+    return passes * (flops / (utilisation * gpu.flops) + moved / gpu.bandwidth) + update / gpu.bandwidth

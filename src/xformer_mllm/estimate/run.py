@@ -1,0 +1,216 @@
+"""The command: reads a recipe, counts what it asks of each GPU, prints and returns the result."""
+
+import json
+from bisect import bisect_right
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from transformers import AutoConfig, OPTConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from xformer_mllm.data.json_files import read_json
+from xformer_mllm.estimate.costs import GPUS, Work, costs, memory, step_seconds, tokens_of
+from xformer_mllm.estimate.operations import total
+from xformer_mllm.estimate.sizes import Sizes, empty_model, sizes_of
+from xformer_mllm.estimate.tables import show
+from xformer_mllm.language_models import language_model_dir
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.variants import VARIANTS, variant_config
+
+MOST_PICTURES = 2**20  # a larger batch is not looked for
+OPT_SIZES = {"facebook/opt-2.7b": (2560, 32, 32), "facebook/opt-6.7b": (4096, 32, 32)}  # width, layers, heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """FLOPs, memory and time of a training run, from its recipe.
+
+    Counted from the shapes; the time rests on an assumed utilisation of the GPU. Captions count at their greatest length
+    (max_text_tokens), so real ones cost less.
+    """
+
+    recipe: Annotated[Path, tyro.conf.Positional]
+    """A file that `xformer train stage1|stage2 --config` takes: one of recipes/, or the config.json of a run."""
+    gpu: str = "H100"
+    """A100-40, A100-80, H100, H200, L40S or RTX-4090."""
+    count: int = 8
+    """How many of them, each with the recipe's batch_size."""
+    utilisation: float = 0.4
+    """Assumed share of the peak that the matrix products reach."""
+    reserve: float = 0.1
+    """Assumed share on top of the counted memory, for the allocator and the libraries."""
+    batch_size: int | None = None
+    """In place of the recipe's."""
+    epoch: int = 14_000_000
+    """Pictures of an epoch, where the recipe has no train_size: those of the paper."""
+    variant: str | None = None
+    """In place of the recipe's (stage 2: that of its stage-1 model)."""
+    model: Path | None = None
+    """Folder of a model whose sizes are meant (a stage-1 run's model/, or what convert wrote); none: the paper's sizes."""
+    compare: bool = False
+    """Also a line for each variant at the same settings, as ratios to qformer."""
+    json: bool = False
+    """Print JSON, for programs."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in one line, for what cannot be."""
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu '{self.gpu}' is unknown; choose one of {', '.join(GPUS)}")
+        if min(self.count, self.epoch, 1 if self.batch_size is None else self.batch_size) < 1:
+            raise ValueError("count, epoch and batch_size must be at least 1")
+        if not 0 < self.utilisation <= 1 or self.reserve < 0:
+            raise ValueError("utilisation must be above 0 and at most 1, reserve not negative")
+
+
+# ---- what is trained on: the recipe
+
+RECIPE_FIELDS = ("steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a recipe. Raises FileNotFoundError, or ValueError if it is not the whole of a run's settings."""
+    recipe = read_json(path)
+    if not isinstance(recipe, dict) or recipe.get("command") not in ("train stage1", "train stage2"):
+        raise ValueError(f'{path}: not a recipe of `xformer train stage1|stage2`: it has no such "command"')
+    if missing := [name for name in RECIPE_FIELDS if not isinstance(recipe.get(name), int)]:
+        raise ValueError(
+            f"{path}: the estimate needs the number {missing[0]!r}; the config.json of a run has them all"
+        )
+    if recipe["command"] == "train stage2" and not isinstance(recipe.get("llm"), str):
+        raise ValueError(f"{path}: the estimate needs the name of the language model, 'llm'")
+    return recipe
+
+
+def work_of(recipe: dict[str, Any], batch_size: int, gpus: int) -> Work:
+    """What a recipe asks of each of `gpus`."""
+    tokens = recipe["max_text_tokens"]
+    if recipe["command"] == "train stage1":
+        return Work(1, batch_size, tokens, gpus)
+    if recipe.get("text", "captions") == "captions":
+        return Work(2, batch_size, tokens, gpus)
+    aware, texts = recipe.get("instruction_aware", True), recipe.get("questions_per_picture", 1)
+    return Work(2, batch_size, tokens, gpus, texts, 1 + tokens, aware)
+
+
+def model_config(recipe: dict[str, Any], variant: str | None, model: Path | None) -> XFormerConfig:
+    """The sizes: the paper's or those of a model's folder, in the recipe's variant, with its language model in stage 2.
+
+    Raises OSError or ValueError where a folder or a language model cannot be read.
+    """
+    if model is not None and not (model / "config.json").is_file():
+        raise FileNotFoundError(f"{model}: no model there (no config.json in it)")
+    base = XFormerConfig.paper() if model is None else XFormerConfig.from_pretrained(model)
+    config = variant_config(variant or recipe.get("variant") or "xformer", base)
+    if recipe["command"] == "train stage2":
+        config.text_config = language_model_config(recipe["llm"])
+        aware = recipe.get("text") == "questions" and recipe.get("instruction_aware", True)
+        config.qformer_config.use_qformer_text_input = config.instruction_aware = aware
+    return config
+
+
+def language_model_config(name: str) -> PreTrainedConfig:
+    """The two of the paper are known without the hub."""
+    if name in OPT_SIZES:
+        width, layers, heads = OPT_SIZES[name]
+        return OPTConfig(
+            hidden_size=width,
+            word_embed_proj_dim=width,
+            ffn_dim=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+        )
+    config = AutoConfig.from_pretrained(language_model_dir(name))
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name}: an encoder-decoder; the cost of causal language models alone is counted")
+    return config
+
+
+# ---- the command
+
+
+def estimate(settings: EstimateConfig) -> dict[str, Any]:
+    """Print what the recipe costs and return it.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line, for a recipe, model or language model that cannot be read.
+    """
+    recipe = read_recipe(settings.recipe)
+    config = model_config(recipe, settings.variant, settings.model)
+    work = work_of(recipe, settings.batch_size or recipe["batch_size"], settings.count)
+    result = _run(settings, recipe, config, work)
+    if settings.compare:
+        result["variants"] = _variants(settings, recipe, work)
+    print(json.dumps(result, indent=2) if settings.json else show(result))
+    return result
+
+
+def _run(settings: EstimateConfig, recipe: dict[str, Any], config: XFormerConfig, work: Work) -> dict[str, Any]:
+    gpu, sizes = GPUS[settings.gpu], sizes_of(empty_model(config, work.stage))
+    parts, tokens = costs(config, sizes, work), tokens_of(config, work.stage)
+    passes = recipe["gradient_accumulation_steps"]
+    seconds = step_seconds(config, sizes, work, gpu, settings.utilisation, passes)
+    held = memory(config, sizes, work)
+    needed = round(sum(held.values()) * (1 + settings.reserve))
+    pictures = work.pictures * work.gpus * passes
+    hours = recipe["steps"] * seconds / 3600
+    of_picture = total(list(parts.values()))
+    return {
+        "recipe": str(settings.recipe),
+        "variant": settings.variant or recipe.get("variant") or "xformer",
+        "gpu": {"name": settings.gpu, **asdict(gpu)},
+        "assumed": {"utilisation": settings.utilisation, "reserve": settings.reserve},
+        "work": asdict(work),
+        "parameters": {name: [number, sizes.trained[name]] for name, number in sizes.parameters.items()},
+        "per_picture": {name: asdict(cost) for name, cost in parts.items()},
+        "tokens_per_picture": {
+            "clip": tokens.clip,
+            "second_encoder": tokens.mae,
+            "queries": config.num_query_tokens,
+            "text": work.text_tokens * work.texts,
+        },
+        "step": {
+            "pictures": pictures,
+            "flops_per_gpu": passes * work.pictures * (of_picture.forward + of_picture.backward),
+            "seconds": seconds,
+            "pictures_per_second": pictures / seconds,
+        },
+        "run": {
+            "steps": recipe["steps"],
+            "pictures": recipe["steps"] * pictures,
+            "epochs": recipe["steps"] * pictures / (recipe.get("train_size") or settings.epoch),
+            "text_tokens": recipe["steps"] * pictures * work.texts * work.text_tokens,
+            "hours": hours,
+            "gpu_hours": hours * work.gpus,
+        },
+        "memory": {
+            **held,
+            "reserve": needed - sum(held.values()),
+            "needed": needed,
+            "largest_batch_size": _largest(config, sizes, work, gpu.memory / (1 + settings.reserve)),
+        },
+    }
+
+
+def _largest(config: XFormerConfig, sizes: Sizes, work: Work, room: float) -> int:
+    """The most pictures whose pass fits; 0 if not even one does."""
+    return bisect_right(
+        range(1, MOST_PICTURES), room, key=lambda n: sum(memory(config, sizes, replace(work, pictures=n)).values())
+    )
+
+
+def _variants(settings: EstimateConfig, recipe: dict[str, Any], work: Work) -> dict[str, Any]:
+    """Of each variant: FLOPs of a picture, seconds of a pass, bytes on a GPU, trained parameters."""
+    rows = {}
+    for name in VARIANTS:
+        config = model_config(recipe, name, settings.model)
+        sizes = sizes_of(empty_model(config, work.stage))
+        of_picture = total(list(costs(config, sizes, work).values()))
+        rows[name] = {
+            "trained": sum(sizes.trained.values()),
+            "flops_per_picture": of_picture.forward + of_picture.backward,
+            "seconds": step_seconds(config, sizes, work, GPUS[settings.gpu], settings.utilisation),
+            "memory": round(sum(memory(config, sizes, work).values()) * (1 + settings.reserve)),
+        }
+    return rows

@@ -1,0 +1,90 @@
+"""The result as text."""
+
+from typing import Any
+
+from xformer_mllm.estimate.operations import Cost, total
+
+
+def show(result: dict[str, Any]) -> str:
+    """What `estimate` returns, as tables."""
+    work, gpu, assumed, run, step = (result[name] for name in ("work", "gpu", "assumed", "run", "step"))
+    blocks = [
+        f"{result['recipe']}: {result['variant']}, stage {work['stage']}, on {work['gpus']} x {gpu['name']}, "
+        f"{work['pictures']} pictures each",
+        _parameter_table(result["parameters"]),
+        _part_table(result["per_picture"]),
+        _lines(
+            {
+                "tokens of a picture": ", ".join(f"{n} {_word(w)}" for w, n in result["tokens_per_picture"].items()),
+                "a step": f"{step['pictures']:,} pictures, {step['flops_per_gpu'] / 1e12:,.1f} TFLOP on each GPU, "
+                f"{step['seconds']:.2f} s: {step['pictures_per_second']:,.0f} pictures/s",
+                "the run": f"{run['steps']:,} steps, {run['pictures']:,} pictures ({run['epochs']:.2f} epochs), at most "
+                f"{run['text_tokens'] / 1e9:.2f} G text tokens",
+                "its time": f"{run['hours']:.1f} hours, {run['gpu_hours']:,.0f} GPU-hours, if matrix products reach "
+                f"{100 * assumed['utilisation']:.0f} % of {gpu['flops'] / 1e12:.0f} TFLOP/s",
+            }
+        ),
+        _memory_table(result),
+    ]
+    if "variants" in result:
+        blocks.append(_variant_table(result["variants"]))
+    return "\n\n".join(blocks)
+
+
+def _word(name: str) -> str:
+    return {"clip": "CLIP"}.get(name, name.replace("_", " "))
+
+
+def _parameter_table(parameters: dict[str, list[int]]) -> str:
+    rows = [[name, f"{number:,}", f"{trained:,}"] for name, (number, trained) in parameters.items()]
+    sums = [f"{sum(column):,}" for column in zip(*parameters.values(), strict=True)]
+    return _table(["part", "parameters", "trained"], [*rows, ["total", *sums]])
+
+
+def _part_table(per_picture: dict[str, dict[str, int]]) -> str:
+    parts = {name: Cost(**cost) for name, cost in per_picture.items()}
+    parts["total"] = total(list(parts.values()))
+    rows = [
+        [name, f"{cost.forward / 1e9:.1f}", f"{cost.backward / 1e9:.1f}", f"{cost.kept / 1e6:.1f}"]
+        for name, cost in parts.items()
+    ]
+    return _table(["of a picture", "GFLOP forward", "GFLOP backward", "MB kept"], rows)
+
+
+def _memory_table(result: dict[str, Any]) -> str:
+    held = dict(result["memory"])
+    needed, largest = held.pop("needed"), held.pop("largest_batch_size")
+    held[f"reserve (assumed, {100 * result['assumed']['reserve']:.0f} %)"] = held.pop("reserve")
+    rows = [[name, f"{number / 1e9:.2f}"] for name, number in held.items() if number]
+    room = result["gpu"]["memory"]
+    verdict = "fits" if needed <= room else "does NOT fit"
+    return (
+        _table(["memory of a GPU", "GB"], [*rows, ["total", f"{needed / 1e9:.2f}"]])
+        + f"\n{verdict} in {room / 1e9:.0f} GB; the largest batch_size that does: {largest}"
+    )
+
+
+def _variant_table(variants: dict[str, Any]) -> str:
+    base = variants["qformer"]
+    rows = []
+    for name, row in variants.items():
+        cells = [f"{row['trained'] / 1e6:.1f}"]
+        for key, unit in (("flops_per_picture", 1e9), ("seconds", 1), ("memory", 1e9)):
+            cells += [f"{row[key] / unit:,.2f}", f"{row[key] / base[key]:.3f}"]
+        rows.append([name, *cells])
+    head = ["variant", "M trained", "GFLOP a picture", "ratio", "s a pass", "ratio", "GB a GPU", "ratio"]
+    return _table(head, rows)
+
+
+def _lines(named: dict[str, str]) -> str:
+    width = max(map(len, named))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in named.items())
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in [head, *rows]
+    )

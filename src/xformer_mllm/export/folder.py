@@ -1,0 +1,121 @@
+"""Weights, settings and code, as they are written into the new folder.
+
+Weights: safetensors shards, frozen parts included, tensor by tensor: never more than a shard in memory. Settings:
+configuration, processor, generation settings. Code: the modules of `model/` that the Auto classes need; transformers runs
+them with trust_remote_code=True.
+"""
+
+import json
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from ..data.json_files import read_json, write_whole
+from ..model.configuration_xformer import XFormerConfig
+from ..model.modeling_xformer import FROZEN, LORA
+from ..model.processing_xformer import XFormerProcessor
+from .facts import Facts
+from .source import Kind, Tensors, part_of
+
+MODEL_CODE = Path(__file__).parents[1] / "model"
+
+
+def dtype_of(name: str, tensor: torch.Tensor, frozen: str | None) -> torch.dtype:
+    """That of a tensor in the new folder; `frozen`, if given, is that of the frozen parts."""
+    is_frozen = part_of(name) in FROZEN and LORA not in name
+    changes = frozen is not None and is_frozen and tensor.is_floating_point()
+    return getattr(torch, str(frozen)) if changes else tensor.dtype
+
+
+def write_weights(folder: Path, facts: Facts, tensors: Tensors) -> None:
+    """Shards, and their index where there are several. Raises OSError, before it begins if there is no room."""
+    split = split_torch_state_dict_into_shards(dict(facts.wanted), max_shard_size=facts.settings.max_shard_size)
+    free = shutil.disk_usage(folder).free / 1e9
+    if facts.gigabytes > free:
+        raise OSError(f"the weights take {facts.gigabytes:,.3f} GB, and {free:,.3f} GB are free on that disk")
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].to(facts.wanted[name].dtype).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read it
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def check_whole(folder: Path, kind: Kind, source: Path) -> None:
+    """Load the new folder without its numbers. Raises ValueError for weights that are missing or of another shape."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers' own table of them
+    try:
+        _, report = kind.model.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} weights are missing or of another shape, such as {wrong[0]}")
+
+
+def new_config(source: Path, kind: Kind) -> XFormerConfig:
+    """The model's, which names its code, and no path of this machine."""
+    config = XFormerConfig.from_pretrained(source)
+    config.auto_map = {
+        "AutoConfig": "configuration_xformer.XFormerConfig",
+        "AutoModel": "modeling_xformer.XFormerModel",
+        kind.auto_class: f"modeling_xformer.{kind.model.__name__}",
+    }
+    for part in filter(None, (config.clip_config, config.mae_config, config.text_config, config.qformer_config)):
+        part._name_or_path = ""
+    return config
+
+
+def write_settings(folder: Path, source: Path, facts: Facts, processor: XFormerProcessor) -> None:
+    """config.json, the processor's files, generation_config.json."""
+    dtypes = {part_of(name): tensor.dtype for name, tensor in facts.wanted.items() if tensor.is_floating_point()}
+    frozen = dtypes.get("language_model", dtypes["clip_encoder"])
+    config = facts.config
+    for part in filter(None, (config, config.clip_config, config.mae_config, config.text_config)):
+        part.dtype = str(frozen).removeprefix("torch.")  # transformers loads all but the trained parts in it
+    config.save_pretrained(folder)
+
+    processor.auto_map = {"AutoProcessor": "processing_xformer.XFormerProcessor"}
+    processor.save_pretrained(folder)
+    for file in folder.rglob("tokenizer_config.json"):
+        kept = read_json(file)
+        for name in ("is_local", "local_files_only"):  # how it was loaded here
+            kept.pop(name, None)
+        write_whole(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+
+
+def write_code(folder: Path) -> None:
+    """The model's modules: those that transformers asks for, and all that they import of each other."""
+    todo, done = ["configuration_xformer", "modeling_xformer", "processing_xformer"], set()
+    while todo:
+        module = todo.pop()
+        if module not in done:
+            done.add(module)
+            code = followable((MODEL_CODE / f"{module}.py").read_text(encoding="utf-8"))
+            note = f"# From xformer-mllm {version('xformer-mllm')}, Apache-2.0.\n"
+            write_whole(folder / f"{module}.py", note + code)
+            todo += re.findall(r"^from \.(\w+) import", code, re.MULTILINE)
+
+
+def followable(code: str) -> str:
+    """Each module of `from . import a, b` named once more in the one form in which transformers looks for files to copy.
+
+    It reads lines such as `from .a import name` (dynamic_module_utils.py `get_relative_imports`).
+    """
+
+    def add(line: re.Match) -> str:
+        return line[0] + "".join(f"\nfrom .{name.strip()} import __name__ as _" for name in line[1].split(","))
+
+    return re.sub(r"^from \. import ([\w, ]+)$", add, code, flags=re.MULTILINE)

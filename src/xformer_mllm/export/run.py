@@ -1,0 +1,64 @@
+"""The command `xformer export`: a model -> the new folder, whole or not at all, and what is printed of it."""
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..checkpoints import model_folder
+from ..data.json_files import write_whole
+from .card import model_card
+from .facts import Facts, benchmark_of, evaluations, lineage, made_from
+from .folder import check_whole, dtype_of, new_config, write_code, write_settings, write_weights
+from .settings import ExportConfig
+from .source import kind_of, open_processor, open_weights
+
+
+def export(settings: ExportConfig) -> Path:
+    """Export and return the new folder.
+
+    Raises ValueError or OSError, in one line, if there is no such model, if something is there already, or if the disk is
+    full.
+    """
+    output = settings.output_dir
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: there is something already; name another --output-dir or remove it")
+    folder = model_folder(settings.model)
+    kind, tensors, processor = kind_of(folder), open_weights(folder), open_processor(folder)
+    config = new_config(folder, kind)
+    wanted = {name: tensor.to("meta", dtype_of(name, tensor, settings.dtype)) for name, tensor in tensors.items()}
+    scores, left_out = evaluations(folder, settings.metrics)
+    runs = lineage(folder)
+    facts = Facts(settings, kind, config, wanted, runs, made_from(runs, settings.base_models), scores)
+
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        write_settings(partial, folder, facts, processor)
+        write_code(partial)
+        write_whole(partial / "README.md", model_card(facts))
+        write_weights(partial, facts, tensors)
+        check_whole(partial, kind, folder)
+        os.replace(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{output} could not be written, and nothing is left of it: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(summary(facts, left_out))
+    return output
+
+
+def summary(facts: Facts, left_out: list[str]) -> str:
+    """What was written, what the card does not say, and how to publish it."""
+    output = facts.settings.output_dir
+    named = ", ".join(" ".join(filter(None, benchmark_of(metrics))) for metrics in facts.scores)
+    lines = [
+        f"{output}: {facts.kind.model.__name__}, {facts.gigabytes:,.3f} GB of weights",
+        f"scores in the card: {named or 'none; --metrics FILE adds them'}",
+        *(f"not in the card: {line}" for line in left_out),
+    ]
+    if not facts.settled:
+        lines.append("the licence is not settled, and the card says so: --license, --base-models NAME=LICENCE")
+    lines.append(f"to publish: hf upload {facts.settings.repo_id or 'YOU/NAME'} {output}")
+    return "\n".join(lines)
