@@ -104,6 +104,17 @@ def test_streamed(tmp_path):
     assert [record["id"] for record in found.read("train/0", lambda place, name: place == 4)] == ["train/0/4"]
 
 
+def test_a_stream_that_breaks_off_says_how_much_is_lost(tmp_path):
+    found = find_on_hub(on_hub(tmp_path / "set"))
+    shard = next((tmp_path / "set").rglob("*00001*"))
+    shard.write_bytes(shard.read_bytes()[:-50])
+    stated = [{"name": "train", "num_examples": 30}]  # as the hub does
+    found.datasets["train"].info.splits = datasets.SplitDict.from_split_dict(stated, "set")
+    (record,) = found.read("train/1")
+    assert "cannot be read further" in record["broken"]
+    assert record["lost"] == 10
+
+
 @pytest.mark.parametrize("world", [1, 3, 5])
 def test_stream_of_one(tmp_path, world):
     part = ShardPart("s", find_on_hub(on_hub(tmp_path / "set")), "train")

@@ -10,6 +10,8 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
+    BloomConfig,
+    FalconConfig,
     OPTConfig,
 )
 
@@ -327,6 +329,29 @@ def test_a_bf16_language_model_stays_bf16_and_what_is_trained_fp32(images, tmp_p
     ids, mask = llm_inputs(model.config, 4)
     with torch.no_grad():
         assert torch.equal(model(images, ids, mask).logits, again(images, ids, mask).logits)
+
+
+@pytest.mark.parametrize("kind", [BloomConfig, FalconConfig])
+def test_a_bf16_language_model_with_blooms_names_stays_bf16(kind, tmp_path):
+    """Their `word_embeddings` are not the Q-Former's."""
+    config = tiny_config(text_config=kind(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    model = XFormerForConditionalGeneration(config)
+    model.language_model.to(torch.bfloat16)
+    model.config.text_config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in again.language_model.parameters()} == {torch.bfloat16}
+
+
+def test_the_trained_parts_of_a_model_by_itself_are_fp32_too(tmp_path):
+    config = tiny_config()
+    config.qformer_config.use_qformer_text_input = True
+    XFormerForPreTraining(config).save_pretrained(tmp_path)
+    model = XFormerModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    frozen = ("clip_encoder", "mae_encoder", "mae_decoder")
+    kept = {name: p.dtype for name, p in model.named_parameters() if not name.startswith(frozen)}
+    assert set(kept.values()) == {torch.float32}
+    assert any(name.startswith("embeddings") for name in kept)
 
 
 def test_retrieval_loads_from_stage_1_and_scores_the_same(images, texts, tmp_path):

@@ -103,8 +103,8 @@ def test_an_interrupted_run_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         predict(Model(stop_after=2), Processor(), Pictures(), SETTINGS, tmp_path, 2)
     cut = tmp_path / "parts" / "process-0.jsonl"
-    with cut.open("a") as file:
-        file.write('{"id": "9", "ans')  # killed while it was writing
+    with cut.open("ab") as file:
+        file.write('{"id": "9", "answer": "é'.encode()[:-1])  # killed while it was writing, within a character
     model = Model()
     found = predict(model, Processor(), Pictures(), SETTINGS, tmp_path, 2)
     assert dict(found.answers) == RIGHT

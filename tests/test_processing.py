@@ -9,6 +9,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from xformer_mllm import XFormerConfig
 from xformer_mllm.checkpoints import WEIGHTS
 from xformer_mllm.model.processing_xformer import MAX_CAPTION_TOKENS, XFormerProcessor, image_processor
+from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
 
 
 @pytest.fixture
@@ -83,6 +84,24 @@ def test_a_chat_template_is_around_the_prompt_and_is_never_cut(processor, tmp_pa
 
 def test_placeholders_written_by_a_template_are_not_doubled(processor):
     assert torch.equal(processor(text="<image>a circle")["input_ids"], processor(text="a circle")["input_ids"])
+
+
+def test_a_text_that_names_the_placeholder_holds_none(processor):
+    """A caption of the web may; the Q-Former has no embedding for it, and each more would ask for another picture."""
+    asked = processor(qformer_text=["a <image> circle"])["qformer_input_ids"]
+    assert torch.equal(asked, processor(qformer_text=["a  circle"])["qformer_input_ids"])
+    assert processor.target_ids(["<image>a"], ["a <image> circle"]) == processor.target_ids(["a"], ["a  circle"])
+    processor.instruction_aware = True
+    batch = processor(text="<image>a circle")
+    assert torch.equal(batch["qformer_input_ids"], processor(text="a circle")["qformer_input_ids"])
+    items = [{"id": "0", "image": picture(), "caption": "a red <image> circle"}]
+    for collator in (Stage1Collator(processor, 32), Stage2Collator(processor, 2, 32)):
+        batch = collator(items)
+        assert processor.image_token_id not in batch["qformer_input_ids"]
+        if "input_ids" in batch:
+            assert (batch["input_ids"] == processor.image_token_id).sum() == processor.num_query_tokens
+    with pytest.raises(ValueError, match="0: empty caption"):
+        Stage1Collator(processor, 32)([{"id": "0", "image": picture(), "caption": "<image> "}])
 
 
 def test_qformer_text_is_padded_on_the_right_and_cut_with_a_word_in_the_log(processor, caplog):

@@ -424,7 +424,7 @@ def test_a_minimum_above_the_peak_is_refused():
 
 def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
     log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log.write_bytes('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"text": "é'.encode()[:-1])
     keep_until(log, 2)
     assert lines(log) == [{"step": 1}, {"step": 2}]
 

@@ -145,7 +145,8 @@ class HubShards:
                     if wanted(place, record["id"]):
                         yield record
         except (OSError, ValueError) as error:  # of the network or of a file's format (pyarrow's are ValueErrors)
-            yield broken(f"{self.name} {shard}", f"cannot be read further ({one_line(error)})")
+            lost = max(1, (self.size(split) or 0) // dataset.num_shards - place - 1)
+            yield broken(f"{self.name} {shard}", f"cannot be read further ({one_line(error)})", lost)
 
     def size(self, split: str) -> int | None:
         about = (self.datasets[split].info.splits or {}).get(split)

@@ -12,6 +12,7 @@ Lists are data sets with a length; shards, streamed data sets and mixtures are e
 """
 
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,8 @@ def list_part(source: Listed, split: Split, field: Field, weight: float | None =
         if not chosen:
             raise ValueError(f"{source.name}: one picture cannot be split into training and validation; add more")
         places = [places[place] for place in chosen]
-    return ListPart(source.name, rows, places, weight or float(sum(counts[place] for place in places)))
+    weight = weight or float(sum(counts[place] for place in places))
+    return ListPart(source.name, rows, array("q", places), weight)  # forked workers share its memory
 
 
 def shard_part(source: Sharded, split: Split, weight: float = 1.0) -> ShardPart:

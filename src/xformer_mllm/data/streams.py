@@ -371,10 +371,11 @@ class _Reader:
     def _note_broken(self, why: str, name: str, lost: int) -> None:
         self._broken += lost
         self._seen += lost - 1
-        self._named.append(name)
-        if len(self._named) <= NAMED:
-            last = " (the next ones are only counted)" if len(self._named) == NAMED else ""
-            logger.warning("left out: %s%s", why, last)
+        if len(self._named) <= NAMED:  # one more than is shown: there are others
+            self._named.append(name)
+            if len(self._named) <= NAMED:
+                last = " (the next ones are only counted)" if len(self._named) == NAMED else ""
+                logger.warning("left out: %s%s", why, last)
         check_broken(self._stream.name, self._broken, max(self._seen, GRACE), self._named, "samples")
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from xformer_mllm.evaluate.benchmark import Benchmark, Picture, Settings
 
 Record = Question | Picture
 
+TIMEOUT = timedelta(days=1)  # the others wait for whoever had most left to do, after a resumption for long
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -37,7 +40,7 @@ class Answers:
 
 def processes() -> PartialState:
     """This process among those that torchrun or accelerate has started; it alone, if nobody has."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
 
 
 def predict(
@@ -116,7 +119,7 @@ def _read_parts(parts: Path) -> list[dict[str, str]]:
     """Every whole row, each record once; a last line without an end was being written when its process was killed."""
     rows: dict[str, dict[str, str]] = {}
     for path in sorted(parts.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in path.read_bytes().split(b"\n")[:-1]:  # the last one may be cut within a character
             row = json.loads(line)
             rows[row["id"]] = row
     return list(rows.values())

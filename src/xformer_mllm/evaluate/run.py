@@ -114,9 +114,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     benchmark = open_benchmark(config)
     processes()  # each takes its GPU before a model is put on one
-    metrics = _rank(config, benchmark) if isinstance(benchmark, Retrieval) else _ask(config, benchmark)
-    processes().wait_for_everyone()
-    return metrics
+    return _rank(config, benchmark) if isinstance(benchmark, Retrieval) else _ask(config, benchmark)
 
 
 def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
@@ -162,9 +160,10 @@ def _rank(config: EvaluateConfig, benchmark: Retrieval) -> dict[str, Any]:
 
 
 def _output_dir(config: EvaluateConfig) -> Path:
-    return (
-        config.output_dir or model_folder(config.model).parent / "evaluation" / f"{config.benchmark}-{_split(config)}"
-    )
+    if config.output_dir is not None:
+        return config.output_dir
+    name = f"{config.benchmark}-{_split(config)}" + (f"-{config.settings}" if config.settings else "")
+    return model_folder(config.model).parent / "evaluation" / name
 
 
 def _about(config: EvaluateConfig, start: float) -> dict[str, Any]:
@@ -342,10 +341,10 @@ def _cell(found: Mapping[str, Any], metric: str) -> str:
 
 def _made_by(config: EvaluateConfig) -> dict[str, Any]:
     """What the answers depend on beside the settings: the data, and the model as its files are now."""
-    weights = sorted(model_folder(config.model).glob("*.safetensors"))
-    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in weights}
+    model = [path for path in sorted(model_folder(config.model).iterdir()) if path.is_file()]
+    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in model}
     benchmark = {field.name: _plain(config)[field.name] for field in dataclasses.fields(BenchmarkConfig)}
-    return benchmark | {"weights": files}
+    return benchmark | {"model": files}
 
 
 def _plain(config: BenchmarkConfig) -> dict[str, Any]:

@@ -65,8 +65,8 @@ class XFormerPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = [
         "clip_layernorm",
         "query_tokens",
-        "xformer.embeddings",  # the Q-Former's; towers have some of that name, too
-        "word_embeddings",
+        r"xformer\.embeddings",  # the Q-Former's; towers and language models have some of that name, too
+        r"^embeddings",  # the same of an XFormerModel by itself
         "qformer",
         "fusion",
         "vision_projection",

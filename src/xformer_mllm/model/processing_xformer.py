@@ -151,6 +151,7 @@ class XFormerProcessor(ProcessorMixin):
 
         Tokenizers join a space to the word behind it, each in its own way, so it is the whole text that is tokenized.
         """
+        targets = list(map(without_placeholders, targets))
         if self.encoder_decoder:
             return self.tokenizer(targets, add_special_tokens=False)["input_ids"]
         asked = [self._asked(prompt) for prompt in prompts]
@@ -166,8 +167,8 @@ class XFormerProcessor(ProcessorMixin):
     def _asked(self, prompt: str) -> str:
         """A prompt with what the chat template has around it, and one placeholder."""
         if self.turn is None:
-            return _plain(prompt)
-        return self.turn[0] + IMAGE_TOKEN + _plain(prompt) + self.turn[1]
+            return without_placeholders(prompt)
+        return self.turn[0] + IMAGE_TOKEN + without_placeholders(prompt) + self.turn[1]
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         """A chat template writes the start token itself."""
@@ -194,6 +195,7 @@ def encode(
     padding_side: str,
 ) -> dict[str, torch.Tensor]:
     """Texts -> input_ids and attention_mask, int64[B, T]. A text that is cut is said so once in the log."""
+    texts = list(map(without_placeholders, texts))
     encoded = tokenizer(texts, return_token_type_ids=False, verbose=False)["input_ids"]
     longest = max(len(ids) for ids in encoded)
     if max_length is not None and longest > max_length:
@@ -209,13 +211,16 @@ def encode(
     )
 
 
-def _plain(prompt: str) -> str:
-    """A prompt that a pipeline has already given placeholders is not given them twice."""
-    return prompt.replace(IMAGE_TOKEN, "")
+def without_placeholders(text: str) -> str:
+    """A text of the web may hold the placeholder's name, and a pipeline gives a prompt placeholders of its own.
+
+    The Q-Former has no embedding for them, and the language model takes exactly `num_query_tokens`.
+    """
+    return text.replace(IMAGE_TOKEN, "")
 
 
 def _as_list(value):
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-__all__ = ["IMAGE_TOKEN", "XFormerProcessor", "encode", "image_processor"]
+__all__ = ["IMAGE_TOKEN", "XFormerProcessor", "encode", "image_processor", "without_placeholders"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
+from xformer_mllm.model.processing_xformer import without_placeholders
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ IGNORED = -100  # no loss there
 
 
 def _require_text(record: dict[str, Any], field: str) -> str:
-    text = record[field].strip()
+    text = without_placeholders(record[field]).strip()
     if not text:
         raise ValueError(f"{record['id']}: empty {field}; give it a text or leave it out")
     return text

@@ -30,15 +30,15 @@ SHOWN = ("temperature", "grad_norm", "query_similarity")  # in the progress line
 def keep_until(path: Path, step: int) -> None:
     """Drop what a killed run wrote to a JSONL file after `step`, its last checkpoint, and a line cut in two."""
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []:
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:  # the last may end within a character
         try:
             record = json.loads(line)
         except ValueError:
             break
         if record["step"] <= step:
-            kept.append(line + "\n")
+            kept.append(line + b"\n")
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     partial.replace(path)
 
 
