@@ -16,10 +16,13 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
+    OPTModel,
     SiglipVisionModel,
     T5Config,
     ViTMAEForPreTraining,
@@ -301,6 +304,11 @@ def test_any_vision_tower_will_do(pixels):
         Dinov2Model(
             Dinov2Config(hidden_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=8)
         ),
+        DINOv3ViTModel(
+            DINOv3ViTConfig(
+                hidden_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=8
+            )
+        ),
         SiglipVisionModel(tiny_config("siglip").clip_config),
         CLIPModel(
             CLIPConfig(
@@ -350,6 +358,25 @@ def test_what_cannot_be_attached_is_said_in_one_line(pixels, tmp_path):
     part.config.num_query_tokens = 5
     with pytest.raises(ValueError, match="for 5 queries of width 28, but the model has 4 of width 28"):
         attach_xformer(model, part)
+
+
+@pytest.mark.parametrize(
+    ("mae", "settings", "message"),
+    [
+        (None, {}, "mae must be a vision tower of transformers or a saved fusion's folder, not a NoneType"),
+        (lambda: OPTModel(tiny_config().text_config), {}, "must be a vision tower, and a OPTModel is none"),
+        (tiny_mae, {"fusion": "concat"}, "no setting of a fusion: fusion; there are fusion_blocks, mae_mean"),
+        (tiny_mae, {"fusion_blokcs": 2}, "no setting of a fusion: fusion_blokcs"),
+        (lambda: "my-fusion", {"fusion_blocks": 2}, "has its own settings; leave out fusion_blocks"),
+        (lambda: detach_xformer(attach_xformer(host("blip2")[0], tiny_mae())), {"mae_mean": [0.5] * 3}, "mae_mean"),
+    ],
+)
+def test_a_wrong_second_encoder_or_setting_is_said_in_one_line(mae, settings, message):
+    model, _ = host("blip2")
+    with pytest.raises(ValueError, match=message) as caught:
+        attach_xformer(model, mae and mae(), **settings)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(model, "xformer")
 
 
 def test_a_saved_model_of_another_kind_is_no_attached_x_former(tmp_path):

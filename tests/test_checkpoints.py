@@ -1,5 +1,7 @@
 """From the shipped parts to stage 1, from stage 1 to stage 2, and through transformers' own doors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import randomise
@@ -16,8 +18,16 @@ from transformers import (
     pipeline,
 )
 
-from xformer_mllm import VARIANTS
-from xformer_mllm.checkpoints import WEIGHTS, _copy, start_generation, start_pretraining
+from xformer_mllm import VARIANTS, XFormerForConditionalGeneration, XFormerForPreTraining
+from xformer_mllm.checkpoints import (
+    WEIGHTS,
+    _copy,
+    evaluation_folder,
+    load_model,
+    model_folder,
+    start_generation,
+    start_pretraining,
+)
 from xformer_mllm.model.vision_encoders import scaled
 
 
@@ -141,6 +151,31 @@ def test_batched_answers_equal_single_ones_and_the_pipeline_gives_them_too(image
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     answer = pipe(images=pictures[0], text=prompts[0], max_new_tokens=5, return_full_text=False)
     assert answer[0]["generated_text"].strip() == texts[0].strip()
+
+
+def test_where_there_is_no_model_the_runs_inside_are_named(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no trained model there, but in qformer and stage1 and stage2 inside"):
+        model_folder(runs)
+    with pytest.raises(FileNotFoundError, match="no trained model there; `make demo` trains one, into runs/demo"):
+        model_folder(tmp_path)
+
+
+def test_a_model_of_the_other_stage_is_named_in_words(runs):
+    for folder, kind, message in (
+        ("stage1", XFormerForConditionalGeneration, "holds a stage-1 model; this needs a stage-2 one"),
+        ("stage2", XFormerForPreTraining, "holds a stage-2 model; this needs a stage-1 one"),
+    ):
+        with pytest.raises(ValueError, match=f"{folder}/model: {message}"):
+            load_model(runs / folder, [kind])
+
+
+def test_evaluations_are_in_the_run_or_in_a_model_without_one(tmp_path, monkeypatch):
+    assert evaluation_folder(tmp_path / "run" / "model") == tmp_path / "run" / "evaluation"
+    assert evaluation_folder(Path("run/model")) == Path("run/evaluation")
+    assert evaluation_folder(tmp_path / "exported") == tmp_path / "exported" / "evaluation"
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert evaluation_folder(Path()) == tmp_path / "evaluation"
 
 
 def test_a_part_that_does_not_fit_names_the_tensor():

@@ -1,10 +1,12 @@
 """The command line: what it offers, and one clear line for what a user can do something about."""
 
+import dataclasses
 import pkgutil
 
 import pytest
 
 from xformer_mllm import cli
+from xformer_mllm.evaluate.probe import ProbeConfig
 from xformer_mllm.train.config import Stage2Config, write_config
 from xformer_mllm.variants import VARIANTS
 
@@ -53,6 +55,24 @@ def test_training_help_shows_every_field_explained(capsys):
     assert "--steps INT Optimiser steps; the cosine schedule ends there. (default: 800)" in shown
 
 
+def test_training_help_names_every_variant(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "stage1", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    listed = shown.partition("Which model: ")[2].partition(" (variants.py")[0]
+    names = listed.replace("(rows of the paper's tables)", "").replace(" ", "").split(",")
+    assert names == list(VARIANTS)
+
+
+def test_probe_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["data", "probe", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(ProbeConfig):
+        flag = f"--{field.name.replace('_', '-')} "
+        assert shown.partition(flag)[2].partition("(default:")[0].split(maxsplit=1)[1:], flag
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("xformer-mllm ")
@@ -74,7 +94,8 @@ def test_an_unknown_variant_is_told_the_names(capsys, tmp_path):
 def test_unknown_data_and_impossible_numbers_are_one_line(capsys, tmp_path):
     output = ("--output-dir", str(tmp_path / "run"))
     line = error_line(capsys, "train", "stage1", "--data", str(tmp_path / "none"), *output)
-    assert line.startswith(f"{tmp_path / 'none'}: no such source of pictures; it must be a folder, FILE.json")
+    assert line.startswith(f"{tmp_path / 'none'}: no such source of pictures; it must be scenes, easy-vqa, a folder")
+    assert error_line(capsys, "train", "stage1", "--data", "scene", *output).startswith("scene: no such source")
     with pytest.raises(SystemExit) as exited:  # tyro's own words around ours
         cli.main(["train", "stage1", "--steps", "0", *output])
     assert exited.value.code == 2
@@ -84,8 +105,10 @@ def test_unknown_data_and_impossible_numbers_are_one_line(capsys, tmp_path):
 def test_a_wrong_configuration_file_is_one_line(capsys, tmp_path):
     missing = tmp_path / "config.json"
     assert error_line(capsys, "train", "stage1", "--config", str(missing)) == f"{missing}: no such configuration file"
+    assert error_line(capsys, "train", "stage1", "--config", str(tmp_path)).startswith(f"{missing}: no such")
     assert error_line(capsys, "train", "stage1", "--config").startswith("--config needs a file")
     write_config(Stage2Config(output_dir=tmp_path), "train stage2")
+    assert "not of `xformer train stage1`" in error_line(capsys, "train", "stage1", "--config", str(tmp_path))
     assert error_line(capsys, "train", "stage1", f"--config={missing}") == (
         f"{missing}: the configuration of `xformer train stage2`, not of `xformer train stage1`"
     )

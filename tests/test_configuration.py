@@ -1,8 +1,10 @@
 """Configurations survive their JSON, and impossible ones say why in one line."""
 
+import json
+
 import pytest
 from conftest import TOWERS, tiny_config
-from transformers import AutoConfig, ViTMAEConfig
+from transformers import AutoConfig, LlamaConfig, ResNetConfig, SwinConfig, ViTMAEConfig
 
 from xformer_mllm import VARIANTS, XFormerConfig
 from xformer_mllm.variants import variant_config
@@ -32,6 +34,11 @@ def test_every_variant_survives_saving(tmp_path, variant, tower):
         ({"mask_ratio": 1.0}, "below 1"),
         ({"mask_ratio": 0.0}, "mask_ratio above 0"),
         ({"reconstruction": False, "reconstruction_in_stage2": True}, "needs reconstruction"),
+        ({"num_query_tokens": 0}, "num_query_tokens is 0; it must be 1 or more"),
+        ({"fusion_blocks": 0}, "fusion_blocks is 0; it must be 1 or more"),
+        ({"mae_config": LlamaConfig()}, "mae_config: a llama has no single patch_size; the second encoder must be"),
+        ({"mae_config": ResNetConfig()}, "mae_config: a resnet has no single hidden_size"),
+        ({"mae_config": SwinConfig()}, "mae_config: a swin has no single num_attention_heads"),
         ({"mae_config": ViTMAEConfig(image_size=30, patch_size=8)}, "30 is no multiple of patch_size 8"),
     ],
 )
@@ -48,6 +55,29 @@ def test_encoder_widths_that_disagree_are_said():
         XFormerConfig(
             clip_config=config.clip_config, mae_config=config.mae_config, qformer_config=config.qformer_config
         )
+
+
+def test_what_is_no_x_formers_is_not_read_as_the_papers(tmp_path):
+    run, model = tmp_path / "run", tmp_path / "run" / "model"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"steps": 3}))
+    with pytest.raises(ValueError, match=r"run/config.json is no X-Former's configuration \(model_type: unknown\)$"):
+        XFormerConfig.from_pretrained(run)
+    tiny_config(num_query_tokens=3).save_pretrained(model)
+    for source in (run, run / "config.json"):
+        with pytest.raises(
+            ValueError, match=r"run/config.json is a run's configuration; the model's is in .*run/model$"
+        ):
+            XFormerConfig.from_pretrained(source)
+    for source in (model, model / "config.json"):
+        assert XFormerConfig.from_pretrained(source).num_query_tokens == 3
+    ViTMAEConfig().save_pretrained(tmp_path / "mae")
+    with pytest.raises(ValueError, match=r"mae/config.json is no X-Former's configuration \(model_type: vit_mae\)$"):
+        XFormerConfig.from_pretrained(tmp_path / "mae")
+    whole = ViTMAEConfig()
+    whole.xformer_config = tiny_config(num_query_tokens=5).to_dict()
+    whole.save_pretrained(tmp_path / "whole")  # as attach_xformer leaves it in a BLIP-2's
+    assert XFormerConfig.from_pretrained(tmp_path / "whole").num_query_tokens == 5
 
 
 def test_a_variant_leaves_its_base_alone():

@@ -406,6 +406,7 @@ def test_a_trained_model_gives_its_own_sizes(runs, tmp_path, capsys):
     path = recipe_file(tmp_path)
     result = estimate(EstimateConfig(recipe=path, model=runs / "stage1" / "model"))
     assert result["tokens_per_picture"] == {"clip": 37, "second_encoder": 19, "queries": 12, "text": 32}
+    assert estimate(EstimateConfig(recipe=path, model=runs / "stage1"))["parameters"] == result["parameters"]
     stage2 = recipe_file(tmp_path, command="train stage2", llm="opt", text="questions", questions_per_picture=4)
     result = estimate(EstimateConfig(recipe=stage2, model=runs / "stage1" / "model"))
     assert result["work"]["instruction_aware"] is True
@@ -450,8 +451,24 @@ def test_settings_that_cannot_be(wrong, tmp_path):
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         estimate(EstimateConfig(recipe=tmp_path / "none.json"))
-    with pytest.raises(FileNotFoundError, match="no model there"):
-        estimate(EstimateConfig(recipe=recipe_file(tmp_path), model=tmp_path))
+    recipe = recipe_file(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no trained model there"):
+        estimate(EstimateConfig(recipe=recipe, model=tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        estimate(EstimateConfig(recipe=tmp_path))
+
+
+def test_the_folder_of_a_run_is_a_recipe_and_no_model_before_it_is_finished(tmp_path):
+    recipe_file(tmp_path).rename(tmp_path / "config.json")
+    assert read_recipe(tmp_path)["batch_size"] == 16
+    with pytest.raises(FileNotFoundError, match="no model there") as error:
+        estimate(EstimateConfig(recipe=tmp_path, model=tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_language_model_that_is_not_to_be_had_is_one_line():
+    with pytest.raises(ValueError, match="llm nosuch/model: no such folder, and not to be had from the hub"):
+        language_model_config("nosuch/model")
 
 
 def test_the_command_line_takes_the_recipe_first(tmp_path):

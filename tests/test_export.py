@@ -332,7 +332,21 @@ def test_scores_of_another_model_and_of_older_weights_stay_out_unless_named(trai
     shutil.copytree(trained / "stage2" / "model", trained / "stage2" / "mine")
     os.utime(file)
     run(trained / "stage2" / "mine", trained / "newer")
-    assert f"{file}, which is of runs/stage2" in capsys.readouterr().out
+    assert "scores in the card: none" in capsys.readouterr().out
+    shutil.copytree(file.parents[1], trained / "stage2" / "mine" / "evaluation")  # where `evaluate` puts its own
+    run(trained / "stage2" / "mine", trained / "newest")
+    assert "scores in the card: vqav2 val" in capsys.readouterr().out
+
+
+def test_scores_on_exported_scenes_are_called_so_and_are_not_the_hubs(trained, capsys):
+    file = trained / "stage2" / "evaluation" / "vqav2-val" / "metrics.json"
+    file.write_text(json.dumps(SCORES | {"exported_scenes": True}))
+    card = ModelCard.load(run(trained / "stage2", trained / "new") / "README.md")
+    assert card.data.eval_results is None
+    assert "model-index" not in card.content
+    assert "### vqav2 val: the embedded scenes in its format\n\n" in card.text
+    assert "| all | 43.2 |" in card.text
+    assert "scores in the card: vqav2 val: the embedded scenes in its format" in capsys.readouterr().out
 
 
 def test_without_anything_beside_it_the_card_says_so(runs, tmp_path):

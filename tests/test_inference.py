@@ -1,6 +1,7 @@
 """caption, ask, features and reconstruct through the real command line, on models that were never trained."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -175,7 +176,9 @@ def test_reconstruct_mask_depends_on_seed_and_ratio_alone(runs, tmp_path, capsys
         (["caption", "scene:test:1", "--model", "stage2", "--batch-size", "0"], "batch_size must be at least 1"),
         (["ask", "scene:test:1", "--model", "stage2"], "ask a question"),
         (["ask", "scene:test:1", " ", "--model", "stage2"], "ask a question"),
-        (["ask", "scene:test:1", "What?", "--model", "stage1"], "needed: XFormerForConditionalGeneration"),
+        (["ask", "scene:test:1", "What?", "", "--model", "stage2"], "question 2 of 2 is empty"),
+        (["ask", "scene:test:1", "what " * 300, "--model", "stage2"], "the language model reads at most 256"),
+        (["ask", "scene:test:1", "What?", "--model", "stage1"], "a stage-1 model; this needs a stage-2 one"),
         (["reconstruct", "scene:test:1", "--model", "qformer"], "no reconstruction"),
         (["reconstruct", "scene:test:1", "--model", "stage1", "--mask-ratio", "1"], "above 0 and below 1"),
     ],
@@ -186,6 +189,28 @@ def test_errors_are_one_line(runs, capsys, words, message):
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["features", "reconstruct"])
+def test_a_folder_as_the_output_is_refused_and_nothing_left(runs, tmp_path, capsys, command):
+    (tmp_path / "folder").mkdir()
+    words = (command, "scene:test:0", "--model", runs / "stage1", "--output", tmp_path / "folder")
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "folder: is a folder; name a file, e.g. --output " in err
+    assert len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_model_that_learned_answers_is_said_to_caption_worse(runs, photo, tmp_path, capsys):
+    shutil.copytree(runs / "stage2", tmp_path / "stage2")
+    for text in ("captions", "questions"):
+        (tmp_path / "stage2" / "config.json").write_text(json.dumps({"text": text}))
+        words = ("caption", photo, "--model", tmp_path / "stage2", "--max-new-tokens", "500")  # OPT reads 256
+        code, out, err = run(capsys, *words)
+        assert code == 0
+        assert out
+        assert ("has learned answers" in err) == (text == "questions")
 
 
 def test_default_model_names_the_demo(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,16 @@
 """What `xformer data inspect` says, of every kind of source."""
 
+import json
 import re
 
 import pytest
-from made import picture, shards, write_json
+from datasets import Dataset, Features, Value
+from datasets import Image as Picture
+from made import jpeg, picture, shards, write_json
 from PIL import Image
 
 from xformer_mllm.data.inspect import SAMPLES, InspectConfig, contact_sheet, inspect
+from xformer_mllm.data.sources import open_captions
 from xformer_mllm.model.images import load_image
 
 
@@ -97,6 +101,30 @@ def test_questions_and_splits(tmp_path, capsys):
     _, said = run(tmp_path, capsys, write_json(tmp_path / "k.json", {"images": images}))
     assert "splits train 1, validation 2, test 1" in said
     assert "pictures 4, 20 captions" in said
+
+
+def test_whatever_share_is_broken_is_reported(tmp_path, capsys):
+    rows = [{"image": picture(tmp_path / f"{n}.jpg").name, "caption": str(n)} for n in range(2)]
+    rows.append({"image": "0.jpg"})
+    listed = write_json(tmp_path / "a.json", rows)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = write_json(tmp_path / "m.json", {"sources": [{"source": "a.json"}]})
+    for source in (listed, tmp_path / "b.jsonl", mixture):
+        (findings,), said = run(tmp_path, capsys, source)
+        assert findings.lost == 1
+        assert 'neither "caption" nor "question"' in said
+    with pytest.raises(ValueError, match="1 of 3 records cannot be read"):
+        open_captions(str(listed), "train", load_image)
+
+
+def test_rows_without_a_caption_are_broken_once(tmp_path, capsys):
+    columns = {"image": [{"bytes": jpeg(n), "path": None} for n in range(3)], "caption": ["a", "", "c"]}
+    features = Features({"image": Picture(), "caption": Value("string")})
+    Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "in")
+    capsys.readouterr()
+    (findings,), said = run(tmp_path, capsys, tmp_path / "in")
+    assert findings.broken == {"row 1": "no caption and no question"}
+    assert "broken 1\n" in said
 
 
 def test_mixture(tmp_path, capsys):

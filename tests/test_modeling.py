@@ -285,6 +285,46 @@ def test_instruction_aware_queries_read_the_prompt_of_their_text(images, texts):
     assert torch.equal(a, model.generate(images[index], ids, mask, max_new_tokens=3, **read))
 
 
+@pytest.mark.parametrize("aware", [False, True])
+def test_each_text_needs_its_picture(images, aware):
+    config = tiny_config(instruction_aware=aware)
+    model = XFormerForConditionalGeneration(config).eval()
+    read = torch.ones(4, 3, dtype=torch.long)
+
+    def said(message, pictures, texts, calls=(model, model.generate), **index):
+        ids, mask = llm_inputs(config, texts)
+        prompts = {"qformer_input_ids": read[:texts], "qformer_attention_mask": read[:texts]}
+        for call in calls:
+            with pytest.raises(ValueError, match=message) as caught:
+                call(images[:pictures], ids, mask, **prompts, **index)
+            assert "\n" not in str(caught.value)
+
+    said("4 pictures, 1 text: as many texts as pictures, or image_index", 4, 1)
+    said("1 picture, 4 texts: as many texts as pictures, or image_index", 1, 4)
+    said("1 picture, 2 texts", 1, 2)
+    said("image_index names 3 pictures for 2 texts", 4, 2, image_index=torch.tensor([0, 1, 2]))
+    in_use = (model.generate,)
+    said(r"image_index is \[0, 4\] of 4 pictures: 0 to 3", 4, 2, in_use, image_index=torch.tensor([0, 4]))
+    said(r"image_index is \[-1, 0\] of 1 picture: 0 to 0", 1, 2, in_use, image_index=[-1, 0])
+    with pytest.raises(ValueError, match="1 soft prompt, 4 texts"):
+        model(None, *llm_inputs(config, 4), soft_prompt=torch.zeros(1, 4, 36))
+    if aware:
+        with pytest.raises(ValueError, match="4 pictures, 2 texts"):
+            model.get_image_features(images, None, read[:2], read[:2])
+    else:  # from the pixels alone
+        assert len(model.generate(images, max_new_tokens=1)) == 4
+        assert len(model.generate(images, image_index=[0, 3], max_new_tokens=1)) == 2
+
+
+def test_what_cannot_generate_says_what_is_missing(tmp_path):
+    model = XFormerForConditionalGeneration(tiny_config())
+    with pytest.raises(ValueError, match="give pixel_values"):
+        model.generate(input_ids=llm_inputs(model.config, 1)[0])
+    XFormerForPreTraining(tiny_config(text_config=None)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a model of stage 1 has no language model to generate with"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
 def test_wrong_number_of_placeholders_is_said(images):
     model = XFormerForConditionalGeneration(tiny_config())
     ids, mask = llm_inputs(model.config, 4)
@@ -394,6 +434,46 @@ def test_float_pixels_equal_bytes(images):
     model = randomise(XFormerModel(tiny_config())).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(images).fused_queries, model(images / 255).fused_queries)
+
+
+WRONG_PIXELS = {
+    "normalised": (
+        lambda images: images / 127.5 - 1,
+        r"float32\[4, 3, 32, 32\] from -1.00 to 1.00, perhaps already norm",
+    ),
+    "not scaled": (lambda images: images.float(), "from 0.00 to 255.00"),
+    "not a number": (lambda images: images / 255 * float("nan"), "from nan to nan"),
+    "other integers": (lambda images: images.long(), r"int64\[4, 3, 32, 32\]$"),
+    "one picture": (lambda images: images[0], r"uint8\[3, 32, 32\]$"),
+    "channels last": (lambda images: images.permute(0, 2, 3, 1), r"uint8\[4, 32, 32, 3\]$"),
+    "grey": (lambda images: images[:, :1], r"uint8\[4, 1, 32, 32\]$"),
+    "none": (lambda images: images[:0], r"uint8\[0, 3, 32, 32\]$"),
+    "an array": (lambda images: images.numpy(), "here ndarray$"),
+    "nothing": (lambda images: None, "give pixel_values"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_PIXELS)
+def test_wrong_pixels_are_refused(images, kind):
+    change, message = WRONG_PIXELS[kind]
+    model = XFormerModel(tiny_config())
+    for call in (model, lambda pixels: model.frozen_features(pixels, masked=True)):
+        with pytest.raises(ValueError, match=message) as caught:
+            call(change(images))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pixels_of_any_precision_may_be_off_by_a_rounding(images, dtype):
+    pixels = (images / 255).clamp(0.1) - 0.105
+    assert torch.isfinite(XFormerModel(tiny_config())(pixels.to(dtype)).fused_queries).all()
+
+
+def test_attention_maps_need_eager_attention(images):
+    """As docs/architecture.md says."""
+    model = XFormerModel._from_config(tiny_config(), attn_implementation="eager")
+    output = model(images, output_attentions=True)
+    assert [maps[0].shape for maps in (output.clip_attentions, output.mae_attentions)] == [(4, 2, 4, 17)] * 2
 
 
 def test_random_initialisation_leaves_no_two_queries_and_no_two_positions_equal():

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import Settings
+from xformer_mllm.evaluate.benchmark import Settings, most_new_tokens
 from xformer_mllm.evaluate.prediction import forget, predict
 
 SETTINGS = Settings(prompt="{question}", num_beams=1, length_penalty=0.0, max_new_tokens=4)
@@ -43,6 +44,8 @@ class Processor:
 
 class Model(torch.nn.Linear):
     """Answers with the picture's number, so that a picture given to the wrong question is seen."""
+
+    config = SimpleNamespace(text_config=SimpleNamespace())  # reads texts of any length
 
     def __init__(self, stop_after=None):
         super().__init__(1, 1)
@@ -118,6 +121,19 @@ def test_answers_of_other_settings_are_not_taken(tmp_path):
     predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, 2, made_by={"model": "one"})
     with pytest.raises(ValueError, match="another model, data or settings"):
         predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, 2, made_by={"model": "two"})
+
+
+def test_no_answer_is_longer_than_the_language_model_reads():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    model = Model()
+    assert most_new_tokens(model, mask, 9) == 9
+    for encoder_decoder, room, expected in ((False, 5, 2), (False, 4, 1), (False, 99, 9), (True, 4, 4)):
+        settings = SimpleNamespace(max_position_embeddings=room, is_encoder_decoder=encoder_decoder)
+        model.config = SimpleNamespace(text_config=settings)
+        assert most_new_tokens(model, mask, 9) == expected
+    settings.max_position_embeddings = 3
+    with pytest.raises(ValueError, match=r"the prompt is 4 tokens with the picture's, .* reads at most 3"):
+        most_new_tokens(model, mask, 9)
 
 
 def evaluate_command(runs, output, *extra):

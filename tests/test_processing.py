@@ -121,6 +121,24 @@ def test_nothing_to_process_is_said(processor):
         processor()
 
 
+@pytest.mark.parametrize("name", ["images", "text", "qformer_text"])
+def test_an_empty_list_is_said(processor, name):
+    with pytest.raises(ValueError, match=f"^{name} is empty; give at least one"):
+        processor(**{name: []})
+
+
+@pytest.mark.parametrize("name", ["text", "qformer_text"])
+def test_what_is_no_text_is_said(processor, name):
+    with pytest.raises(TypeError, match=f"^{name} must be a str or a list of them; a NoneType is among them"):
+        processor(**{name: ["a circle", None]})
+
+
+@pytest.mark.parametrize("array", [np.zeros((48, 48, 3), np.uint8), torch.zeros(2, 3, 48, 48)])
+def test_an_array_is_told_how_to_become_a_picture(processor, array):
+    with pytest.raises(TypeError, match=r"a PIL image, not (ndarray|Tensor); Image.fromarray\(uint8\[H, W, 3\]\)"):
+        processor(images=array)
+
+
 def test_a_missing_picture_is_named(processor, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         processor(images=str(tmp_path / "nowhere.png"))

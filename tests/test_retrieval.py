@@ -224,7 +224,7 @@ def test_pictures_that_cannot_be_read_are_left_out_with_their_captions(parts, da
 
     for path in (copy / "val2014").iterdir():
         path.write_text("no picture")
-    with pytest.raises(ValueError, match="none of the 12 pictures can be read"):
+    with pytest.raises(ValueError, match=r"none of the 12 pictures can be read.*--images"):
         retrieve(*parts, CocoRetrieval(copy, "test"), tmp_path / "none", 4)
 
 

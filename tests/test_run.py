@@ -1,6 +1,7 @@
 """`xformer evaluate` and `xformer score` through the command line: files, scores, refusals."""
 
 import json
+import shutil
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_retrieval_on_exported_scenes(runs, tmp_path, capsys):
     assert "image retrieval, ITM re-ranked" in capsys.readouterr().out
     assert {path.name for path in output.iterdir()} == {"metrics.json", "ranking.json", "report.html"}
     assert read_json(output / "metrics.json")["scores"]["all"]["n"] > 0
-    assert "needed: XFormerForPreTraining" in refusal(capsys, "evaluate", runs / "stage2", *words)
+    assert "a stage-2 model; this needs a stage-1" in refusal(capsys, "evaluate", runs / "stage2", *words)
     assert "has no official results file" in refusal(capsys, "score", output / "ranking.json", *words)
 
 
@@ -100,6 +101,106 @@ def test_what_does_not_exist_is_refused_before_a_model_is_loaded(tmp_path, capsy
     assert "has the settings greedy" in refusal(capsys, *evaluate, "--settings", "lavis")
     assert "gqa needs --data DIR" in refusal(capsys, *evaluate, "--benchmark", "gqa")
     assert "no trained model there" in refusal(capsys, *evaluate)
+    gqa = tmp_path / "gqa"
+    assert main(["data", "export", "gqa", "--size", "2", "--output-dir", str(gqa)]) == 0
+    for prompt in ("Answer:", ""):
+        line = refusal(capsys, *evaluate, "--benchmark", "gqa", "--data", gqa, "--prompt", prompt)
+        assert "{question}" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["size", "questions-per-picture", "batch-size", "num-beams", "max-new-tokens", "k-test"]
+)
+def test_a_number_that_cannot_be_is_one_line(name, tmp_path, capsys):
+    line = refusal(capsys, "evaluate", tmp_path / "none", f"--{name}", "0")
+    assert line == f"xformer: {name.replace('-', '_')} must be at least 1, not 0"
+
+
+def test_captions_may_be_asked_for_with_any_prompt(tmp_path):
+    assert main(["data", "export", "nocaps", "--size", "3", "--output-dir", str(tmp_path / "nocaps")]) == 0
+    config = run.EvaluateConfig(model=tmp_path, benchmark="nocaps", data=tmp_path / "nocaps", prompt="it shows")
+    assert run.settings_of(config, run.open_benchmark(config)).prompt == "it shows"
+
+
+def gqa_of_scenes(folder):
+    assert main(["data", "export", "gqa", "--size", "2", "--output-dir", str(folder)]) == 0
+    return ["--benchmark", "gqa", "--data", str(folder)]
+
+
+def test_exported_scenes_are_called_so(runs, tmp_path, capsys):
+    output, words = tmp_path / "out", gqa_of_scenes(tmp_path / "gqa")
+    evaluate = ["evaluate", str(runs / "stage2"), *words, "--num-beams", "1", "--output-dir", str(output)]
+    capsys.readouterr()
+    assert main(evaluate) == 0
+    note = "the embedded scenes in the format of gqa, not gqa itself"
+    assert note in capsys.readouterr().out
+    assert note in (output / "report.html").read_text()
+    metrics = read_json(output / "metrics.json")
+    assert metrics["notes"] == [note]
+    assert metrics["exported_scenes"]
+    assert main(["score", str(output / "official.json"), *words]) == 0
+    assert note in capsys.readouterr().out
+    (tmp_path / "gqa" / "export.json").unlink()  # the official data have none
+    assert main(evaluate) == 0
+    assert not read_json(output / "metrics.json")["exported_scenes"]
+
+
+def test_without_any_answer_there_are_no_results(runs, tmp_path, capsys):
+    data, output = tmp_path / "gqa", tmp_path / "out"
+    words = gqa_of_scenes(data)
+    evaluate = ["evaluate", str(runs / "stage2"), *words, "--num-beams", "1", "--output-dir", str(output)]
+    (data / "images").rename(data / "elsewhere")
+    line = refusal(capsys, *evaluate)
+    assert "records has an answer, e.g. " in line
+    assert "n1.jpg: no such picture" in line
+    assert line.endswith("; --images names the folder of the pictures")
+    assert not list(output.iterdir())
+    (data / "elsewhere").rename(data / "images")
+    assert main(evaluate) == 0  # and what could not be read then is not remembered
+    (tmp_path / "empty.json").write_text("[]")
+    for partial in ([], ["--partial"]):
+        assert refusal(capsys, "score", tmp_path / "empty.json", *words, *partial).endswith("holds no answers")
+
+
+def test_results_with_other_settings_are_not_overwritten(runs, tmp_path, capsys):
+    shutil.copytree(runs / "stage2", tmp_path / "run")
+    words = ["evaluate", str(tmp_path / "run"), *SIZE, "--max-new-tokens", "2"]
+    assert main(words) == 0
+    folder = tmp_path / "run" / "evaluation" / "scenes-test"
+    before = (folder / "metrics.json").read_text()
+    for other, difference in (
+        (["--max-new-tokens", "3"], "max_new_tokens 2, not 3"),
+        (["--size", "5", "--seed", "1"], "size 6, not 5; seed 0, not 1"),
+    ):
+        line = refusal(capsys, *words, *other)
+        assert line == f"xformer: {folder}: holds results with {difference}; name another --output-dir"
+    assert (folder / "metrics.json").read_text() == before
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main(["evaluate", str(tmp_path / "moved" / "model"), *words[2:]]) == 0  # equal ones are
+    named = ["--output-dir", tmp_path / "moved" / "evaluation" / "scenes-test"]
+    assert "holds results with model '" in refusal(capsys, "evaluate", runs / "stage2", *words[2:], *named)
+
+
+def test_models_side_by_side_keep_their_evaluations_apart(runs, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(runs / "stage2" / "model", tmp_path / name)
+        config = run.EvaluateConfig(model=tmp_path / name, size=2, max_new_tokens=1)
+        assert run.evaluate(config)["answered"] == 8
+        assert (tmp_path / name / "evaluation" / "scenes-test" / "metrics.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_prompt_that_the_language_model_cannot_read_is_one_line(runs, tmp_path, capsys):
+    words = [*SIZE, "--prompt", "{question} " + "what " * 300, "--output-dir", tmp_path / "out"]
+    line = refusal(capsys, "evaluate", runs / "stage2", *words)
+    assert "tokens with the picture's, the language model reads at most 256" in line
+
+
+def test_a_file_that_is_not_the_results_names_the_one_that_is(runs, tmp_path, capsys):
+    assert main(["evaluate", str(runs / "stage2"), *SIZE, "--output-dir", str(tmp_path)]) == 0
+    for name in ("predictions.jsonl", "metrics.json"):
+        line = refusal(capsys, "score", tmp_path / name, *SIZE)
+        assert line.endswith(f"; the file to score is {tmp_path / 'official.json'}")
 
 
 def test_settings_can_be_replaced_one_by_one(tmp_path):

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers.utils import ModelOutput
 
-from xformer_mllm.checkpoints import start_generation, start_pretraining
+from xformer_mllm.checkpoints import WEIGHTS, start_generation, start_pretraining
 from xformer_mllm.cli import main
 from xformer_mllm.data.questions import QUESTION_PROMPT, ByPicture
 from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
@@ -193,7 +193,11 @@ def test_a_batch_of_1_and_one_that_is_larger_than_the_data(tmp_path, capsys):
         arguments = [*STAGE1, "--variant", "qformer", "--batch-size", size, "--train-size", "3", "--steps", "2"]
         assert main([*arguments, "--output-dir", str(tmp_path / name)]) == 0
         assert [record["step"] for record in lines(tmp_path / name / "log.jsonl")] == [1, 2]
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    printed = capsys.readouterr().out.splitlines()
+    warned = [line for line in printed if line.startswith("warning: ")]
+    assert ["a batch of one pair" in line for line in warned] == [True, False, False]
+    assert all("2 steps end within --warmup-steps 2" in line for line in warned[1:])
+    said = [line for line in printed if line.startswith("step")]
     assert len(said) == 4
     assert all(" images/s  " in line and line.endswith(" left") for line in said)
 
@@ -215,6 +219,33 @@ def test_stage_2_needs_a_finished_stage_1(runs, tmp_path):
     with pytest.raises(ValueError, match="holds the variant xformer, not qformer"):
         run_stage2(Stage2Config(from_pretraining=runs / "undisturbed", output_dir=tmp_path / "2", variant="qformer"))
     assert not (tmp_path / "2").exists()
+
+
+def test_a_model_with_a_language_model_goes_on_with_that_one(runs, tmp_path, capsys):
+    arguments = ["train", "stage2", *TINY, "--steps", "1", "--from-pretraining"]
+    assert main([*arguments, str(runs / "undisturbed"), "--output-dir", str(tmp_path / "1")]) == 0
+    assert "language model: the one" not in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "1"), "--output-dir", str(tmp_path / "2"), "--llm", "smollm2"]) == 2
+    refused = f"xformer: {tmp_path / '1' / 'model'}: holds its own language model; leave --llm out"
+    assert refused in capsys.readouterr().err
+    assert not (tmp_path / "2").exists()
+    assert main([*arguments, str(tmp_path / "1"), "--output-dir", str(tmp_path / "2")]) == 0
+    assert f"language model: the one in {tmp_path / '1' / 'model'} (opt of width 128)" in capsys.readouterr().out
+
+
+def test_what_a_flag_names_and_is_not_to_be_had_is_one_line(runs, tmp_path, capsys):
+    output, hub = ["--output-dir", str(tmp_path / "run")], "no such folder, and not to be had from the hub"
+    stage2 = ["train", "stage2", "--from-pretraining", str(runs / "undisturbed"), "--llm", "nosuch/model"]
+    assert main([*stage2, *output]) == 2
+    assert f"xformer: --llm nosuch/model: {hub}" in capsys.readouterr().err
+    assert main(["train", "stage1", "--second-encoder", "nosuch", *output]) == 2
+    assert f"xformer: --second-encoder nosuch: {hub}" in capsys.readouterr().err
+    assert main(["train", "stage1", "--second-encoder", str(WEIGHTS / "opt"), *output]) == 2
+    assert f"xformer: --second-encoder {WEIGHTS / 'opt'}: " in capsys.readouterr().err
+    unknown = ["train", "stage1", "--second-encoder", str(WEIGHTS / "mae"), "--variant", "xfromer"]
+    assert main([*unknown, *output]) == 2
+    assert "xformer: variant 'xfromer' is unknown" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_another_run_is_left_alone_until_told(runs, tmp_path, capsys):

@@ -24,6 +24,8 @@ from .model.fusion import DualCrossAttention
 from .model.modeling_xformer import XFormerPreTrainedModel
 from .model.vision_encoders import build_tower, encode_second
 
+SETTINGS = ("fusion_blocks", "mae_mean", "mae_std", "mae_image_size", "clip_mean", "clip_std", "initializer_range")
+
 Model = TypeVar("Model", Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration)
 
 
@@ -82,7 +84,8 @@ def attach_xformer(model: Model, mae: PreTrainedModel | str | os.PathLike, **set
             Or the folder (or hub id) that `model.save_pretrained` or `model.xformer.save_pretrained` wrote: it comes back
             as trained. Or what `detach_xformer` gave.
         settings: fields of `XFormerConfig` for a fresh fusion: fusion_blocks; the second encoder's mae_mean, mae_std,
-            mae_image_size; clip_mean, clip_std if the model's processor normalises by others than CLIP's.
+            mae_image_size; clip_mean, clip_std if the model's processor normalises by others than CLIP's;
+            initializer_range. A fusion that was saved has its own.
 
     Returns:
         The same model.
@@ -95,12 +98,23 @@ def attach_xformer(model: Model, mae: PreTrainedModel | str | os.PathLike, **set
         raise ValueError(f"X-Former attaches to a {kinds}, not to a {type(model).__name__}")
     if hasattr(model, "xformer"):
         raise ValueError("an X-Former is attached to this model already; detach_xformer(model) takes it off")
+    if not isinstance(mae, PreTrainedModel | str | os.PathLike):
+        raise ValueError(
+            f"mae must be a vision tower of transformers or a saved fusion's folder, not a {type(mae).__name__}"
+        )
+    if unknown := [name for name in settings if name not in SETTINGS]:
+        raise ValueError(f"no setting of a fusion: {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
+    if settings and isinstance(mae, AttachedXFormer | str | os.PathLike):
+        raise ValueError(f"a fusion that was saved or taken off has its own settings; leave out {', '.join(settings)}")
     if isinstance(mae, str | os.PathLike):
         mae = _load(mae)
     if isinstance(mae, AttachedXFormer):
         part = _fitting(mae, model)
     else:
-        tower = getattr(mae.base_model, "vision_model", mae.base_model)
+        whole = mae if hasattr(mae, "embeddings") else mae.base_model  # a DINOv3's base model lacks its embeddings
+        tower = getattr(whole, "vision_model", whole)
+        if getattr(tower, "main_input_name", "pixel_values") != "pixel_values":
+            raise ValueError(f"the second encoder must be a vision tower, and a {type(mae).__name__} is none")
         part = AttachedXFormer(_config(model, tower, settings), tower)
         part.freeze()
     part.to(model.query_tokens.device)

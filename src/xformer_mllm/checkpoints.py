@@ -4,6 +4,7 @@ Nothing is copied by half: a tensor that the new model has and the part lacks is
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .model.configuration_xformer import XFormerConfig
 from .model.modeling_xformer import (
     FROZEN,
     XFormerForConditionalGeneration,
+    XFormerForImageTextRetrieval,
     XFormerForPreTraining,
     XFormerModel,
     XFormerPreTrainedModel,
@@ -41,6 +43,13 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded world's parts, which ship with the package: clip, mae, opt, qformer_tokenizer."""
+
+STAGES = {
+    XFormerForPreTraining.__name__: "stage-1",
+    XFormerForConditionalGeneration.__name__: "stage-2",
+    XFormerForImageTextRetrieval.__name__: "retrieval",
+}
+"""What a class of model is called in messages."""
 
 
 def _copy(source: dict[str, torch.Tensor], target: nn.Module, name: str) -> None:
@@ -153,7 +162,7 @@ def _load_second_encoder(model: Any, source: str | Path) -> None:
 
 
 def attention_for_device() -> str:
-    """sdpa on a GPU; eager on a CPU, where bf16 sdpa trains five times slower (docs/decisions/attention.md)."""
+    """sdpa on a GPU; eager on a CPU, where bf16 sdpa trains five times slower (docs/decisions/model.md)."""
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
@@ -290,9 +299,26 @@ def model_folder(folder: Path) -> Path:
         FileNotFoundError: if there is no model.
     """
     folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no trained model there; `make demo` trains one, --model names another")
-    return folder
+    if (folder / "config.json").is_file():
+        return folder
+    if inside := sorted(file.parents[1].name for file in folder.glob("*/model/config.json")):
+        raise FileNotFoundError(
+            f"{folder}: no trained model there, but in {' and '.join(inside[:3])} inside; name one"
+        )
+    raise FileNotFoundError(f"{folder}: no trained model there; `make demo` trains one, into runs/demo")
+
+
+def evaluation_folder(folder: Path) -> Path:
+    """Where a model's evaluations are: in the folder of its run; in its own, if it is not `model/` of a run.
+
+    Two exported models may lie side by side.
+
+    Args:
+        folder: as `model_folder` gives it.
+    """
+    if folder.name in ("", ".."):  # the current folder, or one above it
+        folder = Path(os.path.abspath(folder))
+    return (folder.parent if folder.name == "model" else folder) / "evaluation"
 
 
 def load_model(
@@ -313,6 +339,8 @@ def load_model(
     names = {kind.__name__: kind for kind in kinds}
     name = next(iter(XFormerConfig.from_pretrained(folder).architectures or []), "unknown")
     if name not in names:
-        raise ValueError(f"{folder}: holds a model of kind {name}; needed: {' or '.join(names)}")
+        found = f"a {STAGES[name]} model" if name in STAGES else f"a model of kind {name}"
+        needed = " or ".join(f"a {STAGES[kind]}" for kind in names)
+        raise ValueError(f"{folder}: holds {found}; this needs {needed} one")
     model = names[name].from_pretrained(folder, attn_implementation=attention).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), XFormerProcessor.from_pretrained(folder)

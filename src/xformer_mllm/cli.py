@@ -179,7 +179,9 @@ def _run(name: str, command: Command, words: list[str]) -> None:
         default = read_config(file, kind, name) if file else None
     description = inspect.cleandoc(kind.__doc__)
     if name in RUN_AGAIN:
-        description += "\n\n--config FILE takes the settings of a run's config.json; flags beside it override them."
+        description += (
+            "\n\n--config FILE takes the settings of a run's config.json, or folder; flags beside it override them."
+        )
     config: Any = tyro.cli(kind, args=words, default=default, prog=f"xformer {name}", description=description)
     run = pkgutil.resolve_name(f"xformer_mllm.{command.run}")
     from transformers.utils import logging

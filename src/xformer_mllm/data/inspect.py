@@ -71,7 +71,7 @@ def inspect(config: InspectConfig, load: Load) -> list[Findings]:
 
     Raises FileNotFoundError or ValueError as `find_source`.
     """
-    found = find_source(config.source, config.images)
+    found = find_source(config.source, config.images, any_share=True)
     sources = found.sources if isinstance(found, Mixture) else (found,)
     every = [look(source, load, config.pictures, SAMPLES // len(sources) or 1) for source in sources]
     for findings in every:
@@ -116,8 +116,13 @@ def look(source: Listed | Sharded, load: Load, pictures: int, samples: int) -> F
 
 
 def _from_rows(source: Listed, pictures: int) -> tuple[Iterator[Record], int]:
-    """Records spread evenly over the splits, and their number."""
-    places = [(rows, place) for rows in source.rows.values() for place in range(len(rows))]
+    """Records spread evenly over the splits, and their number; rows without a text are known to be broken already."""
+    places = [
+        (rows, place)
+        for rows in source.rows.values()
+        for place, texts in enumerate(zip(rows.counts("captions"), rows.counts("questions"), strict=True))
+        if any(texts)
+    ]
     number = min(pictures or len(places), len(places))
     chosen = [places[count * len(places) // number] for count in range(number)]
     return (rows[place] for rows, place in chosen), number

@@ -123,33 +123,42 @@ def open_questions(
     return _open(source, split, item, "questions", images, seed, rank, world, buffer)
 
 
-def find_source(source: str, images: Path | None = None) -> Listed | Sharded | Mixture:
-    """What `source` names. Raises as `open_captions`."""
+def stands_for_something(source: str) -> bool:
+    """Whether there is such a file or folder, or the name is one of shards or of the hub."""
+    return source.startswith(PREFIX) or _names_shards(source) or Path(source).exists()
+
+
+def _names_shards(source: str) -> bool:
+    return Path(source).suffix == ".tar" or "*" in source or "{" in source
+
+
+def find_source(source: str, images: Path | None = None, any_share: bool = False) -> Listed | Sharded | Mixture:
+    """What `source` names. Raises as `open_captions`; with any_share, however much of it is broken."""
     if source.startswith(PREFIX):
         return find_on_hub(source)
     path = Path(source)
-    if path.suffix == ".tar" or "*" in source or "{" in source:
+    if _names_shards(source):
         return find_shards(source)
-    if not path.exists():
+    if not stands_for_something(source):
         raise FileNotFoundError(f"{source}: no such source of pictures; it must be {KNOWN}")
     if path.suffix == ".jsonl":
-        return read_json_lines_source(path, images)
+        return read_json_lines_source(path, images, any_share)
     if path.suffix == ".json":
         content = read_json(path)
         is_mixture = isinstance(content, dict) and "sources" in content
         return (
-            _read_mixture(path, content, images or path.parent)
+            _read_mixture(path, content, images or path.parent, any_share)
             if is_mixture
-            else read_json_source(path, content, images)
+            else read_json_source(path, content, images, any_share)
         )
     if not path.is_dir():
         raise ValueError(f"{source}: of no known format; it must be {KNOWN}")
     if is_saved(path):
-        return read_saved(path)
+        return read_saved(path, any_share)
     return find_shards(source) if any(path.glob("*.tar")) else read_folder(path)
 
 
-def _read_mixture(file: Path, content: Mapping[str, Any], base: Path) -> Mixture:
+def _read_mixture(file: Path, content: Mapping[str, Any], base: Path, any_share: bool) -> Mixture:
     """base: the folder in which relative paths begin."""
     entries = content["sources"]
     if not isinstance(entries, list) or not entries:
@@ -166,7 +175,7 @@ def _read_mixture(file: Path, content: Mapping[str, Any], base: Path) -> Mixture
             raise ValueError(f"{where}: the weight must be a positive number, not {weight!r}")
         name = entry["source"]
         images = base / entry["images"] if "images" in entry else None
-        one = find_source(name if name.startswith(PREFIX) else str(base / name), images)
+        one = find_source(name if name.startswith(PREFIX) else str(base / name), images, any_share)
         if isinstance(one, Mixture):
             raise ValueError(f"{where}: is a mixture itself; name its sources here")
         found.append(one)

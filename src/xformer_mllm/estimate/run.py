@@ -10,12 +10,13 @@ import tyro
 from transformers import AutoConfig, OPTConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from xformer_mllm.checkpoints import model_folder
 from xformer_mllm.data.json_files import read_json
 from xformer_mllm.estimate.costs import GPUS, Work, costs, memory, step_seconds, tokens_of
 from xformer_mllm.estimate.operations import total
 from xformer_mllm.estimate.sizes import Sizes, empty_model, sizes_of
 from xformer_mllm.estimate.tables import show
-from xformer_mllm.language_models import language_model_dir
+from xformer_mllm.language_models import check_on_hub, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.variants import VARIANTS, variant_config
 
@@ -32,7 +33,7 @@ class EstimateConfig:
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
-    """A file that `xformer train stage1|stage2 --config` takes: one of recipes/, or the config.json of a run."""
+    """What `xformer train stage1|stage2 --config` takes: one of recipes/, a run's config.json, or its folder."""
     gpu: str = "H100"
     """A100-40, A100-80, H100, H200, L40S or RTX-4090."""
     count: int = 8
@@ -48,7 +49,7 @@ class EstimateConfig:
     variant: str | None = None
     """In place of the recipe's (stage 2: that of its stage-1 model)."""
     model: Path | None = None
-    """Folder of a model whose sizes are meant (a stage-1 run's model/, or what convert wrote); none: the paper's sizes."""
+    """Folder of a model whose sizes are meant (of a run, its model/, or what convert wrote); none: the paper's sizes."""
     compare: bool = False
     """Also a line for each variant at the same settings, as ratios to qformer."""
     json: bool = False
@@ -71,7 +72,7 @@ RECIPE_FIELDS = ("steps", "batch_size", "gradient_accumulation_steps", "max_text
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a recipe. Raises FileNotFoundError, or ValueError if it is not the whole of a run's settings."""
-    recipe = read_json(path)
+    recipe = read_json(path / "config.json" if path.is_dir() else path)
     if not isinstance(recipe, dict) or recipe.get("command") not in ("train stage1", "train stage2"):
         raise ValueError(f'{path}: not a recipe of `xformer train stage1|stage2`: it has no such "command"')
     if missing := [name for name in RECIPE_FIELDS if not isinstance(recipe.get(name), int)]:
@@ -99,15 +100,22 @@ def model_config(recipe: dict[str, Any], variant: str | None, model: Path | None
 
     Raises OSError or ValueError where a folder or a language model cannot be read.
     """
-    if model is not None and not (model / "config.json").is_file():
-        raise FileNotFoundError(f"{model}: no model there (no config.json in it)")
-    base = XFormerConfig.paper() if model is None else XFormerConfig.from_pretrained(model)
+    base = XFormerConfig.paper() if model is None else _config_of(model)
     config = variant_config(variant or recipe.get("variant") or "xformer", base)
     if recipe["command"] == "train stage2":
         config.text_config = language_model_config(recipe["llm"])
         aware = recipe.get("text") == "questions" and recipe.get("instruction_aware", True)
         config.qformer_config.use_qformer_text_input = config.instruction_aware = aware
     return config
+
+
+def _config_of(model: Path) -> XFormerConfig:
+    """The configuration of a model, from its folder or its run's. Raises FileNotFoundError if no X-Former is there."""
+    folder = model_folder(model)
+    fields = read_json(folder / "config.json")  # of an unfinished run it holds the run's settings
+    if not isinstance(fields, dict) or fields.get("model_type") != XFormerConfig.model_type:
+        raise FileNotFoundError(f"{folder}: no model there (config.json is not that of one); is the run finished?")
+    return XFormerConfig.from_pretrained(folder)
 
 
 def language_model_config(name: str) -> PreTrainedConfig:
@@ -121,7 +129,10 @@ def language_model_config(name: str) -> PreTrainedConfig:
             num_hidden_layers=layers,
             num_attention_heads=heads,
         )
-    config = AutoConfig.from_pretrained(language_model_dir(name))
+    source = language_model_dir(name)
+    if isinstance(source, str):
+        check_on_hub("llm", source)
+    config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
         raise ValueError(f"{name}: an encoder-decoder; the cost of causal language models alone is counted")
     return config

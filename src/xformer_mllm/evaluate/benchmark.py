@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from PIL import Image
 
 from xformer_mllm.data.questions import QUESTION_PROMPT, Question
@@ -44,6 +45,27 @@ class Settings:
             words = question.lower().translate(dict.fromkeys(map(ord, '.!"()*#:;~'))).rstrip().split(" ")
             question = " ".join(words[:LAVIS_WORDS])
         return self.prompt.replace("{question}", question)
+
+
+def most_new_tokens(model: Any, attention_mask: torch.Tensor, most: int) -> int:
+    """How many tokens may follow the prompts: `most`, or fewer where the language model has no more positions.
+
+    Args:
+        attention_mask: int64[B, T], 1 where a prompt or its picture is.
+
+    Raises:
+        ValueError: if a prompt itself is longer than that.
+    """
+    config, length = model.config.text_config, int(attention_mask.sum(1).max())
+    room = getattr(config, "max_position_embeddings", None)
+    if room is None:
+        return most
+    if length > room:
+        raise ValueError(
+            f"the prompt is {length:,} tokens with the picture's, the language model reads at most {room:,}; shorten it"
+        )
+    # The last new token is not read again. An encoder-decoder has positions of their own for what it says.
+    return min(most, room if config.is_encoder_decoder else room - length + 1)
 
 
 # How an OPT is asked in zero-shot question answering: by BLIP-2's paper, and by LAVIS's vqav2_zeroshot_opt_eval.yaml with

@@ -8,6 +8,7 @@ B pictures, L MAE patches, P values of a patch, as in model/.
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
-from xformer_mllm.checkpoints import load_model
+from xformer_mllm.checkpoints import load_model, model_folder
+from xformer_mllm.data.json_files import read_json
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.data.scenes import SceneCaptions
+from xformer_mllm.evaluate.benchmark import most_new_tokens
 from xformer_mllm.evaluate.scenes import OwnQuestions
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.modeling_xformer import (
@@ -33,6 +36,8 @@ from xformer_mllm.model.painting import reconstructions, rows_of_panels, sheet
 STAGE1 = Path("runs/demo/xformer/stage1/model")
 STAGE2 = Path("runs/demo/xformer/stage2/model")
 KINDS = (XFormerForPreTraining, XFormerForConditionalGeneration)
+
+BETTER_CAPTIONS = "a stage-1 model, or a stage-2 one that was trained on captions, captions better"
 
 FEATURES = ("clip_tokens", "mae_tokens", "queries", "fused_queries", "enriched_mae_tokens")
 
@@ -111,6 +116,8 @@ def caption(config: CaptionConfig) -> list[dict[str, str]]:
     """Run `xformer caption`: [{"image", "caption"}]. Raises ValueError or FileNotFoundError in one line."""
     _check_pictures(config.images)
     model, processor = load_model(config.model, KINDS)
+    if isinstance(model, XFormerForConditionalGeneration) and _learned_answers(config.model):
+        print(f"{config.model}: has learned answers; {BETTER_CAPTIONS}", file=sys.stderr)
     found = []
     for names, pixels in _batches(config, config.images, model, processor):
         if isinstance(model, XFormerForPreTraining):
@@ -119,7 +126,8 @@ def caption(config: CaptionConfig) -> list[dict[str, str]]:
         else:
             tokenizer = processor.tokenizer
             text = processor(text=[""] * len(names)).to(model.device)
-            tokens = model.generate(pixels, **text, max_new_tokens=config.max_new_tokens, do_sample=False)
+            most = most_new_tokens(model, text["attention_mask"], config.max_new_tokens)
+            tokens = model.generate(pixels, **text, max_new_tokens=most, do_sample=False)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         found += [{"image": name, "caption": text.strip()} for name, text in zip(names, texts, strict=True)]
     _print_texts(config, found, "image", "caption")
@@ -129,8 +137,11 @@ def caption(config: CaptionConfig) -> list[dict[str, str]]:
 @torch.inference_mode()
 def ask(config: AskConfig) -> list[dict[str, str]]:
     """Run `xformer ask`: [{"image", "question", "answer"}]; prompt and decoding as in `evaluate/scenes.py`."""
-    if not config.questions or not all(question.strip() for question in config.questions):
+    if not any(question.strip() for question in config.questions):
         raise ValueError('ask a question, e.g. xformer ask photo.jpg "What colour is the circle?"')
+    for number, question in enumerate(config.questions, 1):
+        if not question.strip():
+            raise ValueError(f"question {number} of {len(config.questions)} is empty; leave it out")
     model, processor = load_model(config.model, [XFormerForConditionalGeneration])
     ((_, pixels),) = _batches(config, [config.image], model, processor)
     found = []
@@ -142,7 +153,7 @@ def ask(config: AskConfig) -> list[dict[str, str]]:
             pixels,
             image_index=torch.zeros(len(questions), dtype=torch.long, device=model.device),
             **text,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=most_new_tokens(model, text["attention_mask"], config.max_new_tokens),
             do_sample=False,
         )
         answers = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -158,6 +169,7 @@ def ask(config: AskConfig) -> list[dict[str, str]]:
 def features(config: FeaturesConfig) -> dict[str, Any]:
     """Run `xformer features`: {"file", "images", "shapes": {feature: shape}}; the tensors are in the file."""
     _check_pictures(config.images)
+    _check_output(config.output, "features.safetensors")
     attention = "eager" if config.attention else None  # no other implementation keeps the maps
     model, processor = load_model(config.model, KINDS, attention)
     batches = [
@@ -184,6 +196,7 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
     _check_pictures(config.images)
     if not 0 < config.mask_ratio < 1:
         raise ValueError(f"mask_ratio is {config.mask_ratio}; it must be above 0 and below 1")
+    _check_output(config.output, "reconstruction.png")
     model, processor = load_model(config.model, KINDS)
     if model.xformer.mae_decoder is None:
         raise ValueError(
@@ -220,6 +233,19 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
 def _check_pictures(images: Sequence[str]) -> None:
     if not images:
         raise ValueError("name at least one picture: a path, or scene:test:0 for a scene of the embedded world")
+
+
+def _check_output(path: Path, name: str) -> None:
+    """Raises ValueError for a folder, before the work is done. name: of a file in it, for example."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file, e.g. --output {path / name}")
+
+
+def _learned_answers(model: Path) -> bool:
+    """Whether its run says so; of a model without its run nobody knows."""
+    folder = model_folder(model).absolute()
+    run = folder.parent / "config.json"
+    return folder.name == "model" and run.is_file() and read_json(run).get("text") == "questions"
 
 
 def open_picture(name: str) -> Image.Image:

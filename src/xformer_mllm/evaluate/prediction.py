@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.json_files import write_whole
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import Benchmark, Picture, Settings
+from xformer_mllm.evaluate.benchmark import Benchmark, Picture, Settings, most_new_tokens
 
 Record = Question | Picture
 
@@ -63,7 +63,7 @@ def predict(
         made_by: what the answers depend on beside the settings (model, data); kept to tell another run's parts.
 
     Raises:
-        ValueError: if `parts/` belongs to another run.
+        ValueError: if `parts/` belongs to another run, or a prompt is longer than the language model reads.
     """
     parts = output_dir / "parts"
     state = processes()
@@ -174,17 +174,22 @@ def _answer(
 def generate_answers(
     model: Any, processor: Any, records: Sequence[Record], pixels: torch.Tensor, settings: Settings
 ) -> list[str]:
-    """One answer for each record. pixels: the records' different pictures, in the order of their first record."""
+    """One answer for each record. pixels: the records' different pictures, in the order of their first record.
+
+    Raises:
+        ValueError: if a prompt is longer than the language model reads.
+    """
     place = {image_id: number for number, image_id in enumerate(dict.fromkeys(r.image_id for r in records))}
     text = processor(text=[settings.text(record) for record in records]).to(pixels.device)
+    most = most_new_tokens(model, text["attention_mask"], settings.max_new_tokens)
     beams = {"num_beams": settings.num_beams, "length_penalty": settings.length_penalty}
     new_tokens = model.generate(
         pixels,
         image_index=torch.tensor([place[record.image_id] for record in records], device=pixels.device),
         **text,
         **(beams if settings.num_beams > 1 else {}),
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens,
+        max_new_tokens=most,
+        min_new_tokens=min(settings.min_new_tokens, most),
         repetition_penalty=settings.repetition_penalty,
         do_sample=False,
     )

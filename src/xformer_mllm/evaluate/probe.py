@@ -36,17 +36,26 @@ TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("c
 
 @dataclass
 class ProbeConfig:
-    """What is probed and how long; `weights` holds clip/ and mae/."""
+    """What is probed, and how long."""
 
     weights: Path = Path(__file__).parent.parent / "weights"
+    """The folder of the encoders, clip/ and mae/; by default those that ship with the package."""
     train: int = 8000
+    """Scenes that the probes are trained on."""
     validation: int = 2000
+    """Scenes on which a probe's best epoch is chosen."""
     test: int = 4000
+    """Scenes on which its accuracy is reported."""
     epochs: int = 40
+    """Passes over the training questions, for each probe."""
     batch_size: int = 256
+    """Questions per step."""
     learning_rate: float = 5e-3
+    """Peak of the one-cycle schedule."""
     width: int = 128
+    """Of a probe's vectors."""
     seed: int = 0
+    """Of the untrained network, the probes' initial weights and the order of the questions."""
 
 
 class AttentiveProbe(nn.Module):

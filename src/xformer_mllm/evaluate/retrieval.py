@@ -36,7 +36,7 @@ from xformer_mllm.data.json_files import read_json, write_whole
 from xformer_mllm.data.karpathy import read_karpathy
 from xformer_mllm.data.records import CLEAN_WORDS, clean
 from xformer_mllm.evaluate.benchmark import Scores
-from xformer_mllm.evaluate.prediction import processes
+from xformer_mllm.evaluate.prediction import forget, processes
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.losses import image_text_similarity
 from xformer_mllm.model.processing_xformer import encode
@@ -271,7 +271,13 @@ def retrieve(
     cosine, problems = work.cosines(captions)
     records = [record for record in benchmark.records if record.id not in problems]
     if not records:
-        raise ValueError(f"none of the {len(problems):,} pictures can be read, e.g. {next(iter(problems.values()))}")
+        state.wait_for_everyone()  # all have read the parts
+        if state.is_main_process:
+            forget(output_dir)  # the pictures may be there the next time
+        raise ValueError(
+            f"none of the {len(problems):,} pictures can be read, e.g. {next(iter(problems.values()))}; "
+            "--images names the folder of the pictures"
+        )
     kept = torch.tensor([name.rpartition("#")[0] not in problems for name in captions.names])
     captions, cosine = captions.select(kept), cosine[:, kept]
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import tyro
 
 from xformer_mllm import report
-from xformer_mllm.checkpoints import load_model, model_folder
+from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
+from xformer_mllm.data.exports import EXPORT_FILE
 from xformer_mllm.data.json_files import read_json, write_whole
 from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
 from xformer_mllm.evaluate.coco_captions import CocoCaptions
@@ -92,7 +93,7 @@ class EvaluateConfig(BenchmarkConfig):
     workers: int = 0
     """Processes that read pictures ahead; 4 or more beside a GPU."""
     output_dir: Path | None = None
-    """Where the results go; by default a folder beside the model."""
+    """Where the results go; by default in evaluation/, in the folder of the run, or of a model without a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises FileNotFoundError or ValueError, in one line, if there is no such model, benchmark or file.
     """
+    _check_numbers(config, "num_beams", "max_new_tokens", "k_test", "batch_size")
     benchmark = open_benchmark(config)
     processes()  # each takes its GPU before a model is put on one
     return _rank(config, benchmark) if isinstance(benchmark, Retrieval) else _ask(config, benchmark)
@@ -121,11 +123,20 @@ def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
     """Answers to questions, or captions."""
     settings = settings_of(config, benchmark)
     folder = _output_dir(config)
+    _check_same_settings(folder, config, asdict(settings))
     model, processor = load_model(config.model, [XFormerForConditionalGeneration])
     start = time.perf_counter()
     found = predict(model, processor, benchmark, settings, folder, config.batch_size, config.workers, _made_by(config))
+    processes().wait_for_everyone()  # all have read the parts
     if not processes().is_main_process:
         return {}
+    if not found.answers:
+        forget(folder)  # the pictures may be there the next time
+        why = next(iter(found.problems.values()), "there are none")
+        raise ValueError(
+            f"none of the {len(benchmark.records):,} records has an answer, e.g. {why}; "
+            "--images names the folder of the pictures"
+        )
     metrics = describe(benchmark, found) | {"settings": asdict(settings)} | _about(config, start)
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, found.answers)]
     write_whole(folder / "predictions.jsonl", "".join(rows))
@@ -136,6 +147,7 @@ def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
 def _rank(config: EvaluateConfig, benchmark: Retrieval) -> dict[str, Any]:
     """Retrieval: `retrieve` writes ranking.json."""
     folder = _output_dir(config)
+    _check_same_settings(folder, config, {"k_test": config.k_test})
     model, processor = load_model(config.model, [XFormerForPreTraining, XFormerForImageTextRetrieval])
     start = time.perf_counter()
     scores, ranking = retrieve(
@@ -163,11 +175,36 @@ def _output_dir(config: EvaluateConfig) -> Path:
     if config.output_dir is not None:
         return config.output_dir
     name = f"{config.benchmark}-{_split(config)}" + (f"-{config.settings}" if config.settings else "")
-    return model_folder(config.model).parent / "evaluation" / name
+    return evaluation_folder(model_folder(config.model)) / name
+
+
+def _check_same_settings(folder: Path, config: EvaluateConfig, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming what differs, if the folder holds results that this run would not make again."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return
+    there = read_json(file)
+    old, new = {**there.get("config", {}), **there.get("settings", {})}, {**_plain(config), **settings}
+    names = [*settings, *(field.name for field in dataclasses.fields(BenchmarkConfig))]
+    if config.output_dir is not None:  # the folder beside a model is its own, also where it was moved
+        names.append("model")
+    paths = ("data", "images", "model")
+    differing = [
+        f"{name} {old[name]!r}, not {new[name]!r}"
+        for name in names
+        if name in old and old[name] != new[name] and not (name in paths and _same_place(old[name], new[name]))
+    ]
+    if differing:
+        raise ValueError(f"{folder}: holds results with {'; '.join(differing)}; name another --output-dir")
+
+
+def _same_place(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def _about(config: EvaluateConfig, start: float) -> dict[str, Any]:
-    return {"seconds": round(time.perf_counter() - start, 1), "config": _plain(config)}
+    seconds = round(time.perf_counter() - start, 1)
+    return {"seconds": seconds, "exported_scenes": _is_exported(config), "config": _plain(config)}
 
 
 def _finish(folder: Path, metrics: dict[str, Any], shown: Sequence[report.Example]) -> dict[str, Any]:
@@ -187,14 +224,20 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     benchmark = open_benchmark(config)
     if isinstance(benchmark, Retrieval):
         raise ValueError(f"{benchmark.name} has no official results file; `xformer evaluate` ranks and scores")
-    content = read_json(config.answers)
+    official = config.answers.with_name("official.json")  # `evaluate` puts it beside other files
+    hint = f"; the file to score is {official}" if official.is_file() and official != config.answers else ""
+    try:
+        content = read_json(config.answers)
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from None
     try:
         pairs = benchmark.read_official(content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format: {error}") from None
+        raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format: {error}{hint}") from None
     found, expected = [name for name, _ in pairs], [record.id for record in benchmark.records]
     check_ids(config.answers, found, expected, config.partial)
-    metrics = describe(benchmark, Answers(dict(pairs), {})) | {"config": _plain(config)}
+    about = {"exported_scenes": _is_exported(config), "config": _plain(config)}
+    metrics = describe(benchmark, Answers(dict(pairs), {})) | about
     if config.output:
         write_whole(config.output, json.dumps(metrics, indent=2) + "\n")
     print(summary(metrics))
@@ -206,6 +249,7 @@ def open_benchmark(config: BenchmarkConfig) -> Any:
     kind = BENCHMARKS.get(config.benchmark)
     if kind is None:
         raise ValueError(f"unknown benchmark {config.benchmark!r}; there are {', '.join(BENCHMARKS)}")
+    _check_numbers(config, "size", "questions_per_picture")
     split = _split(config)
     if split not in kind.splits:
         raise ValueError(f"{kind.name} has the splits {', '.join(kind.splits)}, not {split!r}")
@@ -216,9 +260,26 @@ def open_benchmark(config: BenchmarkConfig) -> Any:
     if config.data is None:
         raise ValueError(f"{kind.name} needs --data DIR, a folder with {kind.files}")
     try:
-        return kind(config.data, split, config.images)
+        benchmark = kind(config.data, split, config.images)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {kind.name} reads {kind.files}") from None
+    if _is_exported(config):
+        name = kind.name
+        benchmark.notes = [f"the embedded scenes in the format of {name}, not {name} itself", *benchmark.notes]
+    return benchmark
+
+
+def _is_exported(config: BenchmarkConfig) -> bool:
+    """Whether the data are the embedded scenes, as `xformer data export` writes them: their scores are no benchmark's."""
+    return config.data is not None and (config.data / EXPORT_FILE).is_file()
+
+
+def _check_numbers(config: BenchmarkConfig, *names: str) -> None:
+    """Raises ValueError for one that is given and cannot be."""
+    for name in names:
+        number = getattr(config, name)
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
 
 
 def _split(config: BenchmarkConfig) -> str:
@@ -226,17 +287,26 @@ def _split(config: BenchmarkConfig) -> str:
 
 
 def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> Settings:
-    """The named settings, with what is given in their place. Raises ValueError for an unknown name."""
+    """The named settings, with what is given in their place.
+
+    Raises:
+        ValueError: for an unknown name, or a prompt that leaves the question out.
+    """
     name = config.settings or next(iter(benchmark.settings))
     if name not in benchmark.settings:
         raise ValueError(f"{benchmark.name} has the settings {', '.join(benchmark.settings)}, not {name!r}")
     fields = [field.name for field in dataclasses.fields(Settings)]
     given = {field: value for field in fields if (value := getattr(config, field, None)) is not None}
+    asks = "{question}" in benchmark.settings[name].prompt
+    if asks and "{question}" not in given.get("prompt", "{question}"):
+        raise ValueError(f"prompt is {given['prompt']!r}, without {{question}} where the question is to stand")
     return dataclasses.replace(benchmark.settings[name], **given)
 
 
 def check_ids(file: Path, found: Sequence[str], expected: Sequence[str], partial: bool) -> None:
-    """Raises ValueError, naming a few, for ids that are repeated, unknown or, unless `partial`, missing."""
+    """Raises ValueError, naming a few, for ids that are repeated, unknown or, unless `partial`, missing; or for none."""
+    if not found:
+        raise ValueError(f"{file}: holds no answers")
     kinds = {
         "repeated": [name for name, times in Counter(found).items() if times > 1],
         "unknown": sorted(set(found) - set(expected)),

@@ -12,7 +12,7 @@ from ..data.questions import QUESTION_PROMPT
 from ..model.modeling_xformer import FROZEN
 from ..report.benchmark import UNSCALED, decoding, number
 from ..report.contents import BLIND
-from .facts import Facts, Metrics, benchmark_of, without_folders
+from .facts import Facts, Metrics, benchmark_of, is_of_scenes, title_of, without_folders
 from .source import part_of
 
 
@@ -49,7 +49,9 @@ def hub_fields(facts: Facts) -> str:
 
 
 def hub_results(metrics: Metrics, task: str) -> list[EvalResult]:
-    """The overall scores."""
+    """The overall scores; none of the embedded scenes, which the hub would list as the benchmark's."""
+    if is_of_scenes(metrics):
+        return []
     name, split = benchmark_of(metrics)
     return [
         EvalResult(
@@ -162,8 +164,7 @@ def scores_of(metrics: Metrics) -> str:
         facts.append(f"normalisation: {normalisation.rstrip('.')}")
     facts += [note.rstrip(".") for note in metrics.get("notes", [])]
 
-    title = " ".join(filter(None, benchmark_of(metrics)))
-    text = f"### {title}\n\n{table(['', *columns], overall)}\n\n{'; '.join(facts)}."
+    text = f"### {title_of(metrics)}\n\n{table(['', *columns], overall)}\n\n{'; '.join(facts)}."
     if others:
         text += f"\n\n<details><summary>By group</summary>\n\n{table(['', *columns], others)}\n\n</details>"
     return text

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import model_folder
+from ..checkpoints import evaluation_folder, model_folder
 from ..data.json_files import read_json
 from ..language_models import SMOLLM2_ON_HUB
 from ..model.configuration_xformer import XFormerConfig
@@ -87,22 +87,17 @@ def without_folders(value: Any) -> Any:
 def evaluations(folder: Path, named: Sequence[Path]) -> tuple[list[Metrics], list[str]]:
     """What metrics.json of the model's evaluations hold, and a line for each that is not taken, with the reason.
 
-    `xformer evaluate` writes them to evaluation/ beside the model's folder, where another model's may be, too; those that
-    are `named` are taken in any case.
+    Those that are `named` are taken in any case.
     """
     weights = max(file.stat().st_mtime for file in folder.glob("*.safetensors"))
     found, left_out = [read_metrics(file) for file in named], []
-    for file in sorted(folder.parent.glob("evaluation/*/metrics.json")):
-        metrics = read_metrics(file)
-        model = metrics.get("config", {}).get("model", "")
+    for file in sorted(evaluation_folder(folder).glob("*/metrics.json")):
         if file.resolve() in (other.resolve() for other in named):
             continue
-        if folder.name not in ("model", Path(model).name):
-            left_out.append(f"{file}, which is of {model}")
-        elif file.stat().st_mtime < weights:
+        if file.stat().st_mtime < weights:
             left_out.append(f"{file}, which is older than the weights")
         else:
-            found.append(metrics)
+            found.append(read_metrics(file))
     return found, left_out
 
 
@@ -118,3 +113,14 @@ def benchmark_of(metrics: Metrics) -> tuple[str, str]:
     """Its name and its split."""
     config = metrics.get("config", {})
     return metrics.get("benchmark") or config.get("data") or "unnamed", config.get("split") or ""
+
+
+def is_of_scenes(metrics: Metrics) -> bool:
+    """Whether these are scores on the embedded scenes in a benchmark's format, and so none of the benchmark."""
+    return bool(metrics.get("exported_scenes"))
+
+
+def title_of(metrics: Metrics) -> str:
+    """'vqav2 val', and what else its reader must not miss."""
+    title = " ".join(filter(None, benchmark_of(metrics)))
+    return f"{title}: the embedded scenes in its format" if is_of_scenes(metrics) else title

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from ..checkpoints import model_folder
 from ..data.json_files import write_whole
 from .card import model_card
-from .facts import Facts, benchmark_of, evaluations, lineage, made_from
+from .facts import Facts, evaluations, lineage, made_from, title_of
 from .folder import check_whole, dtype_of, new_config, write_code, write_settings, write_weights
 from .settings import ExportConfig
 from .source import kind_of, open_processor, open_weights
@@ -52,7 +52,7 @@ def export(settings: ExportConfig) -> Path:
 def summary(facts: Facts, left_out: list[str]) -> str:
     """What was written, what the card does not say, and how to publish it."""
     output = facts.settings.output_dir
-    named = ", ".join(" ".join(filter(None, benchmark_of(metrics))) for metrics in facts.scores)
+    named = ", ".join(map(title_of, facts.scores))
     lines = [
         f"{output}: {facts.kind.model.__name__}, {facts.gigabytes:,.3f} GB of weights",
         f"scores in the card: {named or 'none; --metrics FILE adds them'}",

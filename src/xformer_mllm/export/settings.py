@@ -34,7 +34,7 @@ class ExportConfig:
     datasets: tuple[str, ...] = ()
     """What it was trained on, as the hub names it."""
     metrics: tuple[Path, ...] = ()
-    """metrics.json of evaluations; those in evaluation/ beside the model are found."""
+    """metrics.json of evaluations; those that `xformer evaluate` put beside the model are found."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for settings that cannot be."""

@@ -5,6 +5,7 @@ The defaults are the paper's: EVA-CLIP ViT-g, MAE ViT-H, BLIP-2's Q-Former, OPT 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import AutoConfig, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, ViTMAEConfig
@@ -118,6 +119,26 @@ class XFormerConfig(PreTrainedConfig):
     mae_image_size: Any = None
     initializer_range: float = 0.02
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As transformers' own, which would give the defaults for what is no X-Former's.
+
+        Raises:
+            ValueError: in one line, if it is not.
+        """
+        source = pretrained_model_name_or_path
+        fields, kwargs = super().get_config_dict(source, **kwargs)
+        within = [value for value in fields.values() if isinstance(value, dict)]  # what an X-Former is attached to
+        if all(part.get("model_type") != cls.model_type for part in [fields, *within]):
+            file = source if os.path.isfile(source) else os.path.join(source, "config.json")
+            model = os.path.join(os.path.dirname(file), "model")
+            kind = fields.get("model_type", "unknown")
+            what = f"{file} is no X-Former's configuration (model_type: {kind})"
+            if "model_type" not in fields and os.path.isdir(model):
+                what = f"{file} is a run's configuration; the model's is in {model}"
+            raise ValueError(what)
+        return fields, kwargs
+
     def __post_init__(self, **kwargs):
         self.clip_config = _vision(self.clip_config)
         self.mae_config = _vision(self.mae_config)
@@ -152,6 +173,13 @@ class XFormerConfig(PreTrainedConfig):
         clip = PIXEL_STATISTICS.get(self.clip_config.model_type, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         self.clip_mean, self.clip_std = self.clip_mean or clip[0], self.clip_std or clip[1]
         kind = getattr(self.mae_config, "model_type", "")
+        sizes = ("hidden_size", "num_attention_heads", "patch_size", *(() if kind in ANY_SIZE else ("image_size",)))
+        for name in sizes if kind else ():
+            if not isinstance(getattr(self.mae_config, name, None), int):  # others have none, or one of each stage
+                raise ValueError(
+                    f"mae_config: a {kind} has no single {name}; the second encoder must be a vision transformer, "
+                    "such as a ViTMAEConfig or a Dinov2Config describes"
+                )
         mae = PIXEL_STATISTICS.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
         self.mae_mean, self.mae_std = self.mae_mean or mae[0], self.mae_std or mae[1]
         if kind in ANY_SIZE:
@@ -216,6 +244,9 @@ class XFormerConfig(PreTrainedConfig):
             )
         if self.instruction_aware and not self.qformer_config.use_qformer_text_input:
             raise ValueError("instruction_aware needs qformer_config.use_qformer_text_input")
+        for name in ("num_query_tokens", "fusion_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapters) or more")
         if not 0.0 <= self.mask_ratio < 1.0:

@@ -29,7 +29,8 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return _to_rgb(source, name=str(getattr(source, "filename", "") or "the given picture"))
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"a picture must be a path or a PIL image, not {type(source).__name__}")
+        hint = "; Image.fromarray(uint8[H, W, 3]) makes one of an array" if hasattr(source, "shape") else ""
+        raise TypeError(f"a picture must be a path or a PIL image, not {type(source).__name__}{hint}")
     name = os.fspath(source)
     if str(name).startswith(("http://", "https://")):
         raise FileNotFoundError(f"{name}: addresses are not fetched; download the picture and give its path")

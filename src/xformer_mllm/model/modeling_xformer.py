@@ -41,6 +41,7 @@ from .vision_encoders import (
     ClipEncoder,
     ImageTokens,
     build_tower,
+    check_pixels,
     encode_second,
     is_frozen,
     mae_positions,
@@ -130,6 +131,17 @@ class XFormerPreTrainedModel(PreTrainedModel):
         return self
 
 
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _check_range(image_index, pictures: int) -> None:
+    """In use alone: on a GPU it waits for the values, which a training step must not."""
+    named = [] if image_index is None else torch.as_tensor(image_index).tolist()
+    if any(not 0 <= place < pictures for place in named):
+        raise ValueError(f"image_index is {named} of {_counted(pictures, 'picture')}: 0 to {pictures - 1}")
+
+
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same configuration, changed in place: a frozen language model must not drop anything."""
     for name, value in list(vars(config).items()):  # dropout (OPT), dropout_rate (T5), resid_pdrop (GPT-2), ...
@@ -194,8 +206,13 @@ class XFormerModel(XFormerPreTrainedModel):
         """uint8[B, 3, H, W] (or float in [0, 1]) -> C and M. CLIP sees the whole image, the MAE what is not masked.
 
         What is in `features`, from `frozen_features` of the same images, is not encoded again.
+
+        Raises:
+            ValueError: if these are no such pixels.
         """
         features = features or {}
+        if not features.keys() >= ({"clip"} if self.mae_encoder is None else {"clip", "mae"}):
+            check_pixels(pixel_values)
         clip_states, *shallow = features["clip"].unbind(1) if "clip" in features else self._clip_states(pixel_values)
         clip_tokens = self.clip_layernorm(clip_states.to(self.clip_layernorm.weight.dtype))
         if shallow:  # an earlier CLIP layer in place of M
@@ -222,6 +239,7 @@ class XFormerModel(XFormerPreTrainedModel):
         {"clip": [B, layers that are read, N, D_clip]}, and, unless training masks a part of each image anew, "mae":
         [B, 1+L, D_mae].
         """
+        check_pixels(pixel_values)
         features = {"clip": torch.stack(self._clip_states(pixel_values), dim=1)}
         if self.mae_encoder is not None and not masked:
             features["mae"] = encode_second(self.mae_encoder, self.config, pixel_values)[0].tokens
@@ -528,6 +546,11 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         """As transformers' own; the frozen parts come in the dtype that their language model was saved in."""
         if dtype is None:
             config = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if config.text_config is None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: a model of stage 1 has no language model to generate with; "
+                    "load it as XFormerForPreTraining, or put one behind it by `xformer train stage2`"
+                )
             dtype = config.text_config.dtype or "auto"
         return super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype, config=config, **kwargs)
 
@@ -549,8 +572,24 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """The soft prompt of each text: pixels of B images -> [texts, Q, E]; arguments as in `forward`."""
         image = self.xformer.encode_image(pixel_values)
+        self._check_texts(len(image.clip_tokens), image_index, None, qformer_input_ids)
         output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
         return self._soft_prompt(output, image_index)
+
+    def _check_texts(self, pictures: int, image_index, input_ids, qformer_input_ids) -> None:
+        """As many texts [texts, T] as pictures, or the picture of each: else they would be answered from others."""
+        index = None if image_index is None else torch.as_tensor(image_index)
+        read = qformer_input_ids if self.config.instruction_aware else None
+        for count in [len(ids) for ids in (input_ids, read) if ids is not None]:
+            if index is None and count != pictures:
+                raise ValueError(
+                    f"{_counted(pictures, 'picture')}, {_counted(count, 'text')}: as many texts as pictures, "
+                    "or image_index=[the picture of each text]"
+                )
+            if index is not None and count != len(index):
+                raise ValueError(
+                    f"image_index names {_counted(len(index), 'picture')} for {_counted(count, 'text')}: one for each text"
+                )
 
     def _read(self, image: ImageTokens, image_index, input_ids, attention_mask) -> XFormerModelOutput:
         """The queries read each image, or, instruction-aware, each text's image together with the text's prompt."""
@@ -574,6 +613,10 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
 
     def _with_soft_prompt(self, input_ids: torch.Tensor, soft_prompt: torch.Tensor) -> torch.Tensor:
         """Embeddings of int64[B, T] with the soft prompt [B, Q, E] at the image placeholders -> [B, T, E]."""
+        if len(input_ids) != len(soft_prompt):
+            raise ValueError(
+                f"{_counted(len(soft_prompt), 'soft prompt')}, {_counted(len(input_ids), 'text')}: give each text its own"
+            )
         at = input_ids == self.config.image_token_index
         if not (at.sum(-1) == soft_prompt.shape[1]).all():
             raise ValueError(
@@ -614,13 +657,14 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             features: from `XFormerModel.frozen_features`: what is not to be encoded again.
 
         Raises:
-            ValueError: if a text has not exactly as many placeholders as there are queries.
+            ValueError: if a text has not exactly as many placeholders as there are queries, or not one picture.
         """
         config, output, image = self.config, None, None
         reconstructs = config.reconstruction_in_stage2 and labels is not None
         if soft_prompt is None:
             mask_ratio = config.mask_ratio if reconstructs else 0.0
             image = self.xformer.encode_image(pixel_values, mask_ratio, noise, features)
+            self._check_texts(len(image.clip_tokens), image_index, input_ids, qformer_input_ids)
             output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
             soft_prompt = self._soft_prompt(output, image_index)
         embeds = self._with_soft_prompt(input_ids, soft_prompt)
@@ -670,6 +714,9 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         Pad on the left, as for any decoder, or an encoder's text on the right. Without `input_ids` the text is empty.
         """
         if soft_prompt is None:
+            check_pixels(pixel_values)
+            self._check_texts(len(pixel_values), image_index, input_ids, qformer_input_ids)
+            _check_range(image_index, len(pixel_values))
             soft_prompt = self.get_image_features(pixel_values, image_index, qformer_input_ids, qformer_attention_mask)
         if input_ids is None:
             input_ids = torch.tensor(self._empty_text(), device=soft_prompt.device).expand(len(soft_prompt), -1)

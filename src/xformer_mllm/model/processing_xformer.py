@@ -96,21 +96,22 @@ class XFormerProcessor(ProcessorMixin):
             max_length: a longer prompt is cut such that the row has so many tokens, not counting the placeholders.
 
         Raises:
-            ValueError, FileNotFoundError: in one line, for a picture that cannot be read or an empty text.
+            ValueError, FileNotFoundError, TypeError: in one line, for a picture that cannot be read, an empty text or list,
+                or what is neither.
         """
         data = {}
         if images is not None:
-            pictures = [load_image(picture) for picture in _as_list(images)]
+            pictures = [load_image(picture) for picture in _as_list(images, "images")]
             data["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         if text is not None:
-            data |= self._llm_text(_as_list(text), padding, max_length)
+            data |= self._llm_text(_texts(text, "text"), padding, max_length)
             if self.instruction_aware:
-                data |= self.qformer_inputs(_as_list(text), padding)
+                data |= self.qformer_inputs(_texts(text, "text"), padding)
         if qformer_text is not None:
-            for caption in _as_list(qformer_text):
+            for caption in _texts(qformer_text, "qformer_text"):
                 if not caption.strip():
                     raise ValueError("a text for the Q-Former is empty; leave the pair out or give it a caption")
-            data |= self.qformer_inputs(_as_list(qformer_text), padding)
+            data |= self.qformer_inputs(_texts(qformer_text, "qformer_text"), padding)
         if not data:
             raise ValueError("give the processor images, text or qformer_text")
         return BatchFeature(data, tensor_type=return_tensors)
@@ -219,8 +220,19 @@ def without_placeholders(text: str) -> str:
     return text.replace(IMAGE_TOKEN, "")
 
 
-def _as_list(value):
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _as_list(value, name: str) -> list:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise ValueError(f"{name} is empty; give at least one, or leave it out")
+    return values
+
+
+def _texts(value, name: str) -> list[str]:
+    texts = _as_list(value, name)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str or a list of them; a {type(text).__name__} is among them")
+    return texts
 
 
 __all__ = ["IMAGE_TOKEN", "XFormerProcessor", "encode", "image_processor", "without_placeholders"]

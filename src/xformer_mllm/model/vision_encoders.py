@@ -15,6 +15,36 @@ from .configuration_xformer import XFormerConfig
 from .distributed import gather
 from .reconstruction import patchify
 
+ROUNDING = 0.01  # by which floats may lie outside of [0, 1]: a normalisation undone in bfloat16 is off by as much
+
+
+def check_pixels(pixel_values: torch.Tensor | None) -> None:
+    """Refuse what is not uint8[B, 3, H, W] or float[B, 3, H, W] in [0, 1]: a tower would answer to it, but wrongly.
+
+    Of floats alone are the values looked at, which waits for a GPU; the processor makes bytes.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if pixel_values is None:
+        raise ValueError("give pixel_values, as XFormerProcessor makes them of images")
+    fits = torch.is_tensor(pixel_values) and pixel_values.ndim == 4 and pixel_values.shape[1] == 3
+    fits = fits and pixel_values.numel() > 0
+    if fits and pixel_values.dtype == torch.uint8:
+        return
+    found = type(pixel_values).__name__
+    if torch.is_tensor(pixel_values):
+        found = f"{str(pixel_values.dtype).removeprefix('torch.')}{list(pixel_values.shape)}"
+    if fits and pixel_values.is_floating_point():
+        low, high = (bound.item() for bound in pixel_values.aminmax())
+        if low >= -ROUNDING and high <= 1 + ROUNDING:
+            return
+        found += f" from {low:.2f} to {high:.2f}, perhaps already normalised"
+        found += ": X-Former normalises by itself, for each encoder"
+    raise ValueError(
+        f"pixel_values must be uint8[B, 3, H, W] or floats in [0, 1], as XFormerProcessor makes them; here {found}"
+    )
+
 
 def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, dtype: torch.dtype) -> torch.Tensor:
     """One image tensor -> what one encoder was trained on: its resolution, its mean and deviation.
@@ -213,6 +243,7 @@ __all__ = [
     "ImageTokens",
     "MaeTokens",
     "build_tower",
+    "check_pixels",
     "encode_mae",
     "encode_second",
     "is_frozen",

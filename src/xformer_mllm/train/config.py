@@ -114,7 +114,8 @@ class Stage1Config(RunConfig):
     """Stage 1: representation learning by ITC, ITM, ITG and reconstruction, with the encoders frozen."""
 
     variant: str = "xformer"
-    """Which model: a row of the paper's tables (xformer, qformer, concat, ...; see variants.py)."""
+    """Which model: qformer, xformer, concat, early_cross_attention, clip_shallow, no_reconstruction,
+    reconstruction_in_stage2 (rows of the paper's tables), random_mae, dinov2 (variants.py says what each is)."""
     start_from: Path | None = None
     """Folder of `xformer convert`, or of a model trained before; by default the embedded world's encoders."""
     second_encoder: str | None = None
@@ -135,7 +136,8 @@ class Stage2Config(RunConfig):
     variant: str | None = None
     """The variant of the stage-1 model, where it should be checked; the model itself comes from there."""
     from_pretraining: Path = Path("runs/stage1")
-    """The folder of a finished stage-1 run, or of its model."""
+    """The folder of a finished stage-1 run, or of its model. Or one of stage 2, or of `xformer convert --llm`: its own
+    language model then goes on, without --llm."""
     llm: str = "opt"
     """The frozen language model: opt (tiny, shipped), smollm2, or a folder or hub id of a causal model or an encoder-decoder
     (docs/language-models.md)."""
@@ -177,10 +179,12 @@ def write_config(config: Any, command: str) -> None:
 
 
 def read_config(path: Path, kind: type[Config], command: str) -> Config:
-    """The configuration in a file that `write_config` wrote.
+    """The configuration in a file that `write_config` wrote, or in a run's folder.
 
     Raises FileNotFoundError, or ValueError if the file is not a configuration of `command`.
     """
+    if path.is_dir():
+        path = path / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:

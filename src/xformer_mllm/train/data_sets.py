@@ -18,7 +18,7 @@ from xformer_mllm.data.easy_vqa import EasyVqaCaptions, EasyVqaQuestions
 from xformer_mllm.data.questions import ByPicture
 from xformer_mllm.data.records import Pictures
 from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
-from xformer_mllm.data.sources import open_captions, open_questions
+from xformer_mllm.data.sources import KNOWN, open_captions, open_questions, stands_for_something
 from xformer_mllm.data.streams import Stream
 from xformer_mllm.data.transforms import EvalTransform, TrainTransform
 from xformer_mllm.model.images import load_image
@@ -62,6 +62,7 @@ def captions(config: RunConfig, picture_size: int) -> tuple[Dataset, Records]:
         return SceneCaptions("train", _scenes(config)), _first(SceneCaptions("validation", HELD_OUT_PICTURES))
     if config.data == "easy-vqa":
         return _at_most(EasyVqaCaptions("train"), config), _first(EasyVqaCaptions("validation"))
+    _check_name(config.data)
     cleaned = config.clean_captions
     train = open_captions(config.data, "train", load_image, **_how(config, picture_size), cleaned=cleaned)
     held_out = open_captions(config.data, "validation", load_image, images=config.images, cleaned=cleaned)
@@ -82,9 +83,16 @@ def questions(config: Stage2Config, picture_size: int) -> tuple[Dataset, Records
         for place, question in enumerate(asked.questions):
             places.setdefault(question.image_id, []).append(place)
         return ByPicture(asked, list(places.values())[: config.train_size]), _first(EasyVqaQuestions("validation"))
+    _check_name(config.data)
     train = open_questions(config.data, "train", load_image, **_how(config, picture_size), questions_per_picture=each)
     held_out = open_questions(config.data, "validation", load_image, images=config.images)
     return _at_most(train, config), [picture[0] for picture in _first(held_out)]
+
+
+def _check_name(data: str) -> None:
+    """Raises FileNotFoundError that also names what `data/sources.py` does not know: the sources that come with us."""
+    if not stands_for_something(data):
+        raise FileNotFoundError(f"{data}: no such source of pictures; it must be scenes, easy-vqa, {KNOWN}")
 
 
 def undecoded(dataset: Any, broken: dict[str, str]) -> Any:

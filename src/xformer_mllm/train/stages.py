@@ -22,9 +22,11 @@ from torch.utils.data import Dataset, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import set_seed
 
-from xformer_mllm.checkpoints import continue_pretraining, start_generation, start_pretraining
+from xformer_mllm.checkpoints import continue_pretraining, embedded_config, start_generation, start_pretraining
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
-from xformer_mllm.model.modeling_xformer import XFormerForPreTraining
+from xformer_mllm.language_models import check_on_hub, language_model_dir
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.model.painting import reconstructions, rows_of_panels, sheet
 from xformer_mllm.train import data_sets, freeze, processes, run_checkpoints
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
@@ -42,6 +44,7 @@ from xformer_mllm.train.data_sets import Records
 from xformer_mllm.train.feature_cache import FeatureCache, WithFeatures
 from xformer_mllm.train.health import CollapseAlarm
 from xformer_mllm.train.trainer import XFormerTrainer, uses_bf16
+from xformer_mllm.variants import variant_config
 
 STANDARDISED_OVER = 256  # pictures, whose tokens' statistics the fresh layer norms start with
 SAMPLE_TOKENS = 20
@@ -82,7 +85,18 @@ def run_stage1(config: Stage1Config) -> Path:
 def _start(config: Stage1Config) -> tuple[Any, Any]:
     if config.start_from is not None:
         return continue_pretraining(config.start_from, config.variant)
-    return start_pretraining(config.variant, config.seed, config.second_encoder)
+    name = config.second_encoder
+    if name is None:
+        return start_pretraining(config.variant, config.seed)
+    if not Path(name).exists():
+        check_on_hub("--second-encoder", name)
+    variant_config(config.variant, embedded_config())  # an unknown variant is not the encoder's fault
+    try:
+        return start_pretraining(config.variant, config.seed, name)
+    except AttributeError as error:  # a language model lacks the settings of a tower
+        raise ValueError(f"--second-encoder {name}: is no vision tower ({error})") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--second-encoder {name}: {error}") from error
 
 
 def run_stage2(config: Stage2Config) -> Path:
@@ -94,7 +108,12 @@ def run_stage2(config: Stage2Config) -> Path:
     aware = config.instruction_aware and config.text == "questions"
     model, processor = processes.together(
         lambda: start_generation(
-            _pretrained(config), config.llm, config.seed, aware, config.chat_template, config.lora_rank
+            _with_language_model(config, _pretrained(config)),
+            config.llm,
+            config.seed,
+            aware,
+            config.chat_template,
+            config.lora_rank,
         )
     )
     open_data = data_sets.questions if config.text == "questions" else data_sets.captions
@@ -127,6 +146,23 @@ def _pretrained(config: Stage2Config) -> Path:
         if trained != config.variant:
             raise ValueError(f"{run}: holds the variant {trained}, not {config.variant}")
     return run / "model"
+
+
+def _with_language_model(config: Stage2Config, folder: Path) -> Path:
+    """The folder, once it is known that a language model is to be had: the model's own, if it has one, else --llm.
+
+    Raises ValueError if both are asked for, or if there is none of that name.
+    """
+    whole = XFormerConfig.from_pretrained(folder)
+    if whole.architectures == [XFormerForConditionalGeneration.__name__]:
+        if config.llm != Stage2Config.llm:
+            raise ValueError(f"{folder}: holds its own language model; leave --llm out")
+        if processes.is_first():
+            inner = whole.text_config
+            print(f"language model: the one in {folder} ({inner.model_type} of width {inner.hidden_size})")
+    elif isinstance(found := language_model_dir(config.llm), str):
+        check_on_hub("--llm", found)
+    return folder
 
 
 def _picture_size(processor: Any) -> int:
@@ -222,6 +258,8 @@ def _begin(config: RunConfig, command: str, model: Any, train: Dataset) -> Path 
     print(freeze.show(table))
     print(f"{data_sets.described(train)} of {config.data}, {config.steps:,} steps of {config.batch_size}")
     print(processes.described())
+    for line in _doubts(config):
+        print(line)
     checkpoint, not_used = run_checkpoints.newest_good(folder)
     for line in not_used:
         print(line)
@@ -232,6 +270,16 @@ def _begin(config: RunConfig, command: str, model: Any, train: Dataset) -> Path 
         freeze.write(table, folder / "freeze.json")
         write_config(config, command)
     return checkpoint
+
+
+def _doubts(config: RunConfig) -> list[str]:
+    """Settings that can be meant, but hardly are."""
+    found = []
+    if isinstance(config, Stage1Config) and config.batch_size * PartialState().num_processes == 1:
+        found.append("warning: a batch of one pair has nothing to be told from (itc_loss is 0); raise --batch-size")
+    if config.steps <= config.warmup_steps:
+        found.append(f"warning: {config.steps} steps end within --warmup-steps {config.warmup_steps}, below the peak")
+    return found
 
 
 def _cached(
