@@ -139,7 +139,7 @@ def find_source(source: str, images: Path | None = None, any_share: bool = False
     path = Path(source)
     if _names_shards(source):
         return find_shards(source)
-    if not stands_for_something(source):
+    if not path.exists():
         raise FileNotFoundError(f"{source}: no such source of pictures; it must be {KNOWN}")
     if path.suffix == ".jsonl":
         return read_json_lines_source(path, images, any_share)
