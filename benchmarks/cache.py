@@ -18,13 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from xformer_mllm.checkpoints import bf16_is_fast, start_generation, start_pretraining
-from xformer_mllm.data.scenes import SceneCaptions
-from xformer_mllm.train import processes
+from xformer_mllm import processes
+from xformer_mllm.checkpoints import bf16_is_fast, start_generation
+from xformer_mllm.embedded.scenes import SceneCaptions
+from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
 from xformer_mllm.train.feature_cache import FeatureCache, WithFeatures
 
-BATCH, PICTURES, WARM_UP = 24, 480, 2
+BATCH, IMAGES, WARM_UP = 24, 480, 2
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     processes.join()
     torch.manual_seed(0)
-    print("| run | s a step | from the cache | ratio | bytes a picture |\n|---|---|---|---|---|")
+    print("| run | s a step | from the cache | ratio | bytes an image |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, case in {
             "stage 1, `qformer`": lambda: stage1("qformer"),
@@ -62,10 +63,10 @@ def stage2(variant: str) -> tuple[Any, Callable]:
 
 
 def measure(model: Any, collator: Callable, folder: Path, rounds: int) -> tuple[float, float, int]:
-    """Processor seconds of a step without and with the cache (medians), and the cache's bytes for a picture."""
+    """Processor seconds of a step without and with the cache (medians), and the cache's bytes for an image."""
     model.freeze()
     masked = hasattr(model, "itm_head") and model.config.reconstruction
-    scenes, bf16 = SceneCaptions("train", PICTURES), bf16_is_fast()
+    scenes, bf16 = SceneCaptions("train", IMAGES), bf16_is_fast()
     cache = FeatureCache(folder / model.config.fusion, model, masked, "scenes", 48, bf16)
     cache.fill(model, scenes, collator)
     model.train()
@@ -73,7 +74,7 @@ def measure(model: Any, collator: Callable, folder: Path, rounds: int) -> tuple[
     ways = (collator, WithFeatures(collator, cache, pixels_needed=masked))
     taken: tuple[list[float], list[float]] = ([], [])
     for round_ in range(rounds + WARM_UP):
-        items = [scenes[(round_ * BATCH + place) % PICTURES] for place in range(BATCH)]
+        items = [scenes[(round_ * BATCH + place) % IMAGES] for place in range(BATCH)]
         for way, times in zip(ways, taken, strict=True):
             began = time.process_time()
             batch = way(items)
@@ -87,7 +88,7 @@ def measure(model: Any, collator: Callable, folder: Path, rounds: int) -> tuple[
     before, after = (statistics.median(times[WARM_UP:]) for times in taken)
     shards = list(cache.folder.glob("*.safetensors"))
     newest = max(shards, key=lambda path: path.stat().st_mtime)
-    return before, after, newest.stat().st_size // PICTURES
+    return before, after, newest.stat().st_size // IMAGES
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an instruct model says to a question in plain text and by its chat template: no picture, no training.
+"""What an instruct model says to a question in plain text and by its chat template: no image, no training.
 
 python benchmarks/chat_template.py --llm smollm2 --output docs/results/chat-template.md
 
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from xformer_mllm.checkpoints import WEIGHTS, load_language_model
+from xformer_mllm.checkpoints import load_language_model
 from xformer_mllm.data.questions import QUESTION_PROMPT
+from xformer_mllm.embedded.encoders import ask, description, draw_scene
+from xformer_mllm.embedded.start import WEIGHTS
 from xformer_mllm.language_models import chat_turn
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
-from xformer_mllm.train.encoders import ask, description, draw_scene
 
 TOKENS, BATCH = 12, 20
 
@@ -43,7 +44,7 @@ def main() -> None:
     lines = [
         f"# {arguments.llm}, asked in plain text and by its chat template",
         "",
-        f"{len(asked)} questions on the full text of {len(scenes)} scenes, no picture and no training; greedy, at most "
+        f"{len(asked)} questions on the full text of {len(scenes)} scenes, no image and no training; greedy, at most "
         f"{TOKENS} tokens.",
         "",
         "| asked in | says nothing | the right word is in what it says |",
@@ -66,8 +67,8 @@ def main() -> None:
 
 @torch.inference_mode()
 def answers(model, tokenizer, turn, asked) -> list[str]:
-    reads_pictures = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
-    processor = XFormerProcessor(image_processor(48), tokenizer, reads_pictures, num_query_tokens=0, turn=turn)
+    reads_images = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
+    processor = XFormerProcessor(image_processor(48), tokenizer, reads_images, num_query_tokens=0, turn=turn)
     found = []
     for first in range(0, len(asked), BATCH):
         prompts = [

@@ -1,4 +1,4 @@
-"""The log of one or several training runs as a picture.
+"""The log of one or several training runs as an image.
 
 python benchmarks/curve.py runs/stamps --output docs/results/stamps.png
 python benchmarks/curve.py runs/unhealthy/* --values itc_loss query_similarity --output docs/results/unhealthy.png

@@ -1,10 +1,10 @@
-"""Decoding and transforming pictures, as ratios to Pillow's bare JPEG decode in the same run.
+"""Decoding and transforming images, as ratios to Pillow's bare JPEG decode in the same run.
 
     python benchmarks/decode.py [--rounds 40] [--size 224]
 
-JPEGs made here (blobs and noise of every scale, quality 90), one thread. All ways take turns on the same pictures, round by
+JPEGs made here (blobs and noise of every scale, quality 90), one thread. All ways take turns on the same images, round by
 round, so that what else the machine does hits all alike; the median is reported. `bare` is `Image.open(...).load()` of bytes
-in memory; `decoded` is what every picture passes through (RGB, upright, transparency, limits: model/images.py); `train` and
+in memory; `decoded` is what every image passes through (RGB, upright, transparency, limits: model/images.py); `train` and
 `evaluation` are the transforms on top of it; `from shards` is a training item's whole way: read from a tar file, through
 the shuffle buffer, decoded, cropped, with its caption.
 """
@@ -35,7 +35,7 @@ from xformer_mllm.data.transforms import EvalTransform, TrainTransform
 from xformer_mllm.model.images import load_image
 
 SIZES = ((640, 480), (1024, 768), (2048, 1536))
-PICTURES = 8  # of each size
+IMAGES = 8  # of each size
 
 
 def jpeg(width: int, height: int, seed: int) -> bytes:
@@ -51,10 +51,10 @@ def jpeg(width: int, height: int, seed: int) -> bytes:
 
 
 def shard(folder: Path, files: list[bytes]) -> str:
-    """The pictures a hundred times over: more than the buffer holds."""
+    """The images a hundred times over: more than the buffer holds."""
     with tarfile.open(folder / "00000.tar", "w") as archive:
         for place in range(100 * len(files)):
-            for name, content in ((f"{place:09}.jpg", files[place % len(files)]), (f"{place:09}.txt", b"a picture")):
+            for name, content in ((f"{place:09}.jpg", files[place % len(files)]), (f"{place:09}.txt", b"an image")):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -62,8 +62,8 @@ def shard(folder: Path, files: list[bytes]) -> str:
 
 
 def ways(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], object]]:
-    """What is compared; each call is about the next picture."""
-    lot, turns = random.Random(0), {}
+    """What is compared; each call is about the next image."""
+    rng, turns = random.Random(0), {}
 
     def opened(way: str) -> Image.Image:
         turns[way] = turns.get(way, -1) + 1
@@ -74,22 +74,22 @@ def ways(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], 
     return {
         "bare": lambda: opened("bare").load(),
         "decoded": lambda: load_image(opened("decoded")),
-        "train": lambda: train(opened("train"), load_image, lot),
-        "evaluation": lambda: evaluation(opened("evaluation"), load_image, lot),
+        "train": lambda: train(opened("train"), load_image, rng),
+        "evaluation": lambda: evaluation(opened("evaluation"), load_image, rng),
         "from shards": lambda: next(items),
     }
 
 
 def seconds(compared: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of processor time a picture."""
+    """Median seconds of processor time an image."""
     taken: dict[str, list[float]] = {name: [] for name in compared}
     for round_ in range(rounds + 2):
         for name, way in compared.items():
             start = time.process_time()
-            for _ in range(PICTURES):
+            for _ in range(IMAGES):
                 way()
             if round_ >= 2:
-                taken[name].append((time.process_time() - start) / PICTURES)
+                taken[name].append((time.process_time() - start) / IMAGES)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     lines = []
     for width, height in SIZES:
         print(f"{width} x {height} ...", file=sys.stderr)
-        files = [jpeg(width, height, seed) for seed in range(PICTURES)]
+        files = [jpeg(width, height, seed) for seed in range(IMAGES)]
         with tempfile.TemporaryDirectory() as folder:
             found = seconds(ways(files, Path(folder), arguments.size), arguments.rounds)
         if not lines:
@@ -112,14 +112,14 @@ def main() -> None:
                 "|---" * (len(found) + 3) + "|",
             ]
         ratios = [f"{found[name] / found['bare']:.2f}" for name in list(found)[1:]]
-        kilobytes = sum(map(len, files)) / PICTURES / 1000
+        kilobytes = sum(map(len, files)) / IMAGES / 1000
         cells = [f"{kilobytes:.0f}", f"{1000 * found['bare']:.2f}", *ratios, f"{1 / found['from shards']:.0f}"]
         lines.append(f"| {width} × {height} | {' | '.join(cells)} |")
     turbo = features.version_feature("libjpeg_turbo") or "no"
     lines += [
         "",
         f"`python benchmarks/decode.py --rounds {arguments.rounds} --size {arguments.size}`: medians of processor time over "
-        f"{arguments.rounds} rounds of {PICTURES} pictures, one thread, {platform.machine()}, Pillow {PIL.__version__} "
+        f"{arguments.rounds} rounds of {IMAGES} images, one thread, {platform.machine()}, Pillow {PIL.__version__} "
         f"(libjpeg-turbo {turbo}), torch {torch.__version__}. Columns from `decoded` on are ratios to `bare`.",
     ]
     print("\n".join(lines))

@@ -25,7 +25,8 @@ from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from xformer_mllm import VARIANTS, XFormerConfig, XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.checkpoints import WEIGHTS, attention_for_device, embedded_config
+from xformer_mllm.checkpoints import attention_for_device
+from xformer_mllm.embedded.start import WEIGHTS, embedded_config
 from xformer_mllm.estimate.costs import Work, memory
 from xformer_mllm.estimate.sizes import sizes_of
 from xformer_mllm.model.modeling_xformer import FROZEN
@@ -70,7 +71,7 @@ def random_model(part: str, config: XFormerConfig, device: str = "cpu"):
 
 
 def random_inputs(part: str, config: XFormerConfig, batch: int, device: str = "cpu") -> dict:
-    """Pictures with captions of TEXT tokens; in stage 2 behind the image placeholders and a start token."""
+    """Images with captions of TEXT tokens; in stage 2 behind the image placeholders and a start token."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(low: int, high: int, *shape: int, **dtype) -> torch.Tensor:
@@ -166,7 +167,7 @@ def page(results: dict[str, dict], tiny: bool) -> str:
     lines += [
         "",
         "At step 0 the fusion's inner weights have no gradient, for its output projections start at zero: it is these that",
-        f"are missing. The generation is {NEW_TOKENS} tokens for each of {BATCH} pictures.",
+        f"are missing. The generation is {NEW_TOKENS} tokens for each of {BATCH} images.",
         "",
         f"`OMP_NUM_THREADS={torch.get_num_threads()} {command}`, {machine()}, torch {torch.__version__}.",
     ]

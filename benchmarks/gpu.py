@@ -4,7 +4,7 @@
 
 Random weights, bf16 autocast, OPT 2.7B; a step is a whole one, with its update. The variants run one after the other,
 with torch.compile off and then on; time is the median of the steps after a warm-up, memory the most that torch had
-allocated. Beside them stands what `xformer estimate` counts. Answering: one picture, a prompt of 12 tokens, 10 new
+allocated. Beside them stands what `xformer estimate` counts. Answering: one image, a prompt of 12 tokens, 10 new
 tokens, greedy. `--tiny` runs the embedded world's sizes on whatever there is, to try the script out.
 """
 
@@ -81,9 +81,9 @@ def measure(part: str, variant: str, arguments: argparse.Namespace, compiled: bo
     seconds = median_seconds(step, device, arguments.warm_up, arguments.rounds)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     work, sizes = Work(1 if part == "stage1" else 2, batch, TEXT), sizes_of(model)
-    of_picture = total(list(costs(config, sizes, work).values()))
+    of_image = total(list(costs(config, sizes, work).values()))
     counted = sum(memory(config, sizes, work).values())
-    result = Measured(seconds, peak, batch * (of_picture.forward + of_picture.backward), counted)
+    result = Measured(seconds, peak, batch * (of_image.forward + of_image.backward), counted)
     if part == "stage2" and not compiled:
         result.answer = answer_seconds(model, config, inputs, arguments)
     return result
@@ -103,7 +103,7 @@ def answer_seconds(model, config, inputs: dict, arguments: argparse.Namespace) -
 
 def rows_of(results: dict[tuple[str, str, bool], Measured], arguments: argparse.Namespace) -> list[str]:
     lines = [
-        "| stage | variant | torch.compile | s/step | ratio | pictures/s | TFLOP/s | peak GB | ratio | counted GB |",
+        "| stage | variant | torch.compile | s/step | ratio | images/s | TFLOP/s | peak GB | ratio | counted GB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (part, variant, compiled), found in results.items():
@@ -126,13 +126,13 @@ def page(results: dict[tuple[str, str, bool], Measured], arguments: argparse.Nam
     lines = [
         "# Time and memory on a GPU",
         "",
-        f"{name}; {sizes}; random weights; bf16; {arguments.stage1_batch} pictures a step in stage 1, "
+        f"{name}; {sizes}; random weights; bf16; {arguments.stage1_batch} images a step in stage 1, "
         f"{arguments.stage2_batch} in stage 2, texts of {TEXT} tokens. Ratios: to `qformer` (BLIP-2), same setting.",
         f"The paper: training time × {PAPER['training time']}, GPU memory × {PAPER['training memory']}.",
         "",
         *rows_of(results, arguments),
         "",
-        f"Answering (one picture, {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} new ones, greedy): `qformer` "
+        f"Answering (one image, {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} new ones, greedy): `qformer` "
         f"{1000 * answers[0]:.0f} ms, `xformer` {1000 * answers[1]:.0f} ms, × {answers[1] / answers[0]:.2f}; the "
         f"paper: 680 and 890 ms, × {PAPER['answer']}.",
         "",

@@ -35,19 +35,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     steps = 2 * arguments.save_steps * arguments.kills  # more than the killed sessions can do between them
-    command = [sys.executable, "-m", "xformer_mllm.cli", "train", "stage1", "--variant", "qformer"]
+    command = [sys.executable, "-m", "xformer_mllm", "train", "stage1", "--variant", "qformer"]
     command += ["--train-size", "32", "--batch-size", str(arguments.batch_size), "--steps", str(steps)]
     command += ["--logging-steps", "1", "--save-steps", str(arguments.save_steps), "--sample-steps", str(steps)]
 
     undisturbed, killed = arguments.output / "undisturbed", arguments.output / "killed"
     subprocess.run([*command, "--no-resume", "--output-dir", str(undisturbed)], check=True, stdout=subprocess.DEVNULL)
     print(f"undisturbed: {steps} steps, a checkpoint every {arguments.save_steps}")
-    lot, failures = random.Random(arguments.seed), []
+    rng, failures = random.Random(arguments.seed), []
     started = ["--no-resume"]
     for number in range(arguments.kills):
         while_writing = number % 2 == 1
-        after = None if while_writing else lot.randint(1, 2 * arguments.save_steps)
-        found = kill_once([*command, *started, "--output-dir", str(killed)], killed, lot, after)
+        after = None if while_writing else rng.randint(1, 2 * arguments.save_steps)
+        found = kill_once([*command, *started, "--output-dir", str(killed)], killed, rng, after)
         started = []
         print(f"kill {number + 1:>2}, {describe(found)}", flush=True)
         failures += [f"kill {number + 1}: {what}" for what in wrong(found, arguments.save_steps)]
@@ -59,7 +59,7 @@ def main() -> None:
     sys.exit(1 if failures else 0)
 
 
-def kill_once(command: list[str], run: Path, lot: random.Random, after: int | None) -> dict:
+def kill_once(command: list[str], run: Path, rng: random.Random, after: int | None) -> dict:
     """Start, kill `after` so many steps (None: while it writes its next checkpoint), and say what was found."""
     before, began = 0 if "--no-resume" in command else newest(run), time.time()
     out = run.with_suffix(".out")
@@ -70,10 +70,10 @@ def kill_once(command: list[str], run: Path, lot: random.Random, after: int | No
     wait_until(process, lambda: "images/s" in out.read_text())
     if after is None:
         wait_until(process, lambda: half_written(run, began))
-        time.sleep(lot.uniform(0, A_WRITING))
+        time.sleep(rng.uniform(0, A_WRITING))
     else:
         wait_until(process, lambda: logged(run) >= before + after)
-        time.sleep(lot.uniform(0, A_STEP))
+        time.sleep(rng.uniform(0, A_STEP))
     process.send_signal(signal.SIGKILL)
     process.wait()
     return {

@@ -26,7 +26,7 @@ def folder_of(seed: int, name: str, arguments: list[str]) -> Path:
 
 
 def run(seed: int, folder: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "xformer_mllm.cli", "demo", "--seed", str(seed), "--output-dir", str(folder)]
+    command = [sys.executable, "-m", "xformer_mllm", "demo", "--seed", str(seed), "--output-dir", str(folder)]
     subprocess.run([*command, *arguments], check=True)
 
 

@@ -24,7 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from xformer_mllm import VARIANTS
-from xformer_mllm.checkpoints import start_generation, start_pretraining
+from xformer_mllm.checkpoints import start_generation
+from xformer_mllm.embedded.start import start_pretraining
 
 BATCH = {"stage1": 48, "stage2": 96}
 CAPTION = "a large red circle and two blue squares"
@@ -33,7 +34,7 @@ QUESTION = "Question: how many blue squares are there? Answer: two"
 
 
 def step_of(variant: str, stage: str):
-    """A function that does one whole training step on random pictures."""
+    """A function that does one whole training step on random images."""
     model, processor = start_pretraining(variant)
     if stage == "stage2":
         with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@
 
 Stage 1 on scenes, a minute or two each on one core. What is wrong is put in from outside, in the ways in which it happens: a
 learning rate from another recipe, queries that start equal (as transformers' Q-Former leaves them, at zero), captions in
-another order than the pictures, pixels that were not scaled to [0, 1] before CLIP's mean and deviation.
+another order than the images, pixels that were not scaled to [0, 1] before CLIP's mean and deviation.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from xformer_mllm.train import data_sets, stages
+from xformer_mllm.train import datasets, stages
 from xformer_mllm.train.config import Stage1Config
 
-start, captions = stages.start_pretraining, data_sets.captions
+start, captions = stages.start_pretraining, datasets.captions
 
 
 class OthersCaptions(Dataset):
-    """Every picture has the caption of the next one."""
+    """Every image has the caption of the next one."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -34,8 +34,8 @@ class OthersCaptions(Dataset):
         return self.dataset[index] | {"caption": self.dataset[(index + 1) % len(self)]["caption"]}
 
 
-def others_captions(config: Stage1Config, picture_size: int) -> tuple[Any, Any]:
-    train, held_out = captions(config, picture_size)
+def others_captions(config: Stage1Config, image_size: int) -> tuple[Any, Any]:
+    train, held_out = captions(config, image_size)
     return OthersCaptions(train), held_out
 
 
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # where the model comes f
     "good": (start, captions, {}),
     "learning-rate-30-times-too-high": (start, captions, {"learning_rate": 30 * Stage1Config.learning_rate}),
     "equal-queries": (equal_queries, captions, {}),
-    "captions-of-other-pictures": (start, others_captions, {}),
+    "captions-of-other-images": (start, others_captions, {}),
     "unscaled-pixels": (unscaled_pixels, captions, {}),
 }
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=24)
     arguments = parser.parse_args()
     for name in arguments.cases:
-        stages.start_pretraining, data_sets.captions, settings = CASES[name]
+        stages.start_pretraining, datasets.captions, settings = CASES[name]
         fields = {"steps": arguments.steps, "batch_size": arguments.batch_size, "sample_steps": arguments.steps}
         config = Stage1Config(
             output_dir=arguments.output / name, logging_steps=10, warmup_steps=20, **fields, **settings

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from xformer_mllm import XFormerConfig
-from xformer_mllm.checkpoints import start_generation, start_pretraining
+from xformer_mllm.checkpoints import start_generation
+from xformer_mllm.embedded.start import start_pretraining
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Small sources of pictures, made for the tests of the data sets."""
+"""Small sources of images, made for the tests of the data sets."""
 
 import io
 import json
@@ -16,7 +16,7 @@ def jpeg(red: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:
     return file.getvalue()
 
 
-def picture(path: Path, red: int = 0) -> Path:
+def write_image(path: Path, red: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(jpeg(red))
     return path
@@ -43,7 +43,7 @@ def shard(path: Path, first: int, number: int, broken: Collection[int] = ()) -> 
     files = {}
     for place in range(first, first + number):
         key = f"{place:09}"
-        files[f"{key}.jpg"] = b"no picture" if place in broken else jpeg(place)
+        files[f"{key}.jpg"] = b"no image" if place in broken else jpeg(place)
         files[f"{key}.txt"] = f"caption {place}".encode()
         files[f"{key}.json"] = json.dumps({"key": key, "caption": f"caption {place}", "width": 8}).encode()
     return tar(path, files)

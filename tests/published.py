@@ -33,7 +33,7 @@ from transformers import (
 from xformer_mllm.cli import main
 from xformer_mllm.model.vision_encoders import mae_positions
 
-WORDS = ["a", "photo", "of", "the", "red", "circle", "what", "is", "in", "picture", "question", "answer", ":", "?"]
+WORDS = ["a", "photo", "of", "the", "red", "circle", "what", "is", "in", "image", "question", "answer", ":", "?"]
 
 TINY = {
     "clip": 32, "clip_mlp": 48, "blocks": 4, "patch": 14, "positions": 5,

@@ -41,7 +41,7 @@ T5 = T5Config(vocab_size=60, d_model=36, d_kv=18, d_ff=48, num_layers=2, num_hea
 
 
 def host(kind: str):
-    """A tiny random model without dropout, and what it is called with besides its picture."""
+    """A tiny random model without dropout, and what it is called with besides its image."""
     config = tiny_config("blip2")
     without_dropout(config.text_config)
     ids, mask = llm_inputs(config, 4)
@@ -326,7 +326,7 @@ def test_any_vision_tower_will_do(pixels):
             assert not torch.equal(model(pixels, **inputs).logits, before)
 
 
-def test_larger_pictures_are_brought_to_the_maes_size():
+def test_larger_images_are_brought_to_the_maes_size():
     model, inputs = host("blip2")
     attach_xformer(model, tiny_mae())
     with torch.no_grad():
@@ -426,7 +426,7 @@ def test_at_full_size_in_bf16():
         model.query_tokens.normal_(std=0.02)
         began = time.perf_counter()
         before = model(pixels, **inputs).logits
-        said("BLIP-2's forward pass of 2 pictures", began)
+        said("BLIP-2's forward pass of 2 images", began)
         generated = model.generate(pixels, **inputs, **settings)
         attach_xformer(model, mae)
         began = time.perf_counter()

@@ -159,7 +159,7 @@ def test_cider_of_a_group_is_weighed_by_its_own_references(no_meteor, monkeypatc
     scores = score_captions(references, candidates, {"all": list(references), "one": ["0"], "none": ["9"]}).scores
     assert list(scores) == ["all", "one"]
     assert scores["all"]["CIDEr-D (plain tokenizer)"] > 5
-    assert scores["one"]["CIDEr-D (plain tokenizer)"] == 0, "with one picture no word is rarer than another"
+    assert scores["one"]["CIDEr-D (plain tokenizer)"] == 0, "with one image no word is rarer than another"
 
 
 def test_only_what_has_a_candidate_is_scored(no_meteor):
@@ -203,7 +203,7 @@ def test_a_java_that_is_no_program(monkeypatch, tmp_path):
     assert "cannot be run" in score_captions(*ONE).not_computed["METEOR"]
 
 
-# What a METEOR does with one picture: a line for its comparison, and to EVAL two, of the picture and of all.
+# What a METEOR does with one image: a line for its comparison, and to EVAL two, of the image and of all.
 METEOR = """
 while read -r line; do
   case "$line" in

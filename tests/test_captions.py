@@ -1,4 +1,4 @@
-"""CaptionFolder: pictures with a .txt beside each, and what is wrong with real folders."""
+"""CaptionFolder: images with a .txt beside each, and what is wrong with real folders."""
 
 import logging
 import pickle
@@ -48,7 +48,7 @@ def test_caption_that_is_not_utf8(tmp_path):
     assert CaptionFolder(tmp_path, load_image)[0]["caption"] == "A M\ufffdnze."
 
 
-def test_left_out_pictures_are_counted_in_one_line(tmp_path, caplog):
+def test_left_out_images_are_counted_in_one_line(tmp_path, caplog):
     add(tmp_path, "good.png", "Good.")
     add(tmp_path, "no_text.png")
     add(tmp_path, "empty.png", " \n\n")
@@ -60,7 +60,7 @@ def test_left_out_pictures_are_counted_in_one_line(tmp_path, caplog):
     assert [item["id"] for item in dataset] == ["good.png"]
     assert dataset.skipped == {"without a .txt": 1, "with an empty .txt": 2, "in SVG, which is not read": 1}
     (line,) = caplog.messages
-    assert "1 pictures with captions" in line
+    assert "1 images with captions" in line
     assert "1 without a .txt, 2 with an empty .txt, 1 in SVG" in line
 
 
@@ -70,7 +70,7 @@ def test_complete_folder_says_nothing(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_broken_picture_is_replaced_by_the_next(tmp_path, caplog):
+def test_broken_image_is_replaced_by_the_next(tmp_path, caplog):
     for i in range(200):
         add(tmp_path, f"{i:03}.png", f"Number {i}.")
     (tmp_path / "007.png").write_bytes(b"broken")
@@ -88,18 +88,18 @@ def test_more_than_one_percent_broken_stops(tmp_path):
     for i in range(3):
         (tmp_path / f"{i:03}.png").write_bytes(b"broken")
     dataset = CaptionFolder(tmp_path, load_image)
-    with pytest.raises(ValueError, match=r"3 of 200 pictures cannot be read.*000\.png, 001\.png, 002\.png") as error:
+    with pytest.raises(ValueError, match=r"3 of 200 images cannot be read.*000\.png, 001\.png, 002\.png") as error:
         dataset[0]
     assert "\n" not in str(error.value)
 
 
-def test_only_broken_pictures_stop(tmp_path):
+def test_only_broken_images_stop(tmp_path):
     add(tmp_path, "one.png", "One.").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="1 of 1 pictures"):
+    with pytest.raises(ValueError, match="1 of 1 images"):
         CaptionFolder(tmp_path, load_image)[0]
 
 
-def test_picture_that_vanished_counts_as_broken(tmp_path):
+def test_image_that_vanished_counts_as_broken(tmp_path):
     for i in range(100):
         add(tmp_path, f"{i:03}.png", f"Number {i}.")
     dataset = CaptionFolder(tmp_path, load_image)
@@ -116,12 +116,12 @@ def test_empty_folder_shows_the_layout(tmp_path):
 def test_missing_folder_and_file_instead_of_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         CaptionFolder(tmp_path / "missing", load_image)
-    path = add(tmp_path, "picture.png", "A picture.")
+    path = add(tmp_path, "image.png", "An image.")
     with pytest.raises(ValueError, match="not a folder"):
         CaptionFolder(path, load_image)
 
 
-def test_splits_are_disjoint_complete_and_stay_when_pictures_are_added(tmp_path):
+def test_splits_are_disjoint_complete_and_stay_when_images_are_added(tmp_path):
     for i in range(100):
         add(tmp_path, f"{i:03}.png", f"Number {i}.")
     ids = {
@@ -134,7 +134,7 @@ def test_splits_are_disjoint_complete_and_stay_when_pictures_are_added(tmp_path)
     assert ids["validation"] <= {item["id"] for item in CaptionFolder(tmp_path, load_image, "validation")}
 
 
-def test_few_pictures_still_have_one_for_validation(tmp_path):
+def test_few_images_still_have_one_for_validation(tmp_path):
     for name in ("a", "b", "c"):
         add(tmp_path, f"{name}.png", name)
     train, validation = (CaptionFolder(tmp_path, load_image, split, 0.0) for split in ("train", "validation"))
@@ -142,9 +142,9 @@ def test_few_pictures_still_have_one_for_validation(tmp_path):
     assert {item["id"] for item in train} | {item["id"] for item in validation} == {"a.png", "b.png", "c.png"}
 
 
-def test_one_picture_cannot_be_split(tmp_path):
+def test_one_image_cannot_be_split(tmp_path):
     add(tmp_path, "one.png", "One.")
-    with pytest.raises(ValueError, match="one picture cannot be split"):
+    with pytest.raises(ValueError, match="one image cannot be split"):
         CaptionFolder(tmp_path, load_image, "train")
 
 

@@ -19,15 +19,8 @@ from transformers import (
 )
 
 from xformer_mllm import VARIANTS, XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.checkpoints import (
-    WEIGHTS,
-    _copy,
-    evaluation_folder,
-    load_model,
-    model_folder,
-    start_generation,
-    start_pretraining,
-)
+from xformer_mllm.checkpoints import copy_weights, evaluation_folder, load_model, model_folder, start_generation
+from xformer_mllm.embedded.start import WEIGHTS, start_pretraining
 from xformer_mllm.model.vision_encoders import scaled
 
 
@@ -140,16 +133,16 @@ def test_batched_answers_equal_single_ones_and_the_pipeline_gives_them_too(image
 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stage2")
     processor = AutoProcessor.from_pretrained(tmp_path / "stage2")
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     prompts = ["Question: how many circles are there? Answer:", "", "Question: what? Answer:"]
-    batch = model.generate(**processor(images=pictures, text=prompts), max_new_tokens=5)
+    batch = model.generate(**processor(images=images, text=prompts), max_new_tokens=5)
     texts = processor.batch_decode(batch, skip_special_tokens=True)
-    for picture, prompt, text in zip(pictures, prompts, texts, strict=True):
-        one = model.generate(**processor(images=picture, text=prompt), max_new_tokens=5)
+    for image, prompt, text in zip(images, prompts, texts, strict=True):
+        one = model.generate(**processor(images=image, text=prompt), max_new_tokens=5)
         assert processor.batch_decode(one, skip_special_tokens=True)[0] == text
 
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    answer = pipe(images=pictures[0], text=prompts[0], max_new_tokens=5, return_full_text=False)
+    answer = pipe(images=images[0], text=prompts[0], max_new_tokens=5, return_full_text=False)
     assert answer[0]["generated_text"].strip() == texts[0].strip()
 
 
@@ -181,6 +174,6 @@ def test_evaluations_are_in_the_run_or_in_a_model_without_one(tmp_path, monkeypa
 def test_a_part_that_does_not_fit_names_the_tensor():
     part = torch.nn.Linear(3, 2)
     with pytest.raises(ValueError, match="MAE: the checkpoint has no tensor 'weight'"):
-        _copy({}, part, "MAE")
+        copy_weights({}, part, "MAE")
     with pytest.raises(ValueError, match=r"'weight' is \(2, 4\) in the checkpoint, the model needs \(2, 3\)"):
-        _copy({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, part, "MAE")
+        copy_weights({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, part, "MAE")

@@ -1,4 +1,4 @@
-"""COCO captions: Karpathy's file and LAVIS's, pictures, results format, bad files; scores are test_caption_metrics.py's."""
+"""COCO captions: Karpathy's file and LAVIS's, images, results format, bad files; scores are test_caption_metrics.py's."""
 
 import json
 
@@ -48,7 +48,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def karpathy(write, tmp_path):
-    """A folder with Karpathy's file: one picture for testing, one for validation, one for training."""
+    """A folder with Karpathy's file: one image for testing, one for validation, one for training."""
     other = karpathy_image(391895, "restval", cocoid=7, filename=file_name(7))
     write("dataset_coco.json", {"images": [other, karpathy_image(391895), karpathy_image(60623, "val")]})
     return tmp_path
@@ -81,11 +81,11 @@ def test_laviss_ground_truth_gives_the_references(lavis, write):
     write("coco_karpathy_test_gt.json", truth({391895: ["another one"], 60623: ["and another", "third"], 5: ["more"]}))
     assert CocoCaptions(lavis, "test").references == {"391895": ["another one"], "60623": ["and another", "third"]}
     write("coco_karpathy_test_gt.json", truth({391895: ["another one"]}))
-    with pytest.raises(ValueError, match=r"test_gt\.json: no captions of 1 pictures \(60623\)"):
+    with pytest.raises(ValueError, match=r"test_gt\.json: no captions of 1 images \(60623\)"):
         CocoCaptions(lavis, "test")
 
 
-def test_pictures_in_another_folder(lavis, tmp_path):
+def test_images_in_another_folder(lavis, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (3, 2), "red").save(tmp_path / "elsewhere" / file_name(60623))
     benchmark = CocoCaptions(lavis, "test", tmp_path / "elsewhere")
@@ -149,7 +149,7 @@ def test_malformed_results(lavis, content, message):
         ({"images": [karpathy_image(60623, sentences=[])]}, "COCO_val2014_000000060623.jpg has no captions"),
         ({"images": [karpathy_image(60623, sentences=[{}])]}, r'images\[0\]\.sentences: one has no text "raw"'),
         ({"images": [karpathy_image(60623), karpathy_image(60623)]}, r"1 repeated image ids \(60623\)"),
-        ({"images": [karpathy_image(60623, "val")]}, "no pictures of this split"),
+        ({"images": [karpathy_image(60623, "val")]}, "no images of this split"),
     ],
 )
 def test_malformed_karpathy_file(write, tmp_path, content, message):

@@ -29,7 +29,7 @@ def test_a_blip2_and_a_mae_become_the_start_of_stage_2(files, converted):
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     pixels = scaled(images, 28, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4], torch.float32)
     processor = XFormerProcessor.from_pretrained(converted)
-    text = processor(text=["what is in the picture?", "a"])
+    text = processor(text=["what is in the image?", "a"])
     theirs = text["input_ids"].masked_fill(text["input_ids"] == processor.image_token_id, 3)
     with torch.no_grad():
         expected = blip2(pixels, theirs, text["attention_mask"]).logits
@@ -75,7 +75,7 @@ def test_a_bert_starts_stage_1_behind_any_tower(files, tower, tmp_path):
         logits = model.itg_logits(states[None])[0, :, :-1]
         torch.testing.assert_close(logits, bert.cls.predictions(states), atol=1e-4, rtol=1e-4)
     assert len(model.xformer.query_tokens[0].unique(dim=0)) == 32
-    text = processor(qformer_text=["a red circle", "the picture"])
+    text = processor(qformer_text=["a red circle", "the image"])
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     assert torch.isfinite(model(images, **text).loss)
 

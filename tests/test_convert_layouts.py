@@ -94,33 +94,33 @@ def lavis_qformer_states(tensors, image=None, ids=None, queries=True, mask=None)
 
 
 @pytest.fixture
-def picture():
+def image():
     return torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
 
 
-def lavis_image(files, tensors, picture, config):
+def lavis_image(files, tensors, image, config):
     eva_tensors = torch.load(files / "eva_vit_g.pth")
-    pixels = scaled(picture, 28, config.clip_mean, config.clip_std, torch.float32)
+    pixels = scaled(image, 28, config.clip_mean, config.clip_std, torch.float32)
     return normed(tensors, "ln_vision", lavis_eva(eva_tensors, pixels, 3), 1e-5)
 
 
-def test_lavis_stage_1_gives_the_same_scores_words_and_temperature(files, picture, tmp_path):
+def test_lavis_stage_1_gives_the_same_scores_words_and_temperature(files, image, tmp_path):
     assert run(files, tmp_path / "out", "--qformer", "blip2_pretrained.pth", *LAVIS) == 0
     model, processor = load_model(tmp_path / "out", [XFormerForPreTraining])
     tensors = torch.load(files / "blip2_pretrained.pth")["model"]
     text = processor(qformer_text=["a red circle", "what is the question ?"])
     ids, mask = text["qformer_input_ids"], text["qformer_attention_mask"]
-    image = lavis_image(files, tensors, picture, model.config)
+    tokens = lavis_image(files, tensors, image, model.config)
     hidden = (1 - mask[:, None, None]) * -1e4
     seen = functional.pad(hidden, (4, 0))
     causal = torch.ones(ids.shape[1], ids.shape[1]).tril()[None, None]
     causal = functional.pad(functional.pad(1 - causal, (4, 0)) * -1e4, (0, 0, 4, 0)) + seen
     causal[:, :, :4, 4:] = -1e4
-    queries, _ = lavis_qformer_states(tensors, image)
+    queries, _ = lavis_qformer_states(tensors, tokens)
     _, states = lavis_qformer_states(tensors, ids=ids, queries=False, mask=hidden)
-    both, _ = lavis_qformer_states(tensors, image, ids, mask=seen)
+    both, _ = lavis_qformer_states(tensors, tokens, ids, mask=seen)
     starting = torch.cat([torch.full_like(ids[:, :1], processor.qformer_tokenizer.bos_token_id), ids[:, 1:]], dim=1)
-    _, written = lavis_qformer_states(tensors, image, starting, mask=causal)
+    _, written = lavis_qformer_states(tensors, tokens, starting, mask=causal)
     head = "Qformer.cls.predictions"
     written = functional.gelu(apply(tensors, f"{head}.transform.dense", written))
     words = apply(tensors, f"{head}.decoder", normed(tensors, f"{head}.transform.LayerNorm", written, 1e-12))
@@ -131,10 +131,10 @@ def test_lavis_stage_1_gives_the_same_scores_words_and_temperature(files, pictur
     )
     with torch.no_grad():
         scores = super(XFormerForPreTraining, model).forward
-        torch.testing.assert_close(scores(picture, ids, mask).logits_per_image, similarity.amax(-1))
-        itm = scores(picture, ids, mask, use_image_text_matching_head=True).logits_per_image
+        torch.testing.assert_close(scores(image, ids, mask).logits_per_image, similarity.amax(-1))
+        itm = scores(image, ids, mask, use_image_text_matching_head=True).logits_per_image
         torch.testing.assert_close(itm, apply(tensors, "itm_head", both).mean(1), atol=1e-5, rtol=1e-4)
-        ours = model(picture, ids, mask).itg_logits
+        ours = model(image, ids, mask).itg_logits
     torch.testing.assert_close(ours[mask.bool()], words[mask.bool()], atol=1e-4, rtol=1e-4)
     assert model.temperature.item() == pytest.approx(0.05)
     assert set(differences(tmp_path / "out")) == {
@@ -148,19 +148,19 @@ def test_lavis_stage_1_gives_the_same_scores_words_and_temperature(files, pictur
     }
 
 
-def test_lavis_stage_2_gives_the_same_logits(files, picture, tmp_path):
+def test_lavis_stage_2_gives_the_same_logits(files, image, tmp_path):
     words = ("--qformer", "blip2_pretrained_opt2.7b.pth", *LAVIS, "--llm", "opt")
     assert run(files, tmp_path / "out", *words) == 0
     model, processor = load_model(tmp_path / "out", [XFormerForConditionalGeneration])
     tensors = torch.load(files / "blip2_pretrained_opt2.7b.pth")["model"]
-    queries, _ = lavis_qformer_states(tensors, lavis_image(files, tensors, picture, model.config))
+    queries, _ = lavis_qformer_states(tensors, lavis_image(files, tensors, image, model.config))
     prompt = apply(tensors, "opt_proj", queries)
-    text = processor(text=["what is in the picture?", "what is in the picture?"])
+    text = processor(text=["what is in the image?", "what is in the image?"])
     opt = OPTForCausalLM.from_pretrained(files / "opt").eval()
     with torch.no_grad():
         embeds = torch.cat([prompt, opt.get_input_embeddings()(text["input_ids"][:, 4:])], dim=1)
         expected = opt(inputs_embeds=embeds, attention_mask=text["attention_mask"]).logits
-        torch.testing.assert_close(model(picture, **text).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(image, **text).logits, expected, atol=1e-4, rtol=1e-4)
     assert "logits" in differences(tmp_path / "out")
     newline = processor.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     assert model.generation_config.eos_token_id == newline

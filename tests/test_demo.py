@@ -6,8 +6,9 @@ import shlex
 import pytest
 from PIL import Image
 
-from xformer_mllm import cli, demo, lanes, report
-from xformer_mllm.demo import DemoConfig, parts_of, run_demo
+from xformer_mllm import cli, report
+from xformer_mllm.embedded import demo, lanes
+from xformer_mllm.embedded.demo import DemoConfig, parts_of, run_demo
 
 
 def test_budgets_are_equal_but_for_the_name_of_the_variant():
@@ -95,12 +96,12 @@ def test_the_whole_demo_on_a_few_scenes(tmp_path, capsys, monkeypatch):
         assert scores["all"]["n"] == 20
         assert all(0 <= s["ci95"][0] <= s["accuracy"] <= s["ci95"][1] <= 1 for s in scores.values())
     html = page.read_text(encoding="utf-8")
-    for heading in ("Training", "Reconstructions", "What they say of fixed pictures", "Configuration"):
+    for heading in ("Training", "Reconstructions", "What they say of fixed images", "Configuration"):
         assert f"<h2>{heading}</h2>" in html
     assert "xformer demo --seed 1" in html
     assert "To try:" in said
-    with Image.open(config.output_dir / "pictures" / "0.png") as picture:
-        assert picture.size == (48, 48)
+    with Image.open(config.output_dir / "images" / "0.png") as image:
+        assert image.size == (48, 48)
 
     words = shlex.split(next(line for line in said.splitlines() if " ask " in line))
     assert cli.main([*words[1:], "--json"]) == 0

@@ -5,14 +5,14 @@ import sys
 import numpy as np
 import pytest
 
-from xformer_mllm.data.easy_vqa import (
+from xformer_mllm.data.questions import Question
+from xformer_mllm.embedded.easy_vqa import (
     COLOURS,
     SHAPES,
     EasyVqaCaptions,
     EasyVqaQuestions,
     caption_from,
 )
-from xformer_mllm.data.questions import Question
 
 pytest.importorskip("easy_vqa", reason="needs the extra easy-vqa")
 
@@ -47,7 +47,7 @@ def test_captions_are_derived_from_questions(pairs, caption):
     assert caption_from(questions(*pairs)) == caption
 
 
-def test_splits_do_not_share_pictures_or_questions():
+def test_splits_do_not_share_images_or_questions():
     splits = {split: EasyVqaQuestions(split).questions for split in ("train", "validation", "test")}
     images = {split: {question.image_id for question in records} for split, records in splits.items()}
     assert {split: len(ids) for split, ids in images.items()} == {"train": 3600, "validation": 400, "test": 1000}
@@ -88,8 +88,8 @@ def test_items_and_types():
     )
 
 
-def test_captions_agree_with_the_picture():
-    """The colour that the caption names is the one that the picture shows (checked for primary colours)."""
+def test_captions_agree_with_the_image():
+    """The colour that the caption names is the one that the image shows (checked for primary colours)."""
     seen = 0
     for item in EasyVqaCaptions("validation"):
         words = item["caption"].split()

@@ -8,13 +8,13 @@ import torch
 from transformers import CLIPVisionModel, OPTForCausalLM, PreTrainedTokenizerFast, ViTMAEForPreTraining
 
 import xformer_mllm
-from xformer_mllm.data.scene_questions import ask
-from xformer_mllm.data.scenes import caption
-from xformer_mllm.data.world import draw_scene
-from xformer_mllm.train import encoders, tokenizers
-from xformer_mllm.train.encoders import ClipConfig, EncodersConfig, LmConfig, MaeConfig
+from xformer_mllm.embedded import encoders, tokenizers
+from xformer_mllm.embedded.encoders import ClipConfig, EncodersConfig, LmConfig, MaeConfig
+from xformer_mllm.embedded.scene_questions import ask
+from xformer_mllm.embedded.scenes import caption
+from xformer_mllm.embedded.world import draw_scene
 
-WEIGHTS = Path(xformer_mllm.__file__).parent / "weights"
+WEIGHTS = Path(xformer_mllm.__file__).parent / "embedded" / "weights"
 
 
 def stated(part: str) -> dict[str, float]:

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, OPTConfig, T5Config
 
 from xformer_mllm import VARIANTS, XFormerConfig, XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.checkpoints import WEIGHTS, embedded_config
+from xformer_mllm.embedded.start import WEIGHTS, embedded_config
 from xformer_mllm.estimate.costs import GPUS, Gpu, Work, costs, memory, step_seconds
+from xformer_mllm.estimate.estimation import EstimateConfig, estimate, language_model_config, read_recipe, work_of
 from xformer_mllm.estimate.operations import BF16, Cost, total
-from xformer_mllm.estimate.run import EstimateConfig, estimate, language_model_config, read_recipe, work_of
 from xformer_mllm.estimate.sizes import empty_model, sizes_of
 from xformer_mllm.model.modeling_xformer import FROZEN
 from xformer_mllm.variants import variant_config
@@ -74,21 +74,21 @@ def measured_step(model, inputs, autocast: bool = False) -> Cost:
     return Cost(forward, counter.get_total_flops() - forward, kept[0])
 
 
-def inputs_of(config: XFormerConfig, stage: int, pictures: int, text: int, prompt: int = 1, texts: int = 1) -> dict:
+def inputs_of(config: XFormerConfig, stage: int, images: int, text: int, prompt: int = 1, texts: int = 1) -> dict:
     size = config.clip_config.image_size
-    inputs = {"pixel_values": torch.zeros(pictures, 3, size, size, dtype=torch.uint8)}
+    inputs = {"pixel_values": torch.zeros(images, 3, size, size, dtype=torch.uint8)}
     if stage == 1:
-        ids = torch.ones(pictures, text, dtype=torch.long)
+        ids = torch.ones(images, text, dtype=torch.long)
         inputs |= {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
-        another = torch.arange(pictures).roll(1)
+        another = torch.arange(images).roll(1)
         return inputs | {"negatives": (another, another)}
-    ids, mask = llm_inputs(config, pictures * texts, prompt + text)
+    ids, mask = llm_inputs(config, images * texts, prompt + text)
     labels = torch.full_like(ids, -100)
     labels[:, -text:] = 1
     inputs |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    inputs["image_index"] = torch.arange(pictures).repeat_interleave(texts)
+    inputs["image_index"] = torch.arange(images).repeat_interleave(texts)
     if config.instruction_aware:
-        read = torch.ones(pictures * texts, prompt, dtype=torch.long)
+        read = torch.ones(images * texts, prompt, dtype=torch.long)
         inputs |= {"qformer_input_ids": read, "qformer_attention_mask": read}
     return inputs
 
@@ -100,7 +100,7 @@ def stage2_config(config: XFormerConfig, llm=None, aware: bool = False) -> XForm
 
 
 def predicted(config: XFormerConfig, work: Work) -> Cost:
-    return total(list(costs(config, sizes_of(empty_model(config, work.stage)), work).values())) * work.pictures
+    return total(list(costs(config, sizes_of(empty_model(config, work.stage)), work).values())) * work.images
 
 
 def real_model(config: XFormerConfig, stage: int, attention: str = "eager"):
@@ -114,7 +114,7 @@ def real_model(config: XFormerConfig, stage: int, attention: str = "eager"):
 
 
 def assert_flops_exact(config: XFormerConfig, work: Work) -> None:
-    inputs = inputs_of(config, work.stage, work.pictures, work.text_tokens, work.prompt_tokens, work.texts)
+    inputs = inputs_of(config, work.stage, work.images, work.text_tokens, work.prompt_tokens, work.texts)
     measured, counted = measured_step(real_model(config, work.stage), inputs), predicted(config, work)
     assert (counted.forward, counted.backward) == (measured.forward, measured.backward)
 
@@ -336,9 +336,9 @@ def test_memory_of_the_optimiser_and_of_several_gpus():
     assert one["AdamW's two moments (fp32)"] == 8 * trained
     assert one["gradient buckets of DDP (fp32)"] == 0
     assert two["gradient buckets of DDP (fp32)"] == 4 * trained
-    picture = 17 * 32 * 4 + 9 * 40 * 2  # C in fp32, M (half of 16 patches, and CLS) in bf16
-    assert one["pictures to choose hard negatives from"] == 3 * 4 * picture
-    assert two["pictures to choose hard negatives from"] == (8 + 3 * 4) * picture
+    image = 17 * 32 * 4 + 9 * 40 * 2  # C in fp32, M (half of 16 patches, and CLS) in bf16
+    assert one["images to choose hard negatives from"] == 3 * 4 * image
+    assert two["images to choose hard negatives from"] == (8 + 3 * 4) * image
 
 
 BLIP2_GPUS = 16  # A100 of 40 GB, "less than 6 days for the first stage": BLIP-2 paper, pre-training settings
@@ -381,8 +381,8 @@ def test_the_printed_tables_and_the_json_agree(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{result['memory']['needed'] / 1e9:.2f}" in shown
     assert f"{result['run']['gpu_hours']:,.0f} GPU-hours, if matrix products reach 40 % of 312 TFLOP/s" in shown
-    assert all(name in shown for name in (*result["per_picture"], *result["parameters"], *VARIANTS))
-    assert (result["step"]["pictures"], result["run"]["epochs"]) == (64, 1.0)
+    assert all(name in shown for name in (*result["per_image"], *result["parameters"], *VARIANTS))
+    assert (result["step"]["images"], result["run"]["epochs"]) == (64, 1.0)
     estimate(EstimateConfig(recipe=path, count=2, gpu="A100-80", compare=True, json=True))
     assert json.loads(capsys.readouterr().out) == result
 
@@ -405,16 +405,16 @@ def test_the_largest_batch_fits_and_one_more_does_not(tmp_path, capsys):
 def test_a_trained_model_gives_its_own_sizes(runs, tmp_path, capsys):
     path = recipe_file(tmp_path)
     result = estimate(EstimateConfig(recipe=path, model=runs / "stage1" / "model"))
-    assert result["tokens_per_picture"] == {"clip": 37, "second_encoder": 19, "queries": 12, "text": 32}
+    assert result["tokens_per_image"] == {"clip": 37, "second_encoder": 19, "queries": 12, "text": 32}
     assert estimate(EstimateConfig(recipe=path, model=runs / "stage1"))["parameters"] == result["parameters"]
-    stage2 = recipe_file(tmp_path, command="train stage2", llm="opt", text="questions", questions_per_picture=4)
+    stage2 = recipe_file(tmp_path, command="train stage2", llm="opt", text="questions", questions_per_image=4)
     result = estimate(EstimateConfig(recipe=stage2, model=runs / "stage1" / "model"))
     assert result["work"]["instruction_aware"] is True
     assert result["run"]["text_tokens"] == 100 * 16 * 2 * 8 * 4 * 32
 
 
 def test_questions_are_texts_with_prompts():
-    settings = {"command": "train stage2", "max_text_tokens": 20, "text": "questions", "questions_per_picture": 3}
+    settings = {"command": "train stage2", "max_text_tokens": 20, "text": "questions", "questions_per_image": 3}
     assert work_of(settings, 5, 2) == Work(2, 5, 20, 2, 3, 21, True)
     assert work_of(settings | {"text": "captions"}, 5, 2) == Work(2, 5, 20, 2)
 

@@ -86,7 +86,7 @@ def test_no_difference_is_not_clear():
     assert compare(rows, rows)["all"]["ci95"] == [0.0, 0.0]
 
 
-def test_questions_on_one_picture_stand_or_fall_together():
+def test_questions_on_one_image_stand_or_fall_together():
     gains = [n % 3 == 0 for n in range(60)]
     alone = compare([row(n, False) for n in range(60)], [row(n, gains[n]) for n in range(60)])["all"]["ci95"]
     first = [row(n, False, image=n // 4) for n in range(240)]

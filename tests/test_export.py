@@ -22,7 +22,7 @@ import xformer_mllm
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
 from xformer_mllm.checkpoints import load_model
 from xformer_mllm.export.folder import dtype_of
-from xformer_mllm.export.run import export
+from xformer_mllm.export.publish import export
 from xformer_mllm.export.settings import ExportConfig
 from xformer_mllm.export.source import part_of
 from xformer_mllm.model.modeling_xformer import FROZEN
@@ -73,7 +73,7 @@ def place(tmp_path_factory, runs):
     """Exported: stage1; stage2 in several shards, and as the hub's cache has it; half, with frozen parts in bf16."""
     folder = tmp_path_factory.mktemp("exported")
     pixels = torch.randint(0, 256, (60, 70, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    Image.fromarray(pixels.numpy()).save(folder / "picture.png")
+    Image.fromarray(pixels.numpy()).save(folder / "image.png")
     run(runs / "stage1", folder / "stage1")
     run(runs / "stage2", folder / "stage2", repo_id=REPO, max_shard_size="3MB", license="apache-2.0")
     run(runs / "stage2", folder / "half", dtype="bfloat16")
@@ -134,7 +134,7 @@ save_file(made, "stage2-alone.safetensors")
 model.save_pretrained("again")
 processor.save_pretrained("again")
 again = AutoModelForImageTextToText.from_pretrained("again", trust_remote_code=True)
-inputs = AutoProcessor.from_pretrained("again", trust_remote_code=True)(images="picture.png", text={PROMPT!r})
+inputs = AutoProcessor.from_pretrained("again", trust_remote_code=True)(images="image.png", text={PROMPT!r})
 print(torch.equal(again.generate(**inputs, **settings), made["ids"]))
 """,
         # From a folder.
@@ -152,9 +152,9 @@ print({name: str(parameter.dtype) for name, parameter in model.named_parameters(
     ]
     printed = alone(place, *programs)
 
-    picture = str(place / "picture.png")
+    image = str(place / "image.png")
     model, processor = load_model(runs / "stage2", [XFormerForConditionalGeneration])
-    inputs = processor(images=picture, text=PROMPT)
+    inputs = processor(images=image, text=PROMPT)
     with torch.no_grad():
         said = processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
         six = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)
@@ -169,7 +169,7 @@ print({name: str(parameter.dtype) for name, parameter in model.named_parameters(
     assert printed[4] == "True"
 
     first, processor = load_model(runs / "stage1", [XFormerForPreTraining])
-    pixels = processor(images=picture)["pixel_values"]
+    pixels = processor(images=image)["pixel_values"]
     with torch.no_grad():
         ids = first.caption(pixels, processor.qformer_tokenizer.sep_token_id)
         features = first.xformer(pixels)
@@ -372,7 +372,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(runs, tmp_path):
     with pytest.raises(ValueError, match="full: there is something already"):
         run(runs / "stage1", tmp_path / "full")
     with pytest.raises(ValueError, match="holds a model of kind OPTForCausalLM"):
-        run(Path(xformer_mllm.__file__).parent / "weights" / "opt", tmp_path / "new")
+        run(Path(xformer_mllm.__file__).parent / "embedded" / "weights" / "opt", tmp_path / "new")
     with pytest.raises(ValueError, match=r"Could not parse|not supported"):
         run(runs / "stage1", tmp_path / "new", max_shard_size="much")
     with pytest.raises(ValueError, match="no scores"):

@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 import tyro
 
-from xformer_mllm.data import exports
-from xformer_mllm.data.exports import FORMATS, ExportConfig, export, vqa_answer_type, vqa_question_type
-from xformer_mllm.data.gqa_export import entailed, equivalent, gqa_program
-from xformer_mllm.data.scene_questions import PLURALS, ask, name
-from xformer_mllm.data.scenes import caption
-from xformer_mllm.data.world import HELD_OUT, draw_scene, render
+from xformer_mllm.embedded import exports
+from xformer_mllm.embedded.benchmarks import EasyVqa, Scenes
+from xformer_mllm.embedded.exports import FORMATS, SceneExportConfig, export, vqa_answer_type, vqa_question_type
+from xformer_mllm.embedded.gqa_export import entailed, equivalent, gqa_program
+from xformer_mllm.embedded.scene_questions import PLURALS, ask, name
+from xformer_mllm.embedded.scenes import caption
+from xformer_mllm.embedded.world import HELD_OUT, draw_scene, render
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark
 from xformer_mllm.evaluate.coco_captions import CocoCaptions
-from xformer_mllm.evaluate.easy_vqa import EasyVqa
 from xformer_mllm.evaluate.gqa import Gqa
 from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
 from xformer_mllm.evaluate.nocaps import NoCaps
 from xformer_mllm.evaluate.ok_vqa import OkVqa
 from xformer_mllm.evaluate.retrieval import CocoRetrieval, FlickrRetrieval, Retrieval
-from xformer_mllm.evaluate.scenes import Scenes
 from xformer_mllm.evaluate.vqav2 import Vqav2
 
 SIZE = 12
@@ -34,7 +33,7 @@ BENCHMARKS = {
         *(CocoRetrieval, FlickrRetrieval),
     )
 }
-# Of every split: in whose scenes its pictures are, counted from the first one.
+# Of every split: in whose scenes its images are, counted from the first one.
 SECOND = {("vqav2", "test-dev"), ("coco-captions", "val"), ("gvt-counting", "vcr"), ("gvt-identification", "vcr")}
 SECOND |= {("coco-retrieval", "val"), ("flickr-retrieval", "val")}
 SPLITS = [
@@ -49,7 +48,7 @@ SPLITS = [
 def exported(tmp_path_factory):
     """{name: folder} of every format."""
     root = tmp_path_factory.mktemp("exports")
-    return {name: export(ExportConfig(name=name, output_dir=root / name, size=SIZE)) for name in FORMATS}
+    return {name: export(SceneExportConfig(name=name, output_dir=root / name, size=SIZE)) for name in FORMATS}
 
 
 def content(folder, file):
@@ -78,14 +77,14 @@ def test_every_format_belongs_to_a_benchmark():
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
-def test_a_benchmark_reads_its_export_and_finds_the_scenes_pictures(exported, name, split):
+def test_a_benchmark_reads_its_export_and_finds_the_scenes_images(exported, name, split):
     benchmark = BENCHMARKS[name](exported[name], split)
-    pictures = dict.fromkeys(record.image_id for record in benchmark.records)
-    assert len(pictures) == SIZE
+    images = dict.fromkeys(record.image_id for record in benchmark.records)
+    assert len(images) == SIZE
     if name == "nocaps":  # its scenes are chosen by their domain
         return
     first = {record.image_id: record for record in reversed(benchmark.records)}
-    for place, image_id in enumerate(pictures):
+    for place, image_id in enumerate(images):
         seen = np.asarray(benchmark.load(first[image_id]), dtype=float)
         drawn = render(scene_of(name, split, place)).astype(float)
         assert abs(seen - drawn).mean() < 1.5, "JPEG has lost the textures"
@@ -117,7 +116,7 @@ def test_ok_vqa_wants_stems_and_raw_answers_say_so(exported):
     words = {
         f"{place + 1}{number}": asked.answer
         for place in range(SIZE)
-        for number, asked in enumerate(ask(draw_scene("test", place), exports.QUESTIONS_PER_PICTURE))
+        for number, asked in enumerate(ask(draw_scene("test", place), exports.QUESTIONS_PER_IMAGE))
     }
     said = benchmark.score(words)
     assert said["raw answers"]["accuracy"] == 1
@@ -128,7 +127,7 @@ def test_the_gqa_export_has_consistency_and_choices(exported):
     benchmark = Gqa(exported["gqa"], "testdev-all")
     assert benchmark.not_computed == {}
     scores = benchmark.score({record.id: record.answer for record in benchmark.records})
-    assert scores["all"]["n"] == SIZE * exports.QUESTIONS_PER_PICTURE < len(benchmark.records)
+    assert scores["all"]["n"] == SIZE * exports.QUESTIONS_PER_IMAGE < len(benchmark.records)
     always_yes = benchmark.score({record.id: "yes" for record in benchmark.records})
     assert 0 < always_yes["all"]["consistency"] < 1
     assert 0 < always_yes["all"]["validity"] < 1
@@ -148,7 +147,7 @@ def test_a_reference_is_a_perfect_caption(exported, name, split, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["coco-retrieval", "flickr-retrieval"])
-def test_retrieval_has_five_captions_of_each_picture(exported, name):
+def test_retrieval_has_five_captions_of_each_image(exported, name):
     records = BENCHMARKS[name](exported[name], "test").records
     assert {len(record.captions) for record in records} == {5}
     assert [record.captions[0] for record in records] == [caption(draw_scene("test", n)) for n in range(SIZE)]
@@ -364,7 +363,7 @@ def test_nocaps_has_the_official_form_and_its_domains_are_the_held_out_combinati
 def test_a_domain_of_nocaps_is_what_training_scenes_do_not_hold(tmp_path, monkeypatch):
     scenes = []
     monkeypatch.setattr(exports, "render", lambda scene: scenes.append(scene) or render(scene))
-    folder = export(ExportConfig(name="nocaps", output_dir=tmp_path / "nocaps", size=30))
+    folder = export(SceneExportConfig(name="nocaps", output_dir=tmp_path / "nocaps", size=30))
     images = content(folder, "nocaps_val_4500_captions.json")["images"]
     assert len({scene.key for scene in scenes}) == len(images) == 30
     for image, scene in zip(images, scenes, strict=True):
@@ -400,7 +399,7 @@ def files_of(folder):
 def test_seed_split_and_size_make_an_export_and_nothing_else(tmp_path):
     def make(folder, **changes):
         settings = {"name": "gvt-counting", "size": 2, "seed": 3} | changes
-        return files_of(export(ExportConfig(output_dir=tmp_path / folder, **settings)))
+        return files_of(export(SceneExportConfig(output_dir=tmp_path / folder, **settings)))
 
     assert make("a") == make("b")
     assert make("a") != make("c", seed=4)
@@ -408,30 +407,30 @@ def test_seed_split_and_size_make_an_export_and_nothing_else(tmp_path):
 
 
 def test_the_same_export_again_is_left_alone_and_anything_else_refused(tmp_path, capsys):
-    config = ExportConfig(name="gvt-counting", output_dir=tmp_path / "gvt", size=1)
+    config = SceneExportConfig(name="gvt-counting", output_dir=tmp_path / "gvt", size=1)
     before = {path: path.stat().st_mtime_ns for path in export(config).rglob("*")}
     export(config)
     assert "already there" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in config.output_dir.rglob("*")} == before
     with pytest.raises(ValueError, match=r"gvt: not empty; name a new folder"):
-        export(ExportConfig(name="gvt-counting", output_dir=tmp_path / "gvt", size=2))
+        export(SceneExportConfig(name="gvt-counting", output_dir=tmp_path / "gvt", size=2))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"mine: not empty"):
-        export(ExportConfig(name="gqa", output_dir=tmp_path / "mine", size=1))
+        export(SceneExportConfig(name="gqa", output_dir=tmp_path / "mine", size=1))
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file: is a file"):
-        export(ExportConfig(name="gqa", output_dir=tmp_path / "file", size=1))
+        export(SceneExportConfig(name="gqa", output_dir=tmp_path / "file", size=1))
 
 
 def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert (export(ExportConfig(name="gqa", output_dir=tmp_path / "empty", size=1)) / "export.json").is_file()
+    assert (export(SceneExportConfig(name="gqa", output_dir=tmp_path / "empty", size=1)) / "export.json").is_file()
 
 
 def test_a_killed_export_leaves_nothing_and_can_be_run_again(tmp_path, monkeypatch):
-    config = ExportConfig(name="vqav2", output_dir=tmp_path / "new" / "vqav2", size=2)
+    config = SceneExportConfig(name="vqav2", output_dir=tmp_path / "new" / "vqav2", size=2)
     drawn = []
 
     def stop_at_the_third(scene):
@@ -451,7 +450,7 @@ def test_a_killed_export_leaves_nothing_and_can_be_run_again(tmp_path, monkeypat
 
 def test_the_command_line(tmp_path):
     words = ["ok-vqa", "--output-dir", str(tmp_path / "o"), "--size", "5", "--seed", "1", "--split", "validation"]
-    config = tyro.cli(ExportConfig, args=words)
-    assert config == ExportConfig(name="ok-vqa", output_dir=tmp_path / "o", size=5, seed=1, split="validation")
+    config = tyro.cli(SceneExportConfig, args=words)
+    assert config == SceneExportConfig(name="ok-vqa", output_dir=tmp_path / "o", size=5, seed=1, split="validation")
     with pytest.raises(ValueError, match="size must be at least 1, not 0"):
-        ExportConfig(name="gqa", output_dir=tmp_path, size=0)
+        SceneExportConfig(name="gqa", output_dir=tmp_path, size=0)

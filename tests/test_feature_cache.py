@@ -1,4 +1,4 @@
-"""Features of frozen encoders on disk: the same losses, for the right pictures, of the right encoders."""
+"""Features of frozen encoders on disk: the same losses, for the right images, of the right encoders."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from conftest import tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from xformer_mllm import XFormerForPreTraining
+from xformer_mllm import XFormerForPreTraining, processes
 from xformer_mllm.cli import main
-from xformer_mllm.train import data_sets, feature_cache, processes
+from xformer_mllm.train import datasets, feature_cache
 from xformer_mllm.train.config import Stage1Config
 from xformer_mllm.train.feature_cache import FeatureCache
 
@@ -25,8 +25,8 @@ def _alone():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """110 pictures, of which one is cut short: fewer than one in a hundred."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """110 images, of which one is cut short: fewer than one in a hundred."""
+    folder = tmp_path_factory.mktemp("images")
     for number in range(110):
         Image.new("RGB", (40, 30), (2 * number, 255 - 2 * number, 77)).save(folder / f"{number:03}.png")
         (folder / f"{number:03}.txt").write_text(f"{number} red circles")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 class Items(torch.utils.data.Dataset):
-    """Pictures of the tiny model's size; two of them are the same one."""
+    """Images of the tiny model's size; two of them are the same one."""
 
     def __init__(self, count: int):
         self.pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def assert_same_losses(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_features_are_those_of_the_picture(model, tmp_path, monkeypatch, masked):
+def test_features_are_those_of_the_image(model, tmp_path, monkeypatch, masked):
     monkeypatch.setattr(feature_cache, "SHARD", 4)
     monkeypatch.setattr(feature_cache, "BATCH", 2)
     items, cache = Items(9), cache_of(tmp_path, model, masked)
@@ -146,7 +146,7 @@ def test_other_encoders_sizes_sources_and_precisions_have_another_folder(model, 
     assert cache_of(tmp_path, model).folder == first.folder
 
 
-def test_a_picture_that_is_not_there_is_named(model, tmp_path):
+def test_a_image_that_is_not_there_is_named(model, tmp_path):
     cache = cache_of(tmp_path, model)
     cache.fill(model, Items(2), collate)
     with pytest.raises(ValueError, match=r"has no features of cat\.png"):
@@ -170,9 +170,7 @@ def test_stage_1_has_the_same_losses_from_cached_clip_tokens(stage1, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["captions", "questions"])
-def test_stage_2_has_the_same_losses_without_a_look_at_the_pictures(
-    stage1, folder, tmp_path, monkeypatch, capsys, text
-):
+def test_stage_2_has_the_same_losses_without_a_look_at_the_images(stage1, folder, tmp_path, monkeypatch, capsys, text):
     data = (
         ["--data", "scenes", "--train-size", "8"]
         if text == "questions"
@@ -184,20 +182,20 @@ def test_stage_2_has_the_same_losses_without_a_look_at_the_pictures(
     assert main([*cached, "--output-dir", str(tmp_path / "first")]) == 0
     assert_same_losses(tmp_path / "plain", tmp_path / "first")
 
-    asked, load = [], data_sets.load_image
-    monkeypatch.setattr(data_sets, "load_image", lambda image: (asked.append(image), load(image))[1])
+    asked, load = [], datasets.load_image
+    monkeypatch.setattr(datasets, "load_image", lambda image: (asked.append(image), load(image))[1])
     capsys.readouterr()
     assert main([*cached[:-1], "0", "--output-dir", str(tmp_path / "second")]) == 0
     assert "encoded" not in capsys.readouterr().out
     assert_same_losses(tmp_path / "first", tmp_path / "second")
-    assert len(asked) == (0 if text == "questions" else data_sets.HELD_OUT_PICTURES)
+    assert len(asked) == (0 if text == "questions" else datasets.HELD_OUT_IMAGES)
 
 
-def test_only_whole_pictures_of_known_number_are_cached(folder, tmp_path, capsys):
+def test_only_whole_images_of_known_number_are_cached(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="set --augment none"):
-        Stage1Config(data="pictures", feature_cache=tmp_path)
+        Stage1Config(data="images", feature_cache=tmp_path)
     Stage1Config(data="scenes", feature_cache=tmp_path)
     (tmp_path / "mixture.json").write_text(json.dumps({"sources": [{"source": str(folder)}]}))
     command = ["train", "stage1", "--data", str(tmp_path / "mixture.json"), "--augment", "none"]
     assert main([*command, "--feature-cache", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]) == 2
-    assert "is a stream, whose pictures nobody has counted" in capsys.readouterr().err
+    assert "is a stream, whose images nobody has counted" in capsys.readouterr().err

@@ -1,9 +1,9 @@
-"""Every list of pictures that is read, as its authors write it."""
+"""Every list of images that is read, as its authors write it."""
 
 import json
 
 import pytest
-from made import picture, write_json
+from made import write_image, write_json
 
 from xformer_mllm.data.formats import read_folder, read_json_lines_source, read_json_source
 
@@ -19,7 +19,7 @@ def records(found, split=""):
 
 def blip(folder, number=3):
     for place in range(number):
-        picture(folder / f"{place}.jpg")
+        write_image(folder / f"{place}.jpg")
     return [{"image": f"{place}.jpg", "caption": f"caption {place}"} for place in range(number)]
 
 
@@ -27,12 +27,12 @@ def test_blip(tmp_path):
     found = read(write_json(tmp_path / "pretrain.json", blip(tmp_path)))
     assert found.format == 'a JSON list of {"image", "caption"}'
     assert records(found) == [
-        {"id": f"{n}.jpg", "picture": str(tmp_path / f"{n}.jpg"), "captions": [f"caption {n}"], "questions": []}
+        {"id": f"{n}.jpg", "image": str(tmp_path / f"{n}.jpg"), "captions": [f"caption {n}"], "questions": []}
         for n in range(3)
     ]
 
 
-def test_rows_about_the_same_picture_are_one_record(tmp_path):
+def test_rows_about_the_same_image_are_one_record(tmp_path):
     rows = [*blip(tmp_path), {"image": "0.jpg", "caption": ["again", "and again"], "image_id": "coco_0"}]
     first, *others = records(read(write_json(tmp_path / "coco_karpathy_train.json", rows)))
     assert first["captions"] == ["caption 0", "again", "and again"]
@@ -56,9 +56,9 @@ def test_lists_of_addresses_are_refused(tmp_path):
     ],
 )
 def test_a_broken_row_is_named_and_too_many_stop(tmp_path, row, why):
-    rows = blip(tmp_path, 3) * 40  # 120 rows about three pictures
+    rows = blip(tmp_path, 3) * 40  # 120 rows about three images
     for place in range(3, 103):
-        rows.append({"image": picture(tmp_path / f"{place}.jpg").name, "caption": "a"})
+        rows.append({"image": write_image(tmp_path / f"{place}.jpg").name, "caption": "a"})
     found = read(write_json(tmp_path / "a.json", [*rows, row]))
     assert found.broken == {"row 220": why}
     assert len(found.rows[""]) == 103
@@ -68,7 +68,7 @@ def test_a_broken_row_is_named_and_too_many_stop(tmp_path, row, why):
 
 def test_json_lines_with_captions_and_questions(tmp_path):
     for name in ("a.jpg", "b.jpg"):
-        picture(tmp_path / name)
+        write_image(tmp_path / name)
     lines = [
         {"image": "a.jpg", "caption": "a cat"},
         {"image": "a.jpg", "caption": ["one cat", "the cat"]},
@@ -89,7 +89,7 @@ def test_json_lines_with_captions_and_questions(tmp_path):
 
 
 def test_a_line_that_is_not_json_is_one_broken_record(tmp_path):
-    lines = [json.dumps({"image": picture(tmp_path / f"{n}.jpg").name, "caption": "a"}) for n in range(150)]
+    lines = [json.dumps({"image": write_image(tmp_path / f"{n}.jpg").name, "caption": "a"}) for n in range(150)]
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join([lines[0], '{"image": "x.jpg", "capt', *lines[1:]]))
     found = read_json_lines_source(file, None)
@@ -99,7 +99,7 @@ def test_a_line_that_is_not_json_is_one_broken_record(tmp_path):
 
 
 def test_coco_captions_in_the_official_layout(tmp_path):
-    picture(tmp_path / "train2014" / "COCO_train2014_000000000009.jpg")
+    write_image(tmp_path / "train2014" / "COCO_train2014_000000000009.jpg")
     content = {
         "info": {},
         "images": [{"id": 9, "file_name": "COCO_train2014_000000000009.jpg", "width": 8, "height": 8}],
@@ -113,7 +113,7 @@ def test_coco_captions_in_the_official_layout(tmp_path):
     assert records(found) == [
         {
             "id": "COCO_train2014_000000000009.jpg",
-            "picture": str(tmp_path / "train2014" / "COCO_train2014_000000000009.jpg"),
+            "image": str(tmp_path / "train2014" / "COCO_train2014_000000000009.jpg"),
             "captions": ["A meal.", "Food."],
             "questions": [],
         }
@@ -121,12 +121,12 @@ def test_coco_captions_in_the_official_layout(tmp_path):
 
 
 def test_coco_annotations_that_cannot_be_used(tmp_path):
-    images = [{"id": n, "file_name": picture(tmp_path / f"{n}.jpg").name} for n in range(300)]
+    images = [{"id": n, "file_name": write_image(tmp_path / f"{n}.jpg").name} for n in range(300)]
     captions = [{"image_id": n, "caption": "a"} for n in range(300)]
     wrong = [{"image_id": 999, "caption": "of nothing"}, {"image_id": 3, "caption": ""}]
     found = read(write_json(tmp_path / "captions_x.json", {"images": images, "annotations": [*captions, *wrong]}))
     assert found.broken == {
-        "annotations[300]": "of a picture that is not listed, 999",
+        "annotations[300]": "of an image that is not listed, 999",
         "annotations[301]": "no caption",
     }
 
@@ -137,7 +137,7 @@ def test_karpathy_splits(tmp_path):
         for split, folder in (("train", "train2014"), ("restval", "val2014"), ("val", "val2014"), ("test", "val2014"))
     ]
     for image in images:
-        picture(tmp_path / image["filepath"] / image["filename"])
+        write_image(tmp_path / image["filepath"] / image["filename"])
     found = read(write_json(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"}))
     ids = {split: [record["id"] for record in records(found, split)] for split in found.rows}
     assert ids == {
@@ -147,32 +147,32 @@ def test_karpathy_splits(tmp_path):
     }
 
 
-def test_visual_genome_regions_are_captions_and_pictures_are_in_two_folders(tmp_path):
-    picture(tmp_path / "images" / "VG_100K" / "1.jpg")
-    picture(tmp_path / "images" / "VG_100K_2" / "2.jpg")
+def test_visual_genome_regions_are_captions_and_images_are_in_two_folders(tmp_path):
+    write_image(tmp_path / "images" / "VG_100K" / "1.jpg")
+    write_image(tmp_path / "images" / "VG_100K_2" / "2.jpg")
     region = {"x": 0, "y": 0, "width": 3, "height": 3}
     content = [
         {"id": 1, "regions": [{"phrase": "a clock", "image_id": 1, **region}, {"phrase": "green trees", **region}]},
         {"id": 2, "regions": [{"phrase": "a wall", "image_id": 2, **region}]},
     ]
     found = read(write_json(tmp_path / "region_descriptions.json", content), tmp_path / "images")
-    assert [(record["picture"], record["captions"]) for record in records(found)] == [
+    assert [(record["image"], record["captions"]) for record in records(found)] == [
         (str(tmp_path / "images" / "VG_100K" / "1.jpg"), ["a clock", "green trees"]),
         (str(tmp_path / "images" / "VG_100K_2" / "2.jpg"), ["a wall"]),
     ]
 
 
 def test_folders_of_the_authors_machine_are_passed_over(tmp_path):
-    picture(tmp_path / "VG_100K" / "7.jpg")
+    write_image(tmp_path / "VG_100K" / "7.jpg")
     rows = [{"image": "/export/home/data/vg/VG_100K/7.jpg", "caption": "a"}]
     (record,) = records(read(write_json(tmp_path / "vg_caption.json", rows), tmp_path))
-    assert record["picture"] == str(tmp_path / "VG_100K" / "7.jpg")
+    assert record["image"] == str(tmp_path / "VG_100K" / "7.jpg")
     assert record["id"] == "/export/home/data/vg/VG_100K/7.jpg"
 
 
-def test_pictures_that_are_nowhere(tmp_path):
+def test_images_that_are_nowhere(tmp_path):
     file = write_json(tmp_path / "a" / "list.json", [{"image": "b/1.jpg", "caption": "a"}])
-    with pytest.raises(FileNotFoundError, match=r"list\.json: its pictures are not there .* b/1\.jpg .*--images"):
+    with pytest.raises(FileNotFoundError, match=r"list\.json: its images are not there .* b/1\.jpg .*--images"):
         read(file)
 
 
@@ -183,13 +183,13 @@ def test_unknown_content(tmp_path, content):
 
 
 def test_nothing_usable(tmp_path):
-    with pytest.raises(ValueError, match=r"no picture with a caption or a question .*row 0.*no \"image\""):
+    with pytest.raises(ValueError, match=r"no image with a caption or a question .*row 0.*no \"image\""):
         read(write_json(tmp_path / "a.json", [{"caption": "a"}]))
 
 
 def test_folder(tmp_path):
-    picture(tmp_path / "a.jpg").with_suffix(".txt").write_text("a cat\nein Katze")
-    picture(tmp_path / "b.jpg")
+    write_image(tmp_path / "a.jpg").with_suffix(".txt").write_text("a cat\nein Katze")
+    write_image(tmp_path / "b.jpg")
     found = read_folder(tmp_path)
     (record,) = records(found)
     assert (record["id"], record["captions"]) == ("a.jpg", ["a cat"])

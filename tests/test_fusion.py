@@ -100,10 +100,10 @@ def test_attention_maps_on_request_sum_to_one(images):
 def test_standardised_norms_give_channels_of_mean_0_and_deviation_1_and_change_no_step_0(images, name):
     model = model_of(name)
     randomise(model.clip_encoder)
-    pictures = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
-    model.standardise(pictures)
+    batch = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    model.standardise(batch)
     with torch.no_grad():
-        image = model.encode_image(pictures)
+        image = model.encode_image(batch)
         read = [image.clip_tokens] + [norm(image.mae.tokens) for norm in model.fusion.mae_norms()]
         for tokens in read:
             deviation, mean = torch.std_mean(tokens.flatten(0, 1), dim=0)

@@ -32,7 +32,7 @@ from transformers import (
 from xformer_mllm import XFormerForConditionalGeneration, XFormerProcessor
 from xformer_mllm.checkpoints import load_language_model, load_model, start_generation
 from xformer_mllm.data.questions import QUESTION_PROMPT
-from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
+from xformer_mllm.embedded.scenes import SceneCaptions, SceneQuestions
 from xformer_mllm.model.modeling_xformer import LORA
 from xformer_mllm.train import freeze
 from xformer_mllm.train.batches import IGNORED, Stage2Collator
@@ -144,7 +144,7 @@ def start(runs, language_models):
         model, processor = start_generation(
             runs / "stage1" / "model", str(language_models / name), chat_template=chat, **settings
         )
-        randomise(model.language_projection, 0.5)  # pictures that matter
+        randomise(model.language_projection, 0.5)  # images that matter
         return model, processor
 
     return start
@@ -176,7 +176,7 @@ def train(model, batch, steps=2):
     return model.eval()
 
 
-def pictures(count):
+def some_images(count):
     return torch.randint(0, 256, (count, 3, 48, 48), dtype=torch.uint8)
 
 
@@ -196,7 +196,7 @@ def test_train_save_load_generate(start, name, chat, tmp_path):
     again, its_processor = load_model(tmp_path, [XFormerForConditionalGeneration])
     assert its_processor.turn == processor.turn
     assert its_processor.encoder_decoder == (name == "t5")
-    pixels = pictures(len(PROMPTS))
+    pixels = some_images(len(PROMPTS))
     asked, again_asked = processor(text=PROMPTS), its_processor(text=PROMPTS)
     assert torch.equal(asked["input_ids"], again_asked["input_ids"])
     generated = model.generate(pixels, **asked, max_new_tokens=5, do_sample=False)
@@ -211,10 +211,10 @@ def test_batched_generation_equals_one_by_one(start, name, chat, beams):
     model, processor = start(name, chat)
     model.eval()
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
-    pixels = pictures(len(PROMPTS))
+    pixels = some_images(len(PROMPTS))
     batched = model.generate(pixels, **processor(text=PROMPTS), **settings)
-    for row, picture, prompt in zip(batched, pixels, PROMPTS, strict=True):
-        assert torch.equal(row, model.generate(picture[None], **processor(text=prompt), **settings)[0])
+    for row, image, prompt in zip(batched, pixels, PROMPTS, strict=True):
+        assert torch.equal(row, model.generate(image[None], **processor(text=prompt), **settings)[0])
     assert len({tuple(row.tolist()) for row in batched}) > 1
 
 
@@ -263,7 +263,7 @@ def test_the_end_that_is_learned_stops_generation(start):
     bias[end_of(model)] = 1
     model.language_model.lm_head.bias = torch.nn.Parameter(bias)  # nothing but the end is ever said
     asked = processor(text=PROMPTS[0])
-    assert model.generate(pictures(1), **asked, max_new_tokens=9, do_sample=False).tolist() == [[end_of(model)]]
+    assert model.generate(some_images(1), **asked, max_new_tokens=9, do_sample=False).tolist() == [[end_of(model)]]
 
 
 TURNS = {
@@ -300,11 +300,11 @@ def test_the_pipeline_speaks_by_the_chat_template_too(start, tmp_path):
     model, processor = start("qwen", True)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    picture = Image.fromarray(pictures(1)[0].permute(1, 2, 0).numpy())
+    image = Image.fromarray(some_images(1)[0].permute(1, 2, 0).numpy())
     pipe = pipeline("image-text-to-text", model=str(tmp_path))
     settings = {"max_new_tokens": 5, "do_sample": False}
-    said = pipe(images=picture, text="<image>" + PROMPTS[0], **settings, return_full_text=False)[0]["generated_text"]
-    tokens = pipe.model.generate(**processor(images=picture, text=PROMPTS[0]), **settings)
+    said = pipe(images=image, text="<image>" + PROMPTS[0], **settings, return_full_text=False)[0]["generated_text"]
+    tokens = pipe.model.generate(**processor(images=image, text=PROMPTS[0]), **settings)
     assert said.strip() == processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
 
@@ -459,7 +459,7 @@ def test_only_adapters_and_the_rest_of_stage_2_are_trained_and_come_back(start, 
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, again.eval()(**batch).loss)
     asked = XFormerProcessor.from_pretrained(tmp_path)(text=PROMPTS)
-    pixels = pictures(len(PROMPTS))
+    pixels = some_images(len(PROMPTS))
     settings = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(pixels, **asked, **settings), again.generate(pixels, **asked, **settings))
     again.freeze()

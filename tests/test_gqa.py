@@ -128,7 +128,7 @@ def test_questions_without_a_group_have_no_distribution():
     assert "distribution" not in gqa_scores(questions, dict.fromkeys("abc", "yes"))["all"]
 
 
-def test_records_have_gqas_types_and_pictures(data):
+def test_records_have_gqas_types_and_images(data):
     benchmark = Gqa(data, "val-all")
     record = benchmark.records[0]
     question = QUESTIONS[FIRST]

@@ -193,7 +193,7 @@ def test_credit_adds_up_to_the_accuracy(data, kind, split, part):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def test_records_and_pictures_of_both_sets(data):
+def test_records_and_images_of_both_sets(data):
     coco, vcr = GvtCounting(data, "coco"), GvtIdentification(data, "vcr")
     entry = COUNTING["entries"][0]
     assert [record.id for record in coco.records] == [str(place) for place in range(len(COUNTING["entries"]))]

@@ -13,8 +13,8 @@ from xformer_mllm.train.health import COLLAPSED, LOGS_UNTIL_ALARM, CollapseAlarm
 def test_it_is_the_mean_cosine_of_different_queries():
     queries = torch.randn(3, 5, 8)
     pairs = [
-        cosine_similarity(picture[one], picture[other], dim=0)
-        for picture in queries
+        cosine_similarity(image[one], image[other], dim=0)
+        for image in queries
         for one in range(5)
         for other in range(5)
         if one != other

@@ -20,8 +20,8 @@ def _quiet(tmp_path, monkeypatch):
 
 def made(number=30, **columns):
     columns = columns or {"caption": [f"caption {place}" for place in range(number)]}
-    pictures = [{"bytes": jpeg(place), "path": None} for place in range(len(next(iter(columns.values()))))]
-    return datasets.Dataset.from_dict({"image": pictures, **columns}).cast_column("image", datasets.Image())
+    images = [{"bytes": jpeg(place), "path": None} for place in range(len(next(iter(columns.values()))))]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
 
 
 def on_hub(folder, number=3, each=10):
@@ -39,7 +39,7 @@ def test_saved(tmp_path):
     assert is_saved(tmp_path)
     found = read_saved(tmp_path)
     rows = found.rows[""]
-    assert rows[1] == {"id": "1", "picture": jpeg(1), "captions": ["caption 1"], "questions": []}
+    assert rows[1] == {"id": "1", "image": jpeg(1), "captions": ["caption 1"], "questions": []}
     assert (len(rows), list(rows.ids()), list(rows.counts("captions"))) == (3, ["0", "1", "2"], [1, 1, 1])
     assert list(rows.counts("questions")) == [0, 0, 0]
 
@@ -83,7 +83,7 @@ def test_columns(tmp_path, columns, captions, questions):
 
 def test_columns_that_say_nothing(tmp_path):
     made(1, label=[3]).save_to_disk(str(tmp_path))
-    with pytest.raises(ValueError, match=r"needs a column of pictures.*its columns are image, label"):
+    with pytest.raises(ValueError, match=r"needs a column of images.*its columns are image, label"):
         read_saved(tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_streamed(tmp_path):
     assert found.shards == {"train": ["train/0", "train/1", "train/2"]}
     records = list(found.read("train/1"))
     assert [record["id"] for record in records] == [f"train/1/{place}" for place in range(10)]
-    assert (records[2]["picture"], records[2]["captions"]) == (jpeg(12), ["caption 12"])
+    assert (records[2]["image"], records[2]["captions"]) == (jpeg(12), ["caption 12"])
     assert [record["id"] for record in found.read("train/0", lambda place, name: place == 4)] == ["train/0/4"]
 
 

@@ -1,4 +1,4 @@
-"""load_image: every kind of picture a user may have becomes 8-bit RGB, every broken one a clear line."""
+"""load_image: every kind of image a user may have becomes 8-bit RGB, every broken one a clear line."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from xformer_mllm.model.images import load_image
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
 
-def saved(tmp_path, image, name="picture.png", **options):
+def saved(tmp_path, image, name="image.png", **options):
     path = tmp_path / name
     image.save(path, **options)
     return path
@@ -38,7 +38,7 @@ def test_pil_image_is_accepted_and_not_changed():
     assert image.getpixel((0, 0)) == (255, 0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["picture.gif", "picture.png", "picture.webp"])
+@pytest.mark.parametrize("name", ["image.gif", "image.png", "image.webp"])
 def test_animated_gives_the_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
     options = {"lossless": True} if name.endswith("webp") else {}
@@ -48,14 +48,14 @@ def test_animated_gives_the_first_frame(tmp_path, name):
 
 
 def test_cmyk_jpeg(tmp_path):
-    path = saved(tmp_path, Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "picture.jpg", quality=95)
+    path = saved(tmp_path, Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "image.jpg", quality=95)
     red, green, blue = rgb(path)[8, 8].astype(int)
     assert red > 240
     assert green < 15
     assert blue < 15
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.tif"])
+@pytest.mark.parametrize("name", ["image.png", "image.tif"])
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
     path = saved(tmp_path, Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)), name)
     np.testing.assert_array_equal(rgb(path)[0, :, 0], [0, 1, 128, 255])
@@ -68,7 +68,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
         (np.array([[-100, 0, 100]], dtype=np.int32), [0, 128, 255]),  # outside of 16 bits: own range
         (np.array([[0, 1 << 20, 1 << 21]], dtype=np.int32), [0, 128, 255]),
         (np.array([[0.0, 0.5, 1.0]], dtype=np.float32), [0, 128, 255]),
-        (np.array([[0.0, 0.5, 0.5]], dtype=np.float32), [0, 128, 128]),  # the mode's range, not the picture's
+        (np.array([[0.0, 0.5, 0.5]], dtype=np.float32), [0, 128, 128]),  # the mode's range, not the image's
         (np.array([[0.0, 127.5, 255.0]], dtype=np.float32), [0, 128, 255]),
         (np.array([[np.nan, np.inf, 1.0]], dtype=np.float32), [0, 0, 255]),
         (np.array([[-5, -5, -5]], dtype=np.int32), [0, 0, 0]),  # flat: no division by nothing
@@ -128,7 +128,7 @@ def assert_one_line_naming(error, name):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such picture") as error:
+    with pytest.raises(FileNotFoundError, match="no such image") as error:
         load_image(tmp_path / "missing.png")
     assert_one_line_naming(error, "missing.png")
 
@@ -145,11 +145,11 @@ def test_folder(tmp_path):
     assert_one_line_naming(error, tmp_path.name)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
-def test_not_a_picture(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not an image", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_not_a_image(tmp_path, content):
     path = tmp_path / "notes.png"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a picture that can be read") as error:
+    with pytest.raises(ValueError, match="not an image that can be read") as error:
         load_image(path)
     assert_one_line_naming(error, "notes.png")
 
@@ -160,7 +160,7 @@ def test_truncated_file(tmp_path, name):
     path = saved(tmp_path, Image.fromarray(pixels), name)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"damaged or cut short|not a picture") as error:
+    with pytest.raises(ValueError, match=r"damaged or cut short|not an image") as error:
         load_image(path)
     assert_one_line_naming(error, name)
 
@@ -172,7 +172,7 @@ def test_too_many_pixels(tmp_path, monkeypatch, pillow_limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     with pytest.raises(ValueError, match=r"too large.*1,000 pixels") as error:
         load_image(path)
-    assert_one_line_naming(error, "picture.png")
+    assert_one_line_naming(error, "image.png")
 
 
 def test_no_warning_of_pillow_beside_our_error(tmp_path, monkeypatch):

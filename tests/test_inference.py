@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from xformer_mllm.cli import main
-from xformer_mllm.data.json_files import read_json_lines
-from xformer_mllm.evaluate.inference import open_picture
+from xformer_mllm.files import read_json_lines
+from xformer_mllm.inference import open_image
 
 
 @pytest.fixture
@@ -42,17 +42,17 @@ def test_caption(runs, photo, capsys, stage):
     assert isinstance(row["caption"], str)
     assert "<" not in row["caption"]  # no special tokens
     code, out, _ = run(capsys, "caption", photo, "--model", runs / stage / "model")
-    assert (code, out) == (0, row["caption"] + "\n")  # one picture: the caption alone
+    assert (code, out) == (0, row["caption"] + "\n")  # one image: the caption alone
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_captions_of_several_pictures_do_not_depend_on_the_batch(runs, photo, capsys, stage):
-    pictures = [photo, "scene:test:0", "scene:test:1"]
-    together = run_json(capsys, "caption", *pictures, "--model", runs / stage)
-    alone = run_json(capsys, "caption", *pictures, "--model", runs / stage, "--batch-size", "1")
+def test_captions_of_several_images_do_not_depend_on_the_batch(runs, photo, capsys, stage):
+    images = [photo, "scene:test:0", "scene:test:1"]
+    together = run_json(capsys, "caption", *images, "--model", runs / stage)
+    alone = run_json(capsys, "caption", *images, "--model", runs / stage, "--batch-size", "1")
     assert together == alone
-    assert [row["image"] for row in together] == pictures
-    _, out, _ = run(capsys, "caption", *pictures, "--model", runs / stage)
+    assert [row["image"] for row in together] == images
+    _, out, _ = run(capsys, "caption", *images, "--model", runs / stage)
     assert out.splitlines() == [f"{row['image']}: {row['caption']}" for row in together]
 
 
@@ -74,11 +74,12 @@ def test_ask(runs, capsys):
 
 
 def test_ask_answers_as_the_evaluation_scores(runs, capsys, monkeypatch, tmp_path):
-    from xformer_mllm.evaluate import prediction, run
+    from xformer_mllm.evaluate import evaluation as run
+    from xformer_mllm.evaluate import prediction
 
     # Commands compute in fp32; the evaluation in bf16 where that is fast, which can turn a narrow choice of a word.
     monkeypatch.setattr(prediction, "bf16_is_fast", lambda: False)
-    config = run.EvaluateConfig(model=runs / "stage2", size=3, questions_per_picture=2, output_dir=tmp_path / "out")
+    config = run.EvaluateConfig(model=runs / "stage2", size=3, questions_per_image=2, output_dir=tmp_path / "out")
     run.evaluate(config)
     capsys.readouterr()
     for row in read_json_lines(tmp_path / "out" / "predictions.jsonl"):
@@ -143,7 +144,7 @@ def test_reconstruct(runs, tmp_path, capsys, stage):
 
     panels = [sheet.crop((8 + 200 * i, 28, 8 + 200 * i + 192, 28 + 192)) for i in range(4)]
     original, masked, mae, xformer = (panel.resize((48, 48), Image.Resampling.NEAREST) for panel in panels)
-    assert original.tobytes() == open_picture("scene:test:0").tobytes()
+    assert original.tobytes() == open_image("scene:test:0").tobytes()
     patches = [(x, y, x + 8, y + 8) for x in range(0, 48, 8) for y in range(0, 48, 8)]
     hidden = [box for box in patches if masked.crop(box).getcolors() == [(64, (128, 128, 128))]]
     assert len(hidden) == len(patches) // 2
@@ -168,8 +169,8 @@ def test_reconstruct_mask_depends_on_seed_and_ratio_alone(runs, tmp_path, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["caption", "missing.png", "--model", "stage2"], "missing.png: no such picture"),
-        (["caption", "--model", "stage2"], "at least one picture"),
+        (["caption", "missing.png", "--model", "stage2"], "missing.png: no such image"),
+        (["caption", "--model", "stage2"], "at least one image"),
         (["caption", "scene:test", "--model", "stage2"], "scene:SPLIT:INDEX"),
         (["caption", "scene:moon:1", "--model", "stage2"], "unknown split 'moon'"),
         (["caption", "scene:test:1", "--model", "nothing"], "no trained model there; `make demo` trains one"),
@@ -223,6 +224,6 @@ def test_default_model_names_the_demo(tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_of_its_own(runs, photo):
-    command = [sys.executable, "-m", "xformer_mllm.cli", "caption", photo, "--model", str(runs / "stage2"), "--json"]
+    command = [sys.executable, "-m", "xformer_mllm", "caption", photo, "--model", str(runs / "stage2"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)[0]["image"] == photo

@@ -5,8 +5,8 @@ import re
 
 import pytest
 from datasets import Dataset, Features, Value
-from datasets import Image as Picture
-from made import jpeg, picture, shards, write_json
+from datasets import Image as ImageFeature
+from made import jpeg, shards, write_image, write_json
 from PIL import Image
 
 from xformer_mllm.data.inspect import SAMPLES, InspectConfig, contact_sheet, inspect
@@ -23,19 +23,19 @@ def run(tmp_path, capsys, source, **settings):
 
 def test_folder(tmp_path, capsys):
     for place in range(10):
-        picture(tmp_path / "in" / f"{place}.jpg").with_suffix(".txt").write_text("a " * (place + 1))
+        write_image(tmp_path / "in" / f"{place}.jpg").with_suffix(".txt").write_text("a " * (place + 1))
     Image.new("RGB", (40, 20)).save(tmp_path / "in" / "9.jpg")
-    picture(tmp_path / "in" / "x.jpg")
-    (tmp_path / "in" / "3.jpg").write_bytes(b"no picture")
+    write_image(tmp_path / "in" / "x.jpg")
+    (tmp_path / "in" / "3.jpg").write_bytes(b"no image")
     (findings,), said = run(tmp_path, capsys, tmp_path / "in")
     for line in (
-        "format a folder of pictures with a .txt beside each",
-        "pictures 10, 10 captions, 0 questions",
+        "format a folder of images with a .txt beside each",
+        "images 10, 10 captions, 0 questions",
         "splits none of its own",
         "left out 1 without a .txt",
-        "looked at 10 pictures",
+        "looked at 10 images",
         "size width 8 / 8 / 40, height 8 / 8 / 20",
-        "captions 1.0 a picture; words 1 / 5 / 10",
+        "captions 1.0 an image; words 1 / 5 / 10",
         "broken 1\n",
         "3.jpg: ",
     ):
@@ -49,49 +49,49 @@ def test_shards(tmp_path, capsys):
     folder = shards(tmp_path / "in", 4, 25, broken=(3,))
     (folder / "00002.tar").write_bytes((folder / "00002.tar").read_bytes()[:20_000])
     (findings,), said = run(tmp_path, capsys, folder)
-    assert "pictures unknown (no _stats.json says)" in said
+    assert "images unknown (no _stats.json says)" in said
     assert "splits none of its own" in said
     assert "broken " in said
     assert set(findings.broken) == {"00000/000000003", str(folder / "00002.tar")}
     for place in range(4):
         write_json(folder / f"{place:05}_stats.json", {"successes": 25})
     (findings,), said = run(tmp_path, capsys, folder)
-    assert "pictures 100\n" in said
+    assert "images 100\n" in said
     assert findings.lost == 1 + 100 - findings.looked_at + 1  # the sample, and what the shard lost
 
 
-def test_few_pictures_are_spread_over_all(tmp_path, capsys):
-    (findings,), said = run(tmp_path, capsys, shards(tmp_path / "in", 20, 10), pictures=20)
-    assert "looked at 20 pictures" in said
+def test_few_images_are_spread_over_all(tmp_path, capsys):
+    (findings,), said = run(tmp_path, capsys, shards(tmp_path / "in", 20, 10), max_images=20)
+    assert "looked at 20 images" in said
     seen = {int(caption.split()[1]) // 100 for caption in findings.captions}
     assert seen == {0, 1}
-    rows = [{"image": picture(tmp_path / f"{n}.jpg").name, "caption": str(n)} for n in range(100)]
-    (findings,), said = run(tmp_path, capsys, write_json(tmp_path / "a.json", rows), pictures=10)
-    assert "pictures 100, 100 captions" in said
+    rows = [{"image": write_image(tmp_path / f"{n}.jpg").name, "caption": str(n)} for n in range(100)]
+    (findings,), said = run(tmp_path, capsys, write_json(tmp_path / "a.json", rows), max_images=10)
+    assert "images 100, 100 captions" in said
     assert [int(caption) for caption in findings.captions] == list(range(0, 100, 10))
 
 
-@pytest.mark.parametrize("pictures", [0, 1000])
-def test_all(tmp_path, capsys, pictures):
-    _, said = run(tmp_path, capsys, shards(tmp_path / "in", 12, 5), pictures=pictures)
-    assert f"looked at {60 if pictures == 0 else 50} pictures" in said  # ten of the twelve shards
+@pytest.mark.parametrize("images", [0, 1000])
+def test_all(tmp_path, capsys, images):
+    _, said = run(tmp_path, capsys, shards(tmp_path / "in", 12, 5), max_images=images)
+    assert f"looked at {60 if images == 0 else 50} images" in said  # ten of the twelve shards
 
 
 def test_shards_cut_short_are_found_without_reading_them(tmp_path, capsys):
     folder = shards(tmp_path / "in", 30, 2)
     (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:2000])
-    (findings,), _ = run(tmp_path, capsys, folder, pictures=10)
+    (findings,), _ = run(tmp_path, capsys, folder, max_images=10)
     assert findings.broken[str(folder / "00001.tar")] == "the shard is cut short or missing"
 
 
 def test_questions_and_splits(tmp_path, capsys):
     rows = [
-        {"image": picture(tmp_path / "a.jpg").name, "question": "How many cats?", "answers": ["one", "1"]},
+        {"image": write_image(tmp_path / "a.jpg").name, "question": "How many cats?", "answers": ["one", "1"]},
         {"image": "a.jpg", "question": "Why?", "answer": "because"},
     ]
     (findings,), said = run(tmp_path, capsys, write_json(tmp_path / "q.json", rows))
-    assert "pictures 1, 0 captions, 2 questions" in said
-    assert "questions 2.0 a picture; words 1 / 1 / 3" in said
+    assert "images 1, 0 captions, 2 questions" in said
+    assert "questions 2.0 an image; words 1 / 1 / 3" in said
     (_, text) = findings.samples[1]
     assert text in ("How many cats? one", "Why? because")
     images = [
@@ -100,11 +100,11 @@ def test_questions_and_splits(tmp_path, capsys):
     ]
     _, said = run(tmp_path, capsys, write_json(tmp_path / "k.json", {"images": images}))
     assert "splits train 1, validation 2, test 1" in said
-    assert "pictures 4, 20 captions" in said
+    assert "images 4, 20 captions" in said
 
 
 def test_whatever_share_is_broken_is_reported(tmp_path, capsys):
-    rows = [{"image": picture(tmp_path / f"{n}.jpg").name, "caption": str(n)} for n in range(2)]
+    rows = [{"image": write_image(tmp_path / f"{n}.jpg").name, "caption": str(n)} for n in range(2)]
     rows.append({"image": "0.jpg"})
     listed = write_json(tmp_path / "a.json", rows)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -119,7 +119,7 @@ def test_whatever_share_is_broken_is_reported(tmp_path, capsys):
 
 def test_rows_without_a_caption_are_broken_once(tmp_path, capsys):
     columns = {"image": [{"bytes": jpeg(n), "path": None} for n in range(3)], "caption": ["a", "", "c"]}
-    features = Features({"image": Picture(), "caption": Value("string")})
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
     Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "in")
     capsys.readouterr()
     (findings,), said = run(tmp_path, capsys, tmp_path / "in")
@@ -133,7 +133,7 @@ def test_mixture(tmp_path, capsys):
     sources = [{"source": "one", "weight": 1}, {"source": "two", "weight": 2}]
     findings, said = run(tmp_path, capsys, write_json(tmp_path / "m.json", {"sources": sources}))
     assert len(findings) == 2
-    assert said.count("looked at 5 pictures") == 2
+    assert said.count("looked at 5 images") == 2
 
 
 def test_contact_sheet_has_rows_of_six():
@@ -149,5 +149,5 @@ def test_nothing_that_can_be_seen(tmp_path, capsys):
     assert findings[0].lost == 3
     assert "sheet" not in said
     assert not (tmp_path / "sheets").exists()
-    with pytest.raises(ValueError, match="pictures must not be negative"):
-        InspectConfig(source="x", pictures=-1)
+    with pytest.raises(ValueError, match="images must not be negative"):
+        InspectConfig(source="x", max_images=-1)

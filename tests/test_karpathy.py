@@ -3,7 +3,7 @@
 import pytest
 from made import write_json
 
-from xformer_mllm.data.karpathy import KarpathyPicture, is_karpathy, read_karpathy
+from xformer_mllm.data.karpathy import KarpathyImage, is_karpathy, read_karpathy
 
 
 def image(**changes):
@@ -21,8 +21,8 @@ def test_coco(tmp_path):
     file = write_json(tmp_path / "dataset_coco.json", {"images": [image(), image(split="restval")], "dataset": "coco"})
     path = "val2014/COCO_val2014_000000000042.jpg"
     assert read_karpathy(file) == [
-        KarpathyPicture("test", path, "42", ("A cat.", "One cat.")),
-        KarpathyPicture("restval", path, "42", ("A cat.", "One cat.")),
+        KarpathyImage("test", path, "42", ("A cat.", "One cat.")),
+        KarpathyImage("restval", path, "42", ("A cat.", "One cat.")),
     ]
 
 
@@ -31,7 +31,7 @@ def test_flickr_has_neither_folder_nor_coco_number(tmp_path):
         name: value for name, value in image(filename="1.jpg", imgid=7).items() if name[:4] not in ("file", "coco")
     }
     file = write_json(tmp_path / "dataset_flickr30k.json", {"images": [{**flickr, "filename": "1.jpg"}]})
-    assert read_karpathy(file) == [KarpathyPicture("test", "1.jpg", "7", ("A cat.", "One cat."))]
+    assert read_karpathy(file) == [KarpathyImage("test", "1.jpg", "7", ("A cat.", "One cat."))]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from xformer_mllm import lanes
-from xformer_mllm.lanes import Lane, Part, run_lanes
+from xformer_mllm.embedded import lanes
+from xformer_mllm.embedded.lanes import Lane, Part, run_lanes
 
-# Stands in for `python -m xformer_mllm.cli`: notes that it ran, and behaves as its first argument says.
+# Stands in for `python -m xformer_mllm`: notes that it ran, and behaves as its first argument says.
 STAND_IN = """
 import json, os, pathlib, sys, time
 kind, folder = sys.argv[1], pathlib.Path(sys.argv[-1])

@@ -49,7 +49,7 @@ def wheel(monkeypatch):
 
 
 def test_opt_is_the_shipped_folder():
-    assert language_model_dir("opt") == Path(language_models.__file__).parent / "weights" / "opt"
+    assert language_model_dir("opt") == Path(language_models.__file__).parent / "embedded" / "weights" / "opt"
 
 
 def test_folder_and_hub_name_pass_through(tmp_path):
@@ -214,8 +214,9 @@ def test_smollm2_takes_training_steps_and_generates(tmp_path, chat_template):
     pytest.importorskip("gguf")
     import torch
 
-    from xformer_mllm.checkpoints import start_generation, start_pretraining
-    from xformer_mllm.data.scenes import SceneQuestions
+    from xformer_mllm.checkpoints import start_generation
+    from xformer_mllm.embedded.scenes import SceneQuestions
+    from xformer_mllm.embedded.start import start_pretraining
     from xformer_mllm.train.batches import Stage2Collator
 
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def models(adapter, runs, tmp_path_factory):
-    """lm, and aware, whose Q-Former reads the prompt; with a task of three documents, each a picture of one colour."""
+    """lm, and aware, whose Q-Former reads the prompt; with a task of three documents, each an image of one colour."""
     folder = tmp_path_factory.mktemp("aware")
     for part in start_generation(runs / "stage1" / "model", instruction_aware=True):
         part.save_pretrained(folder)
@@ -68,7 +68,7 @@ def models(adapter, runs, tmp_path_factory):
         loaded = {"lm": adapter.XFormer(str(runs / "stage2"), batch_size="3", device="cpu")}
         loaded["aware"] = adapter.XFormer(str(folder), batch_size=3, device="cpu")
         for lm in loaded.values():
-            lm.task_dict["task"] = {"test": [{"image": picture(document)} for document in range(3)]}
+            lm.task_dict["task"] = {"test": [{"image": image(document)} for document in range(3)]}
         yield loaded
 
 
@@ -82,7 +82,7 @@ def asks(context, second, document, doc_to_visual=lambda doc: [doc["image"]]):
     return SimpleNamespace(args=(context, second, doc_to_visual, document, "task", "test"))
 
 
-def picture(document):
+def image(document):
     return Image.new("RGB", (48, 48), COLOURS[document])
 
 
@@ -173,7 +173,7 @@ def test_batches_are_of_one_group_and_the_longest_first(adapter):
 
 
 def answer_alone(lm, text, document, **arguments):
-    inputs = lm._processor(images=picture(document), text=text)
+    inputs = lm._processor(images=image(document), text=text)
     tokens = lm._model.generate(**inputs, do_sample=False, **arguments)
     return lm._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
@@ -193,7 +193,7 @@ def test_answers_are_those_of_each_request_alone_in_the_requests_order(models, m
     assert [r.args[1] for r in requests] == kwargs  # lmms-eval's response cache reads them afterwards
 
 
-def test_every_prompt_stands_behind_its_own_picture_and_a_picture_is_read_once_a_batch(lm, monkeypatch):
+def test_every_prompt_stands_behind_its_own_image_and_a_image_is_read_once_a_batch(lm, monkeypatch):
     seen = []
 
     def generate(pixel_values, input_ids, attention_mask, image_index, **_):
@@ -212,7 +212,7 @@ def test_every_prompt_stands_behind_its_own_picture_and_a_picture_is_read_once_a
 
     lm.prompt = "{context}"
     lm.generate_until([asks(f"object {n}", GREEDY, n // 2, doc_to_visual) for n in range(6)])
-    pixels = [list(picture(document).getpixel((0, 0))) for document in range(3)]
+    pixels = [list(image(document).getpixel((0, 0))) for document in range(3)]
     texts = [row for row in seen if not isinstance(row, int)]
     assert sorted(texts) == [(f"object {n}", pixels[n // 2]) for n in range(6)]
     assert [row for row in seen if isinstance(row, int)] == [2, 2]
@@ -269,9 +269,9 @@ def test_answer_ends_where_the_language_models_positions_do(lm, monkeypatch):
 
 
 @pytest.mark.parametrize("visuals", [None, [], [Image.new("RGB", (8, 8))] * 2])
-def test_a_request_has_one_picture(lm, visuals):
+def test_a_request_has_one_image(lm, visuals):
     for call, second in ((lm.generate_until, GREEDY), (lm.loglikelihood, " red")):
-        with pytest.raises(ValueError, match=f"task, document 1: {len(visuals or [])} pictures; .* exactly one"):
+        with pytest.raises(ValueError, match=f"task, document 1: {len(visuals or [])} images; .* exactly one"):
             call([asks("What?", second, 1, lambda doc: visuals)])
 
 
@@ -285,7 +285,7 @@ def test_no_requests(lm):
 
 def step_by_step(lm, text, continuation, document):
     """Mean negative log-probability and is_greedy, one token at a time behind what the processor makes of the prompt."""
-    inputs = lm._processor(images=picture(document), text=text)
+    inputs = lm._processor(images=image(document), text=text)
     losses, greedy = [], []
     for token in lm._processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]:
         with torch.no_grad():
@@ -315,7 +315,7 @@ def test_loglikelihood_is_the_mean_loss_of_the_continuation(models, model):
 
 def test_what_greedy_decoding_says_is_greedy(lm):
     tokenizer, text = lm._processor.tokenizer, "Question: What? Answer:"
-    inputs = lm._processor(images=picture(0), text=text)
+    inputs = lm._processor(images=image(0), text=text)
     said = lm._model.generate(**inputs, max_new_tokens=3, do_sample=False)[0]
     continuation = tokenizer.decode(said)
     assert tokenizer(continuation, add_special_tokens=False)["input_ids"] == said.tolist()
@@ -404,7 +404,7 @@ def write_task(folder, name, output_type, rows, more=""):
 
 
 def documents(folder):
-    """A document for each question, about a picture in a file."""
+    """A document for each question, about an image in a file."""
     for colour in COLOURS:
         Image.new("RGB", (48, 48), colour).save(folder / f"{colour}.png")
     return [

@@ -286,30 +286,30 @@ def test_instruction_aware_queries_read_the_prompt_of_their_text(images, texts):
 
 
 @pytest.mark.parametrize("aware", [False, True])
-def test_each_text_needs_its_picture(images, aware):
+def test_each_text_needs_its_image(images, aware):
     config = tiny_config(instruction_aware=aware)
     model = XFormerForConditionalGeneration(config).eval()
     read = torch.ones(4, 3, dtype=torch.long)
 
-    def said(message, pictures, texts, calls=(model, model.generate), **index):
+    def said(message, count, texts, calls=(model, model.generate), **index):
         ids, mask = llm_inputs(config, texts)
         prompts = {"qformer_input_ids": read[:texts], "qformer_attention_mask": read[:texts]}
         for call in calls:
             with pytest.raises(ValueError, match=message) as caught:
-                call(images[:pictures], ids, mask, **prompts, **index)
+                call(images[:count], ids, mask, **prompts, **index)
             assert "\n" not in str(caught.value)
 
-    said("4 pictures, 1 text: as many texts as pictures, or image_index", 4, 1)
-    said("1 picture, 4 texts: as many texts as pictures, or image_index", 1, 4)
-    said("1 picture, 2 texts", 1, 2)
-    said("image_index names 3 pictures for 2 texts", 4, 2, image_index=torch.tensor([0, 1, 2]))
+    said("4 images, 1 text: as many texts as images, or image_index", 4, 1)
+    said("1 image, 4 texts: as many texts as images, or image_index", 1, 4)
+    said("1 image, 2 texts", 1, 2)
+    said("image_index names 3 images for 2 texts", 4, 2, image_index=torch.tensor([0, 1, 2]))
     in_use = (model.generate,)
-    said(r"image_index is \[0, 4\] of 4 pictures: 0 to 3", 4, 2, in_use, image_index=torch.tensor([0, 4]))
-    said(r"image_index is \[-1, 0\] of 1 picture: 0 to 0", 1, 2, in_use, image_index=[-1, 0])
+    said(r"image_index is \[0, 4\] of 4 images: 0 to 3", 4, 2, in_use, image_index=torch.tensor([0, 4]))
+    said(r"image_index is \[-1, 0\] of 1 image: 0 to 0", 1, 2, in_use, image_index=[-1, 0])
     with pytest.raises(ValueError, match="1 soft prompt, 4 texts"):
         model(None, *llm_inputs(config, 4), soft_prompt=torch.zeros(1, 4, 36))
     if aware:
-        with pytest.raises(ValueError, match="4 pictures, 2 texts"):
+        with pytest.raises(ValueError, match="4 images, 2 texts"):
             model.get_image_features(images, None, read[:2], read[:2])
     else:  # from the pixels alone
         assert len(model.generate(images, max_new_tokens=1)) == 4
@@ -422,7 +422,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(images, texts):
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
 
 
-def test_features_of_pictures_and_texts_come_in_one_output(images, texts):
+def test_features_of_images_and_texts_come_in_one_output(images, texts):
     model = randomise(XFormerModel(tiny_config())).eval()
     with torch.no_grad():
         output = model(images, qformer_input_ids=texts[0], qformer_attention_mask=texts[1])
@@ -444,7 +444,7 @@ WRONG_PIXELS = {
     "not scaled": (lambda images: images.float(), "from 0.00 to 255.00"),
     "not a number": (lambda images: images / 255 * float("nan"), "from nan to nan"),
     "other integers": (lambda images: images.long(), r"int64\[4, 3, 32, 32\]$"),
-    "one picture": (lambda images: images[0], r"uint8\[3, 32, 32\]$"),
+    "one image": (lambda images: images[0], r"uint8\[3, 32, 32\]$"),
     "channels last": (lambda images: images.permute(0, 2, 3, 1), r"uint8\[4, 32, 32, 3\]$"),
     "grey": (lambda images: images[:, :1], r"uint8\[4, 1, 32, 32\]$"),
     "none": (lambda images: images[:0], r"uint8\[0, 3, 32, 32\]$"),

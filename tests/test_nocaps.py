@@ -21,7 +21,7 @@ def image(number, **changes):
 
 
 def content(**changes):
-    """Five pictures, not in the order of their ids, none of them out-domain; ten captions each."""
+    """Five images, not in the order of their ids, none of them out-domain; ten captions each."""
     annotations = [
         {"image_id": number, "id": 10 * number + place, "caption": f"A {word} on a bench number {number}."}
         for number in range(5)
@@ -44,7 +44,7 @@ def nocaps(tmp_path):
     return write
 
 
-def test_records_and_pictures(nocaps, tmp_path):
+def test_records_and_images(nocaps, tmp_path):
     benchmark = nocaps()
     assert [record.id for record in benchmark.records] == ["3", "1", "2", "0", "4"]
     assert benchmark.image_file(benchmark.records[0]) == tmp_path / "images" / "0000000000000003.jpg"
@@ -87,7 +87,7 @@ def test_the_test_split_has_no_captions(tmp_path):
     ("new", "message"),
     [
         ([], 'json: has no "images" that is a list'),
-        (content(images=[]), "no pictures"),
+        (content(images=[]), "no images"),
         (content(images=["a"]), r'images\[0\] has no "id" that is a whole number'),
         (content(images=[image(0, file_name=3)]), r'images\[0\] has no "file_name" that is a text'),
         (content(images=[image(0), image(1, domain=None)]), r'images\[1\] has no "domain"'),
@@ -95,7 +95,7 @@ def test_the_test_split_has_no_captions(tmp_path):
         (content(images=[image(0), image(0)]), r"1 repeated image ids \(0\)"),
         (content(annotations=None), 'json: has no "annotations" that is a list'),
         (content(annotations=[{"image_id": 0}]), r'annotations\[0\] has no "caption"'),
-        (content(annotations=[{"image_id": 0, "caption": "a"}]), r"no captions of 4 pictures \(3, 1, 2\)"),
+        (content(annotations=[{"image_id": 0, "caption": "a"}]), r"no captions of 4 images \(3, 1, 2\)"),
     ],
 )
 def test_malformed_file(nocaps, tmp_path, new, message):

@@ -1,4 +1,4 @@
-"""Prediction: the right picture for every question, the same answers however a run is cut into processes and pieces."""
+"""Prediction: the right image for every question, the same answers however a run is cut into processes and pieces."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Batch(dict):
 
 
 class Processor:
-    """A picture's one number is its red; a text's one token is how long it is."""
+    """An image's one number is its red; a text's one token is how long it is."""
 
     tokenizer = Tokenizer()
 
@@ -43,7 +43,7 @@ class Processor:
 
 
 class Model(torch.nn.Linear):
-    """Answers with the picture's number, so that a picture given to the wrong question is seen."""
+    """Answers with the image's number, so that an image given to the wrong question is seen."""
 
     config = SimpleNamespace(text_config=SimpleNamespace())  # reads texts of any length
 
@@ -61,8 +61,8 @@ class Model(torch.nn.Linear):
         return pixels[image_index].long()
 
 
-class Pictures:
-    """Ten questions on four pictures, which do not stand side by side; picture "broken" cannot be read."""
+class Images:
+    """Ten questions on four images, which do not stand side by side; image "broken" cannot be read."""
 
     def __init__(self, broken=None):
         self.broken = broken
@@ -70,7 +70,7 @@ class Pictures:
 
     def load(self, record):
         if record.image_id == self.broken:
-            raise ValueError(f"{record.image_id}.jpg: cannot be read as a picture")
+            raise ValueError(f"{record.image_id}.jpg: cannot be read as an image")
         return Image.new("RGB", (2, 2), (7 * int(record.image_id), 0, 0))
 
 
@@ -78,8 +78,8 @@ RIGHT = {str(n): str(7 * (n % 4)) for n in range(10)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_every_question_gets_the_answer_about_its_own_picture(tmp_path, batch_size):
-    found = predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, batch_size)
+def test_every_question_gets_the_answer_about_its_own_image(tmp_path, batch_size):
+    found = predict(Model(), Processor(), Images(), SETTINGS, tmp_path, batch_size)
     assert dict(found.answers) == RIGHT
     assert list(found.answers) == [str(n) for n in range(10)]
     assert not found.problems
@@ -87,40 +87,40 @@ def test_every_question_gets_the_answer_about_its_own_picture(tmp_path, batch_si
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_is_encoded_once_for_all_its_questions_in_a_batch(tmp_path):
+def test_a_image_is_encoded_once_for_all_its_questions_in_a_batch(tmp_path):
     model = Model()
-    predict(model, Processor(), Pictures(), SETTINGS, tmp_path, 100)
+    predict(model, Processor(), Images(), SETTINGS, tmp_path, 100)
     assert model.encoded == 4
 
 
-def test_a_broken_picture_is_named_and_its_questions_left_out(tmp_path):
-    found = predict(Model(), Processor(), Pictures(broken="2"), SETTINGS, tmp_path, 3)
+def test_a_broken_image_is_named_and_its_questions_left_out(tmp_path):
+    found = predict(Model(), Processor(), Images(broken="2"), SETTINGS, tmp_path, 3)
     assert dict(found.answers) == {name: answer for name, answer in RIGHT.items() if int(name) % 4 != 2}
-    assert found.problems == {"2": "2.jpg: cannot be read as a picture"}
-    alone = Pictures(broken="2")
+    assert found.problems == {"2": "2.jpg: cannot be read as an image"}
+    alone = Images(broken="2")
     alone.records = [alone.records[2]]
     assert not predict(Model(), Processor(), alone, SETTINGS, tmp_path / "alone", 3).answers
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        predict(Model(stop_after=2), Processor(), Pictures(), SETTINGS, tmp_path, 2)
+        predict(Model(stop_after=2), Processor(), Images(), SETTINGS, tmp_path, 2)
     cut = tmp_path / "parts" / "process-0.jsonl"
     with cut.open("ab") as file:
         file.write('{"id": "9", "answer": "é'.encode()[:-1])  # killed while it was writing, within a character
     model = Model()
-    found = predict(model, Processor(), Pictures(), SETTINGS, tmp_path, 2)
+    found = predict(model, Processor(), Images(), SETTINGS, tmp_path, 2)
     assert dict(found.answers) == RIGHT
     assert model.batches == 3
     again = Model()
-    assert predict(again, Processor(), Pictures(), SETTINGS, tmp_path, 2).answers == found.answers
+    assert predict(again, Processor(), Images(), SETTINGS, tmp_path, 2).answers == found.answers
     assert again.batches == 0
 
 
 def test_answers_of_other_settings_are_not_taken(tmp_path):
-    predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, 2, made_by={"model": "one"})
+    predict(Model(), Processor(), Images(), SETTINGS, tmp_path, 2, made_by={"model": "one"})
     with pytest.raises(ValueError, match="another model, data or settings"):
-        predict(Model(), Processor(), Pictures(), SETTINGS, tmp_path, 2, made_by={"model": "two"})
+        predict(Model(), Processor(), Images(), SETTINGS, tmp_path, 2, made_by={"model": "two"})
 
 
 def test_no_answer_is_longer_than_the_language_model_reads():
@@ -132,7 +132,7 @@ def test_no_answer_is_longer_than_the_language_model_reads():
         model.config = SimpleNamespace(text_config=settings)
         assert most_new_tokens(model, mask, 9) == expected
     settings.max_position_embeddings = 3
-    with pytest.raises(ValueError, match=r"the prompt is 4 tokens with the picture's, .* reads at most 3"):
+    with pytest.raises(ValueError, match=r"the prompt is 4 tokens with the image's, .* reads at most 3"):
         most_new_tokens(model, mask, 9)
 
 
@@ -148,7 +148,7 @@ def evaluate_command(runs, output, *extra):
         str(output),
         *extra,
     ]
-    return ["-m", "xformer_mllm.cli", *words]
+    return ["-m", "xformer_mllm", *words]
 
 
 def test_two_processes_and_a_killed_run_give_the_file_of_one(runs, tmp_path):

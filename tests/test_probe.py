@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from xformer_mllm.data.world import SPLITS, draw_scene, render
-from xformer_mllm.evaluate import probe as module
-from xformer_mllm.evaluate.probe import AttentiveProbe, ProbeConfig, markdown, run_probe
+from xformer_mllm.embedded import probe as module
+from xformer_mllm.embedded.probe import AttentiveProbe, ProbeConfig, markdown, run_probe
+from xformer_mllm.embedded.world import SPLITS, draw_scene, render
 
 
 def planted(numbers, with_answer):
@@ -59,7 +59,7 @@ def test_questions_have_true_answers_and_are_the_same_each_time():
 
 
 def test_encoders_read_every_patch_in_order():
-    """A change in one corner of the picture changes the embedding of that corner's token, for each encoder."""
+    """A change in one corner of the image changes the embedding of that corner's token, for each encoder."""
     encoders = module._encoders(ProbeConfig())
     image = render(draw_scene("test", 0))[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Pictures and texts through the processor, as each consumer needs them."""
+"""Images and texts through the processor, as each consumer needs them."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from xformer_mllm import XFormerConfig
-from xformer_mllm.checkpoints import WEIGHTS
+from xformer_mllm.embedded.start import WEIGHTS
 from xformer_mllm.model.processing_xformer import MAX_CAPTION_TOKENS, XFormerProcessor, image_processor
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
 
@@ -18,19 +18,19 @@ def processor():
     return XFormerProcessor(image_processor(48), AutoTokenizer.from_pretrained(WEIGHTS / "opt"), qformer, 5)
 
 
-def picture(width=48, height=48):
+def image(width=48, height=48):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_a_picture_of_the_right_size_keeps_its_bytes(processor):
-    pixels = processor(images=picture())["pixel_values"]
+def test_a_image_of_the_right_size_keeps_its_bytes(processor):
+    pixels = processor(images=image())["pixel_values"]
     assert pixels.dtype == torch.uint8
-    assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(np.asarray(picture()).copy()))
+    assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(np.asarray(image()).copy()))
 
 
 def test_other_sizes_become_square_by_bicubic_resizing(processor):
-    pixels = processor(images=[picture(90, 61), picture(1, 1)])["pixel_values"]
-    expected = np.asarray(picture(90, 61).resize((48, 48), Image.Resampling.BICUBIC))
+    pixels = processor(images=[image(90, 61), image(1, 1)])["pixel_values"]
+    expected = np.asarray(image(90, 61).resize((48, 48), Image.Resampling.BICUBIC))
     assert pixels.shape == (2, 3, 48, 48)
     assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), expected)
 
@@ -87,21 +87,21 @@ def test_placeholders_written_by_a_template_are_not_doubled(processor):
 
 
 def test_a_text_that_names_the_placeholder_holds_none(processor):
-    """A caption of the web may; the Q-Former has no embedding for it, and each more would ask for another picture."""
+    """A caption of the web may; the Q-Former has no embedding for it, and each more would ask for another image."""
     asked = processor(qformer_text=["a <image> circle"])["qformer_input_ids"]
     assert torch.equal(asked, processor(qformer_text=["a  circle"])["qformer_input_ids"])
     assert processor.target_ids(["<image>a"], ["a <image> circle"]) == processor.target_ids(["a"], ["a  circle"])
     processor.instruction_aware = True
     batch = processor(text="<image>a circle")
     assert torch.equal(batch["qformer_input_ids"], processor(text="a circle")["qformer_input_ids"])
-    items = [{"id": "0", "image": picture(), "caption": "a red <image> circle"}]
+    items = [{"id": "0", "image": image(), "caption": "a red <image> circle"}]
     for collator in (Stage1Collator(processor, 32), Stage2Collator(processor, 2, 32)):
         batch = collator(items)
         assert processor.image_token_id not in batch["qformer_input_ids"]
         if "input_ids" in batch:
             assert (batch["input_ids"] == processor.image_token_id).sum() == processor.num_query_tokens
     with pytest.raises(ValueError, match="0: empty caption"):
-        Stage1Collator(processor, 32)([{"id": "0", "image": picture(), "caption": "<image> "}])
+        Stage1Collator(processor, 32)([{"id": "0", "image": image(), "caption": "<image> "}])
 
 
 def test_qformer_text_is_padded_on_the_right_and_cut_with_a_word_in_the_log(processor, caplog):
@@ -134,12 +134,12 @@ def test_what_is_no_text_is_said(processor, name):
 
 
 @pytest.mark.parametrize("array", [np.zeros((48, 48, 3), np.uint8), torch.zeros(2, 3, 48, 48)])
-def test_an_array_is_told_how_to_become_a_picture(processor, array):
+def test_an_array_is_told_how_to_become_a_image(processor, array):
     with pytest.raises(TypeError, match=r"a PIL image, not (ndarray|Tensor); Image.fromarray\(uint8\[H, W, 3\]\)"):
         processor(images=array)
 
 
-def test_a_missing_picture_is_named(processor, tmp_path):
+def test_a_missing_image_is_named(processor, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         processor(images=str(tmp_path / "nowhere.png"))
 
@@ -149,7 +149,7 @@ def test_saved_and_loaded_it_gives_the_same(processor, tmp_path):
     XFormerConfig().save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, XFormerProcessor)
-    inputs = {"images": picture(30, 50), "text": "Question: what? Answer:", "qformer_text": "a red circle"}
+    inputs = {"images": image(30, 50), "text": "Question: what? Answer:", "qformer_text": "a red circle"}
     a, b = processor(**inputs), again(**inputs)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

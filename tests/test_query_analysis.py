@@ -9,22 +9,23 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from xformer_mllm.checkpoints import load_model, start_pretraining
-from xformer_mllm.evaluate.inference import KINDS, open_picture
+from xformer_mllm.checkpoints import load_model
+from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.evaluate.query_analysis import (
     TILE_PIXELS,
     QueriesConfig,
     analyse,
+    images_of,
     interval,
     look,
     mean_pairwise_cosine,
     model_names,
     most_different,
     overlay,
-    pictures_of,
     queries,
     to_maps,
 )
+from xformer_mllm.inference import KINDS, open_image
 
 SCENES = ["scene:test:0", "scene:test:1", "scene:test:2"]
 MANY = [f"scene:test:{number}" for number in range(12)]  # enough for an interval
@@ -49,18 +50,18 @@ def test_maps_leave_the_class_token_out():
     torch.testing.assert_close(to_maps(maps.flatten(2)), maps)  # a tower without a class token
 
 
-def pictures(names=SCENES):
-    return {name: open_picture(name) for name in names}
+def images(names=SCENES):
+    return {name: open_image(name) for name in names}
 
 
 @pytest.mark.parametrize("folder", ["stage1", "stage2", "qformer"])
 def test_scores_are_those_of_the_models_own_attention(runs, folder):
     model, processor = load_model(runs / folder, KINDS, "eager")
-    looked = look(model, processor, list(pictures().values()), batch_size=2)
+    looked = look(model, processor, list(images().values()), batch_size=2)
     assert set(looked.maps) == ({"CLIP"} if folder == "qformer" else {"CLIP", "MAE"})
     scores = looked.scores()
     with torch.inference_mode():
-        pixels = processor(images=[open_picture(SCENES[2])])["pixel_values"]
+        pixels = processor(images=[open_image(SCENES[2])])["pixel_values"]
         output = model.xformer(pixels, output_attentions=True)
     layers = {"CLIP": output.clip_attentions, "MAE": output.mae_attentions}
     for tokens in looked.maps:
@@ -76,7 +77,7 @@ def test_scores_are_those_of_the_models_own_attention(runs, folder):
 
 def test_concatenated_mae_tokens_have_maps_of_their_own():
     model, processor = start_pretraining("concat")
-    looked = look(model.eval(), processor, list(pictures().values()), batch_size=8)
+    looked = look(model.eval(), processor, list(images().values()), batch_size=8)
     assert {tokens: tuple(maps.shape) for tokens, maps in looked.maps.items()} == {
         "CLIP": (3, 12, 6, 6),
         "MAE": (3, 12, 6, 6),
@@ -93,8 +94,8 @@ def test_interval():
     assert interval(torch.ones(9)) is None
 
 
-def test_two_models_are_compared_picture_by_picture(runs):
-    analysis = analyse({"qformer": runs / "qformer", "xformer": runs / "stage1"}, pictures(MANY), overlays=1)
+def test_two_models_are_compared_image_by_image(runs):
+    analysis = analyse({"qformer": runs / "qformer", "xformer": runs / "stage1"}, images(MANY), overlays=1)
     assert list(analysis.definitions) == [CLIP, MAE, OUTPUT]
     assert [name for name, _ in analysis.overlays] == SCENES[:1]
     first, other = (analysis.models[name]["scores"] for name in ("qformer", "xformer"))
@@ -105,7 +106,7 @@ def test_two_models_are_compared_picture_by_picture(runs):
         assert entry["ci95"][0] <= entry["difference"] <= entry["ci95"][1]
         assert entry["clear"] == (entry["ci95"][0] > 0 or entry["ci95"][1] < 0)
 
-    same = analyse({"one": runs / "stage1", "two": runs / "stage1" / "model"}, pictures(MANY), overlays=0)
+    same = analyse({"one": runs / "stage1", "two": runs / "stage1" / "model"}, images(MANY), overlays=0)
     assert {entry["difference"] for entry in same.differences["two"].values()} == {0.0}
     assert not any(entry["clear"] for entry in same.differences["two"].values())
 
@@ -124,7 +125,7 @@ def test_heat_lies_where_the_query_looks():
     maps = torch.full((1, 2, 4, 4), 0.5 / 15)
     maps[0, 0, 1, 3] = maps[0, 1, 2, 0] = 0.5
     sheet = overlay(Image.new("RGB", (64, 32), "teal"), {"xformer": {"CLIP": maps}}, 0)
-    y = 2 * 8 + TILE_PIXELS + 22  # gaps, the picture, the row's title
+    y = 2 * 8 + TILE_PIXELS + 22  # gaps, the image, the row's title
     tiles = [sheet.crop((x, y, x + TILE_PIXELS, y + TILE_PIXELS)) for x in (120, 232)]  # behind the mean
     hottest = [tile.convert("L").resize((4, 4), Image.Resampling.BOX) for tile in tiles]
     darkest = {min((tile.getpixel((x, y)), (y, x)) for x in range(4) for y in range(4))[1] for tile in hottest}
@@ -149,10 +150,10 @@ def test_command(runs, tmp_path, capsys):
     assert f"Q-Former {mean:.2f}" in printed[0]
 
 
-def test_pictures_of_a_test_split(runs):
-    chosen = pictures_of(QueriesConfig(models=(), size=3))
+def test_images_of_a_test_split(runs):
+    chosen = images_of(QueriesConfig(models=(), size=3))
     assert list(chosen) == SCENES
-    assert chosen[SCENES[1]].tobytes() == open_picture(SCENES[1]).tobytes()
+    assert chosen[SCENES[1]].tobytes() == open_image(SCENES[1]).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_names_of_models(folders, names):
         ({"models": ("qformer", "qformer")}, "named twice"),
         ({"models": ("nothing",)}, "no trained model there"),
         ({"size": 0}, "size must be at least 1"),
-        ({"images": ("missing.png",)}, "missing.png: no such picture"),
+        ({"images": ("missing.png",)}, "missing.png: no such image"),
         ({"images": ("scene:test:0",), "batch_size": 0}, "batch_size must be at least 1"),
     ],
 )

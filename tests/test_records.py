@@ -11,11 +11,11 @@ from PIL import Image
 
 from xformer_mllm.data.records import (
     CaptionItems,
-    Pictures,
+    Images,
     QuestionItems,
     Table,
     check_broken,
-    open_picture,
+    open_image,
     places_of,
     question_of,
     record_of,
@@ -33,11 +33,11 @@ ASKED = record_of(
 )
 
 
-def pictures(tmp_path, number, broken=(), **arguments):
+def images(tmp_path, number, broken=(), **arguments):
     for place in range(number):
-        (tmp_path / f"{place}.jpg").write_bytes(b"no picture" if place in broken else jpeg(place))
+        (tmp_path / f"{place}.jpg").write_bytes(b"no image" if place in broken else jpeg(place))
     rows = Table(record_of(f"{place}", tmp_path / f"{place}.jpg", f"caption {place}") for place in range(number))
-    return Pictures("the source", rows, CaptionItems(load_image, None, 0), **arguments)
+    return Images("the source", rows, CaptionItems(load_image, None, 0), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_texts(value, texts):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ((None, "a"), "no picture"),
-        (("", "a"), "no picture"),
+        ((None, "a"), "no image"),
+        (("", "a"), "no image"),
         ((b"x", None), "no caption"),
         ((b"x", " "), "an empty caption"),
         (
@@ -107,7 +107,7 @@ def test_captions_are_cleaned_where_that_is_wished():
         CaptionItems(load_image, None, 0, cleaned=True)(record_of("b", Image.new("RGB", (4, 4)), "***"), 0)
 
 
-def test_image_is_a_picture_or_what_the_transform_makes_of_it():
+def test_image_is_a_image_or_what_the_transform_makes_of_it():
     image = CaptionItems(load_image, None, 0)(CAPTIONED, 0)["image"]
     assert (image.mode, image.size) == ("RGB", (8, 8))
     assert image.getpixel((4, 4))[0] > 150
@@ -123,7 +123,7 @@ def test_crop_depends_on_the_visit_and_on_nothing_else():
     assert not torch.equal(one, next_visit)
 
 
-def test_questions_of_a_picture():
+def test_questions_of_a_image():
     items = QuestionItems(load_image, None, 0)(ASKED, 0)
     assert [item["id"] for item in items] == [f"q{number}" for number in range(6)]
     assert {item["image_id"] for item in items} == {"b"}
@@ -141,45 +141,45 @@ def test_more_frequent_answers_are_learned_more_often():
     assert 15 <= answers["no"] <= 50
 
 
-@pytest.mark.parametrize("content", [b"no picture", b"\xff\xd8\xff", b"GIF89a"])
+@pytest.mark.parametrize("content", [b"no image", b"\xff\xd8\xff", b"GIF89a"])
 def test_broken_bytes_are_named(content):
     with pytest.raises(ValueError, match="00003/000030004: ") as error:
-        load_image(open_picture(content, "00003/000030004"))
+        load_image(open_image(content, "00003/000030004"))
     assert "\n" not in str(error.value)
 
 
 def test_truncated_jpeg_is_named():
-    with pytest.raises(ValueError, match="00003/000030004: the picture is damaged or cut short"):
-        load_image(open_picture(jpeg(size=(200, 200))[:-300], "00003/000030004"))
+    with pytest.raises(ValueError, match="00003/000030004: the image is damaged or cut short"):
+        load_image(open_image(jpeg(size=(200, 200))[:-300], "00003/000030004"))
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"a\.jpg: no such picture"):
-        open_picture(tmp_path / "a.jpg", "a")
+    with pytest.raises(FileNotFoundError, match=r"a\.jpg: no such image"):
+        open_image(tmp_path / "a.jpg", "a")
 
 
-def test_pictures(tmp_path):
-    dataset = pictures(tmp_path, 5)
+def test_images(tmp_path):
+    dataset = images(tmp_path, 5)
     assert [item["id"] for item in dataset] == ["0", "1", "2", "3", "4"]
     assert dataset[-1]["caption"] == "caption 4"
-    assert [item["id"] for item in pictures(tmp_path, 5, places=[3, 1])] == ["3", "1"]
+    assert [item["id"] for item in images(tmp_path, 5, places=[3, 1])] == ["3", "1"]
     with pytest.raises(IndexError):
         dataset[5]
 
 
-def test_broken_pictures_are_replaced_and_more_than_one_percent_stop(tmp_path, caplog):
-    dataset = pictures(tmp_path, 200, broken=(3, 4, 50))
+def test_broken_images_are_replaced_and_more_than_one_percent_stop(tmp_path, caplog):
+    dataset = images(tmp_path, 200, broken=(3, 4, 50))
     assert dataset[3]["id"] == "5"
     assert set(dataset.broken) == {"3", "4"}
-    assert sum("left out a broken picture" in line for line in caplog.messages) == 2
-    with pytest.raises(ValueError, match=r"the source: 3 of 200 pictures .* 3, 4, 50"):
+    assert sum("left out a broken image" in line for line in caplog.messages) == 2
+    with pytest.raises(ValueError, match=r"the source: 3 of 200 images .* 3, 4, 50"):
         dataset[50]
 
 
 def test_what_was_already_broken_counts(tmp_path):
-    dataset = pictures(tmp_path, 198, broken=(3,))
+    dataset = images(tmp_path, 198, broken=(3,))
     assert dataset[3]["id"] == "4"
-    known = Pictures("the source", dataset.rows, dataset.item, None, {"x": "no caption", "y": "no caption"})
+    known = Images("the source", dataset.rows, dataset.item, None, {"x": "no caption", "y": "no caption"})
     with pytest.raises(ValueError, match="3 of 200"):
         known[3]
 
@@ -187,7 +187,7 @@ def test_what_was_already_broken_counts(tmp_path):
 def test_epoch_reaches_a_copy_in_shared_memory(tmp_path):
     rows = Table([record_of("a", str(tmp_path / "a.jpg"), [f"caption {number}" for number in range(50)])])
     (tmp_path / "a.jpg").write_bytes(jpeg())
-    dataset = Pictures("the source", rows, CaptionItems(load_image, None, 0))
+    dataset = Images("the source", rows, CaptionItems(load_image, None, 0))
     loader = torch.utils.data.DataLoader(
         dataset, 1, num_workers=1, persistent_workers=True, collate_fn=lambda items: items[0]["caption"]
     )
@@ -200,7 +200,7 @@ def test_epoch_reaches_a_copy_in_shared_memory(tmp_path):
 
 
 def test_table_gives_back_what_went_in_and_survives_a_pickle():
-    records = [{**CAPTIONED, "picture": "a.jpg"}, {**ASKED, "picture": "b.jpg"}]
+    records = [{**CAPTIONED, "image": "a.jpg"}, {**ASKED, "image": "b.jpg"}]
     table = pickle.loads(pickle.dumps(Table(records)))
     assert [table[0], table[1]] == records
     assert (len(table), list(table.ids())) == (2, ["a", "b"])
@@ -219,13 +219,13 @@ def test_splits_are_disjoint_complete_and_stay():
 
 def test_one_percent_is_allowed():
     check_broken("s", 1, 100, ["a"])
-    with pytest.raises(ValueError, match=r"s: 2 of 100 pictures cannot be read, more than 1%: a, b; remove"):
+    with pytest.raises(ValueError, match=r"s: 2 of 100 images cannot be read, more than 1%: a, b; remove"):
         check_broken("s", 2, 100, ["a", "b"])
     with pytest.raises(ValueError, match=r"a, b, c, d, e, \.\.\.; remove"):
         check_broken("s", 6, 100, list("abcdef"))
 
 
-def test_nothing_is_said_of_sound_pictures(tmp_path, caplog):
+def test_nothing_is_said_of_sound_images(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        list(pictures(tmp_path, 3))
+        list(images(tmp_path, 3))
     assert not caplog.messages

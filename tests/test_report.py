@@ -76,7 +76,7 @@ def setting():
 def report(setting):
     log = [{"step": step, "loss": 5 / step, "itm_loss": 0.7 / step, "itc_loss": 3.0} for step in range(1, 60)]
     sample = {"step": 5, "id": "s0", "text": EVIL, "reference": "a cat"}
-    picture = Image.new("RGB", (48, 48), "teal")
+    image = Image.new("RGB", (48, 48), "teal")
     return Report(
         title=f"Title {EVIL}",
         variants=("qformer", "xformer"),
@@ -94,10 +94,10 @@ def report(setting):
             ),
             Run("xformer", "Stage 1", log, [sample], [], {}, 48),
         ],
-        reconstructions=[Strip("X-Former", [("original", picture), ("masked", picture)])],
+        reconstructions=[Strip("X-Former", [("original", image), ("masked", image)])],
         configuration={"seed": 7, "note": EVIL},
         provenance={"Command": f"xformer demo {EVIL}"},
-        pictures=lambda identity: picture if identity != "p1" else None,
+        images=lambda identity: image if identity != "p1" else None,
     )
 
 
@@ -149,7 +149,7 @@ def test_nothing_is_loaded_from_elsewhere(report):
     assert "url(" not in render(report)
 
 
-def test_every_picture_and_plot_has_a_text_for_those_who_cannot_see_it(report):
+def test_every_image_and_plot_has_a_text_for_those_who_cannot_see_it(report):
     tags = Page(render(report)).tags
     assert all(attributes["alt"].strip() for tag, attributes in tags if tag == "img")
     assert all(attributes["aria-label"].strip() for tag, attributes in tags if tag == "svg")
@@ -183,9 +183,9 @@ def test_the_verdict_names_the_winner_and_the_losses(setting):
     assert "X-Former is behind Q-Former on count (−9.7)." in said
 
 
-def test_the_verdict_says_what_needs_no_picture(setting):
+def test_the_verdict_says_what_needs_no_image(setting):
     assert (
-        "Without the picture, the most frequent training answer to the type of question is right in 25.0"
+        "Without the image, the most frequent training answer to the type of question is right in 25.0"
         in verdict(setting, ("qformer", "xformer"))[0]
     )
 
@@ -208,10 +208,10 @@ def test_the_verdict_does_not_make_a_win_of_noise(setting):
 def test_a_score_at_the_majority_answer_is_called_that(setting):
     metrics = {"qformer": {"all": score(0.5), "texture": score(0.3, majority=0.26)}}
     said = verdict(replace(setting, metrics=metrics, differences={}), ("qformer",))
-    assert "Q-Former is not clearly better than an answer without the picture on texture." in said
+    assert "Q-Former is not clearly better than an answer without the image on texture." in said
     metrics = {"qformer": {"all": score(0.5), "texture": score(0.3, majority=0.2) | {"question_only": 0.28}}}
     said = verdict(replace(setting, metrics=metrics, differences={}), ("qformer",))
-    assert "Q-Former is not clearly better than an answer without the picture on texture." in said
+    assert "Q-Former is not clearly better than an answer without the image on texture." in said
 
 
 def test_one_variant_alone(report, setting):

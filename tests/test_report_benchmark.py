@@ -61,7 +61,7 @@ def metrics():
         "records": 10_000,
         "answered": 9_997,
         "empty_answers": 4,
-        "unreadable_pictures": {"42": f"val2017/42.jpg: no such picture {EVIL}"},
+        "unreadable_images": {"42": f"val2017/42.jpg: no such image {EVIL}"},
         "normalisation": f"the first number {EVIL}",
         "not_computed": {"METEOR": f"needs Java {EVIL}"},
         "notes": [f"two different files {EVIL}"],
@@ -80,12 +80,12 @@ def metrics():
 
 @pytest.fixture
 def examples():
-    picture = Image.new("RGB", (48, 48), "teal")
+    image = Image.new("RGB", (48, 48), "teal")
     return [
-        Example(picture, f"How many? {EVIL}", "2", "2", 1.0, "count"),
-        Example(picture, "Which?", "red", f"blue {EVIL}", 0.0),
-        Example(picture, "What?", "net", "netting", 0.6),
-        Example(picture, "", "a red circle", "", None),
+        Example(image, f"How many? {EVIL}", "2", "2", 1.0, "count"),
+        Example(image, "Which?", "red", f"blue {EVIL}", 0.0),
+        Example(image, "What?", "net", "netting", 0.6),
+        Example(image, "", "a red circle", "", None),
         Example(None, "Where?", "", "here", None),
     ]
 
@@ -130,12 +130,12 @@ def test_a_number_is_shown_by_its_metric(metric, value, shown):
 def test_groups_of_a_kind_have_a_table_of_their_own_and_long_ones_are_folded(metrics):
     html = page_of(metrics)
     assert "<h3>By structural type</h3>" in html
-    assert "<h3>By objects in the picture</h3>" in html
+    assert "<h3>By objects in the image</h3>" in html
     assert f"<summary>By words of the question ({LONG_TABLE + 1})</summary>" in html
     assert "query 35.1 12" in Page(html).visible
 
 
-def test_intervals_and_what_needs_no_picture_are_in_table_plot_and_legend():
+def test_intervals_and_what_needs_no_image_are_in_table_plot_and_legend():
     scores = {
         "all": {"accuracy": 0.664, "n": 8000, "ci95": [0.654, 0.675], "majority": 0.384, "question_only": 0.39},
         "count_all": {"accuracy": 0.43, "n": 374, "ci95": [0.38, 0.48], "majority": 0.33, "question_only": 0.33},
@@ -213,16 +213,14 @@ def test_a_changed_question_is_named(metrics):
 def test_it_is_said_how_many_were_scored_and_what_was_broken(metrics):
     page = Page(page_of(metrics))
     assert "9,997 of 10,000 records answered." in page.visible
-    assert (
-        "Records 10,000 Answered 9,997 Empty answers 4 Seconds 1,234.5 Pictures that cannot be read 1" in page.visible
-    )
-    assert "42 val2017/42.jpg: no such picture" in page.visible
-    metrics["unreadable_pictures"] = {f"p{n}": "broken" for n in range(SHOWN_PROBLEMS + 7)}
+    assert "Records 10,000 Answered 9,997 Empty answers 4 Seconds 1,234.5 Images that cannot be read 1" in page.visible
+    assert "42 val2017/42.jpg: no such image" in page.visible
+    metrics["unreadable_images"] = {f"p{n}": "broken" for n in range(SHOWN_PROBLEMS + 7)}
     assert "7 more are in metrics.json." in Page(page_of(metrics)).visible
     assert "all 10,000 records answered." in Page(page_of(metrics | {"answered": 10_000})).visible
 
 
-def test_examples_show_picture_question_truth_answer_and_what_it_is_worth(metrics, examples):
+def test_examples_show_image_question_truth_answer_and_what_it_is_worth(metrics, examples):
     html = page_of(metrics, examples)
     page = Page(html)
     assert html.count("<img ") == 4

@@ -21,8 +21,8 @@ def analysis():
         models={"qformer": model(0.411), "xformer": model(0.322, **{OTHER: {"mean": -0.25, "ci95": None}})},
         differences={"xformer": {METRIC: {"difference": -0.089, "ci95": [-0.1, -0.07], "clear": True}}},
         definitions={METRIC: f"what it is {EVIL}", OTHER: "another"},
-        pictures=1234,
-        overlays=[(f"picture {EVIL}", Image.new("RGB", (30, 20), "teal"))],
+        image_count=1234,
+        overlays=[(f"image {EVIL}", Image.new("RGB", (30, 20), "teal"))],
     )
 
 
@@ -37,7 +37,7 @@ def test_sentences(analysis):
     unclear = replace(analysis, differences={"xformer": {METRIC: entry}})
     assert "no clear difference (−0.089" in verdict(unclear)[0]
     alone = replace(analysis, differences={"xformer": {METRIC: entry | {"ci95": None}}})
-    assert verdict(alone)[0].endswith("Q-Former 0.41.")  # of one picture there is no interval
+    assert verdict(alone)[0].endswith("Q-Former 0.41.")  # of one image there is no interval
     one = replace(analysis, models={"qformer": analysis.models["qformer"]}, differences={})
     assert verdict(replace(one, definitions={METRIC: ""})) == ["Attention diversity over CLIP tokens: Q-Former 0.41."]
 
@@ -49,7 +49,7 @@ def test_page_is_whole_and_escaped(analysis):
     assert "<script" not in html
     links = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
     assert [link for link in links if not link.startswith("data:image/png;base64,")] == [PAPER]
-    assert "1,234 pictures" in html
+    assert "1,234 images" in html
     assert query_section(analysis) in html
 
 

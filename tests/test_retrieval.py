@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from xformer_mllm.checkpoints import start_pretraining
 from xformer_mllm.data.records import clean
-from xformer_mllm.data.scenes import SceneCaptions
+from xformer_mllm.embedded.scenes import SceneCaptions
+from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.evaluate import retrieval
 from xformer_mllm.evaluate.retrieval import (
     CocoRetrieval,
@@ -25,7 +25,7 @@ from xformer_mllm.evaluate.retrieval import (
 )
 
 FIXTURE = Path(__file__).parent / "fixtures" / "retrieval.json"
-PICTURES = 12
+IMAGES = 12
 WORDS = ("red", "blue", "circle", "squares", "star", "a", "the", "two", "large", "striped", "on", "ground", "and")
 
 
@@ -37,15 +37,15 @@ def lavis():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder in the official formats: PICTURES scenes as COCO's test split, captions of very different lengths."""
+    """A folder in the official formats: IMAGES scenes as COCO's test split, captions of very different lengths."""
     folder = tmp_path_factory.mktemp("coco")
     (folder / "val2014").mkdir()
-    lot = random.Random(0)
+    rng = random.Random(0)
     images, lavis = [], []
-    for number, item in enumerate(SceneCaptions("test", PICTURES)[i] for i in range(PICTURES)):
+    for number, item in enumerate(SceneCaptions("test", IMAGES)[i] for i in range(IMAGES)):
         name = f"COCO_val2014_{number:012}.png"
         item["image"].save(folder / "val2014" / name)
-        captions = [" ".join(lot.choices(WORDS, k=lot.randint(1, 40))) for _ in range(2 + number % 3)]
+        captions = [" ".join(rng.choices(WORDS, k=rng.randint(1, 40))) for _ in range(2 + number % 3)]
         sentences = [{"raw": text, "tokens": text.split(), "imgid": number, "sentid": 0} for text in captions]
         entry = {"filepath": "val2014", "filename": name, "cocoid": number, "imgid": number, "sentids": [0]}
         images.append(entry | {"sentences": sentences, "split": "test"})
@@ -97,7 +97,7 @@ def test_scores_are_lavis(lavis):
         ours = torch.full_like(theirs, -100).scatter_(1, ranked["ITM"].places, ranked["ITM"].scores)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
-    owner = torch.arange(len(texts)) // lavis["captions_per_picture"]
+    owner = torch.arange(len(texts)) // lavis["captions_per_image"]
     scores = scores_of(by_text, by_image, owner)
     for method, metrics in (("ITC", "metrics_itc"), ("ITM", "metrics")):
         for direction, short in (("text", "txt"), ("image", "img")):
@@ -140,16 +140,16 @@ def test_a_score_that_is_no_number_is_no_score():
 
 
 def pair_by_pair(model, processor, benchmark, k_test):
-    """Scores of ITM re-ranking in both directions, {(picture, caption): score}, by loops and the model's own forward."""
+    """Scores of ITM re-ranking in both directions, {(image, caption): score}, by loops and the model's own forward."""
     pixels = {r.id: processor(images=[benchmark.load(r)])["pixel_values"] for r in benchmark.records}
     texts = {f"{r.id}#{n}": clean(text) for r in benchmark.records for n, text in enumerate(r.captions)}
     itc, itm = {}, {}
-    for picture, tensor in pixels.items():
+    for image, tensor in pixels.items():
         for caption, text in texts.items():
             ids = processor.qformer_tokenizer(text, truncation=True, max_length=35, return_tensors="pt")
             text_inputs = {"qformer_input_ids": ids["input_ids"], "qformer_attention_mask": ids["attention_mask"]}
-            itc[picture, caption] = model(tensor, **text_inputs, **ITC).logits_per_image.item()
-            itm[picture, caption] = model(tensor, **text_inputs, **ITM).logits_per_image[0, 1].item()
+            itc[image, caption] = model(tensor, **text_inputs, **ITC).logits_per_image.item()
+            itm[image, caption] = model(tensor, **text_inputs, **ITM).logits_per_image[0, 1].item()
 
     def candidates(pairs):
         return sorted(pairs, key=lambda pair: -itc[pair])[:k_test]
@@ -201,7 +201,7 @@ def test_any_number_of_candidates(parts, data, tmp_path, k_test):
             assert all(score > -100 for rows in itm.values() for _, score in rows)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_with_their_captions(parts, data, tmp_path):
+def test_images_that_cannot_be_read_are_left_out_with_their_captions(parts, data, tmp_path):
     copy = tmp_path / "data"
     (copy / "val2014").mkdir(parents=True)
     content = json.loads((data / "dataset_coco.json").read_text())
@@ -210,21 +210,21 @@ def test_pictures_that_cannot_be_read_are_left_out_with_their_captions(parts, da
         (copy / "val2014" / path.name).write_bytes(path.read_bytes())
     names = [Path(image["filename"]).stem for image in content["images"] if image["split"] == "test"]
     (copy / "val2014" / f"{names[4]}.png").unlink()
-    (copy / "val2014" / f"{names[5]}.png").write_text("no picture")
+    (copy / "val2014" / f"{names[5]}.png").write_text("no image")
     scores, ranking = retrieve(*parts, CocoRetrieval(copy, "test"), tmp_path / "broken", 2)  # a block of none
-    assert set(ranking["unreadable_pictures"]) == {names[4], names[5]}
-    assert "no such picture" in ranking["unreadable_pictures"][names[4]]
+    assert set(ranking["unreadable_images"]) == {names[4], names[5]}
+    assert "no such image" in ranking["unreadable_images"][names[4]]
 
     whole = CocoRetrieval(data, "test")
     whole.records = [record for record in whole.records if record.id not in (names[4], names[5])]
     expected, expected_ranking = retrieve(*parts, whole, tmp_path / "without", 2)
     assert scores == expected
     assert ranking["text retrieval"].keys() == expected_ranking["text retrieval"].keys()
-    assert scores["text retrieval, ITC"]["n"] == PICTURES - 2
+    assert scores["text retrieval, ITC"]["n"] == IMAGES - 2
 
     for path in (copy / "val2014").iterdir():
-        path.write_text("no picture")
-    with pytest.raises(ValueError, match=r"none of the 12 pictures can be read.*--images"):
+        path.write_text("no image")
+    with pytest.raises(ValueError, match=r"none of the 12 images can be read.*--images"):
         retrieve(*parts, CocoRetrieval(copy, "test"), tmp_path / "none", 4)
 
 
@@ -281,7 +281,7 @@ def test_two_processes_give_the_file_of_one(parts, data, tmp_path):
     assert (tmp_path / "two" / "ranking.json").read_bytes() == (tmp_path / "one" / "ranking.json").read_bytes()
     of_each = [json.loads((tmp_path / "two" / f"{rank}.json").read_text()) for rank in range(2)]
     assert [found["scores"] for found in of_each] == [scores, scores]
-    blocks = [f"{stage}-0000{number}.safetensors" for stage in ("itc", "itm") for number in range(PICTURES // 3)]
+    blocks = [f"{stage}-0000{number}.safetensors" for stage in ("itc", "itm") for number in range(IMAGES // 3)]
     assert [found["written"] for found in of_each] == [blocks[0::2], blocks[1::2]]  # each its share, and no more
 
 
@@ -292,7 +292,7 @@ def test_karpathys_file_and_lavis_name_the_same(data, tmp_path):
     karpathy = CocoRetrieval(data, "test")
     (tmp_path / "coco_karpathy_test.json").write_bytes((data / "lavis.json").read_bytes())
     assert CocoRetrieval(tmp_path, "test", data).records == karpathy.records
-    assert len(karpathy.records) == PICTURES
+    assert len(karpathy.records) == IMAGES
     assert karpathy.records[0].id == "COCO_val2014_000000000000"
     sizes = {karpathy.load(record).size for record in karpathy.records}
     assert sizes == {(48, 48)}
@@ -314,7 +314,7 @@ def test_flickr(tmp_path):
     assert FlickrRetrieval(tmp_path, "test").records[0].captions == ("one", "two")
 
 
-PICTURE = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentences": [{"raw": "a cat"}]}
+IMAGE = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentences": [{"raw": "a cat"}]}
 
 
 @pytest.mark.parametrize(
@@ -327,9 +327,9 @@ PICTURE = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentenc
             {"images": [{"split": "test", "sentences": []}]},
             r"dataset_coco.json: images\[0\]\.filename is missing",
         ),
-        ("dataset_coco.json", {"images": [PICTURE | {"split": "val"}]}, "no picture in the split 'test'"),
-        ("dataset_coco.json", {"images": [PICTURE, PICTURE]}, r"1 pictures are there several times \(1\)"),
-        ("dataset_coco.json", {"images": [PICTURE | {"sentences": []}]}, "1 pictures have no caption"),
+        ("dataset_coco.json", {"images": [IMAGE | {"split": "val"}]}, "no image in the split 'test'"),
+        ("dataset_coco.json", {"images": [IMAGE, IMAGE]}, r"1 images are there several times \(1\)"),
+        ("dataset_coco.json", {"images": [IMAGE | {"sentences": []}]}, "1 images have no caption"),
         ("coco_karpathy_test.json", [{"image": "1.jpg", "caption": "a cat"}], "caption of 1.jpg is no list"),
     ],
 )
@@ -340,7 +340,7 @@ def test_files_that_are_not_as_they_should_be(tmp_path, file, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_pictures_folder_must_be_there(tmp_path):
-    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [PICTURE]}))
+def test_the_images_folder_must_be_there(tmp_path):
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [IMAGE]}))
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder; --images"):
         CocoRetrieval(tmp_path, "test", tmp_path / "nowhere")

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from xformer_mllm.data.scene_questions import QUESTION_TYPES, ask
-from xformer_mllm.data.scenes import NUMBERS, SceneCaptions, SceneQuestions, caption, description
-from xformer_mllm.data.world import HELD_OUT, SPLITS, TEXTURES, draw_scene, render
+from xformer_mllm.embedded.scene_questions import QUESTION_TYPES, ask
+from xformer_mllm.embedded.scenes import NUMBERS, SceneCaptions, SceneQuestions, caption, description
+from xformer_mllm.embedded.world import HELD_OUT, SPLITS, TEXTURES, draw_scene, render
 
 MANY = 6000
 TEXTS_DIGEST = "f8a7480c2831f68e80554a167c6a7534ea6a396cc58bd1ab52ef7ade7524501b"
@@ -37,14 +37,14 @@ def test_pixels_are_the_same_everywhere():
 
 
 def test_seed_and_index_matter():
-    pictures = {render(draw_scene("train", i, seed)).tobytes() for i in range(50) for seed in (0, 1)}
-    assert len(pictures) == 100
+    images = {render(draw_scene("train", i, seed)).tobytes() for i in range(50) for seed in (0, 1)}
+    assert len(images) == 100
 
 
 def test_splits_are_disjoint():
-    pictures = {split: {render(draw_scene(split, i)).tobytes() for i in range(500)} for split in SPLITS}
+    images = {split: {render(draw_scene(split, i)).tobytes() for i in range(500)} for split in SPLITS}
     for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        assert not pictures[a] & pictures[b]
+        assert not images[a] & images[b]
 
 
 def test_held_out_combinations_never_occur_in_training():

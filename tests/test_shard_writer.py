@@ -5,7 +5,7 @@ import json
 import tarfile
 
 import pytest
-from made import jpeg, picture, shards, write_json
+from made import jpeg, shards, write_image, write_json
 from PIL import Image
 
 from xformer_mllm.data.shard_writer import ShardConfig, shard
@@ -16,7 +16,7 @@ from xformer_mllm.model.images import load_image
 
 def blip(folder, number=25):
     rows = [
-        {"image": picture(folder / f"{place}.jpg", place).name, "caption": [f"caption {place}", "another"]}
+        {"image": write_image(folder / f"{place}.jpg", place).name, "caption": [f"caption {place}", "another"]}
         for place in range(number)
     ]
     return str(write_json(folder / "blip.json", rows))
@@ -59,7 +59,7 @@ def test_layout_is_img2datasets(tmp_path):
 def test_captions_and_questions_survive(tmp_path):
     rows = [
         {
-            "image": picture(tmp_path / "a.jpg").name,
+            "image": write_image(tmp_path / "a.jpg").name,
             "question": "Why?",
             "answers": ["so", "because"],
             "question_id": 3,
@@ -88,7 +88,7 @@ def test_shards_of_shards(tmp_path):
 
 def test_broken_samples_leave_a_gap(tmp_path, caplog):
     source = blip(tmp_path)
-    (tmp_path / "12.jpg").write_bytes(b"no picture")
+    (tmp_path / "12.jpg").write_bytes(b"no image")
     out = shard(config(source, tmp_path), load_image)
     names = [record["id"] for record in records(out)]
     assert "00001/000010002" not in names
@@ -100,7 +100,7 @@ def test_broken_samples_leave_a_gap(tmp_path, caplog):
 def test_more_than_ten_broken_stop(tmp_path):
     source = blip(tmp_path)
     for place in range(12):
-        (tmp_path / f"{place}.jpg").write_bytes(b"no picture")
+        (tmp_path / f"{place}.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"12 of 1,000 samples cannot be read"):
         shard(config(source, tmp_path), load_image)
 
@@ -177,7 +177,7 @@ def test_shortest_side_and_formats(tmp_path, name, made, expected):
 
 def test_splits(tmp_path):
     images = [
-        {"filename": picture(tmp_path / f"{split}.jpg").name, "split": split, "sentences": [{"raw": split}]}
+        {"filename": write_image(tmp_path / f"{split}.jpg").name, "split": split, "sentences": [{"raw": split}]}
         for split in ("train", "restval", "val", "test")
     ]
     source = write_json(tmp_path / "dataset_coco.json", {"images": images})

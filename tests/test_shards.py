@@ -19,7 +19,7 @@ def names(path):
 
 def test_img2dataset(tmp_path):
     one, two = read_shard(shard(tmp_path / "00003.tar", 30000, 2))
-    assert one == {"id": "00003/000030000", "picture": jpeg(30000), "captions": ["caption 30000"], "questions": []}
+    assert one == {"id": "00003/000030000", "image": jpeg(30000), "captions": ["caption 30000"], "questions": []}
     assert two["id"] == "00003/000030001"
 
 
@@ -33,9 +33,9 @@ def test_img2dataset(tmp_path):
         ({"jpg": b"x", "txt": b"a cat", "cls": b"3"}, ["a cat"]),
     ],
 )
-def test_where_captions_and_pictures_are(tmp_path, files, captions):
+def test_where_captions_and_images_are(tmp_path, files, captions):
     (record,) = read_shard(tar(tmp_path / "a.tar", sample("0", **files)))
-    assert (record["picture"], record["captions"]) == (b"x", captions)
+    assert (record["image"], record["captions"]) == (b"x", captions)
 
 
 def test_questions(tmp_path):
@@ -48,8 +48,8 @@ def test_questions(tmp_path):
 @pytest.mark.parametrize(
     ("files", "why"),
     [
-        ({"txt": b"a"}, "no picture"),
-        ({"jpg": b"", "txt": b"a"}, "no picture"),
+        ({"txt": b"a"}, "no image"),
+        ({"jpg": b"", "txt": b"a"}, "no image"),
         ({"jpg": b"x"}, "no caption"),
         ({"jpg": b"x", "txt": b" \n"}, "an empty caption"),
         ({"jpg": b"x", "json": b"{}"}, "no caption"),

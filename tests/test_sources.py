@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from made import picture, shards, write_json
+from made import shards, write_image, write_json
 from torch.utils.data import IterableDataset
 
 from xformer_mllm.data.captions import CaptionFolder
-from xformer_mllm.data.records import Pictures
+from xformer_mllm.data.records import Images
 from xformer_mllm.data.sources import Mixture, find_source, open_captions, open_questions
 from xformer_mllm.data.streams import HeldOut, Stream
 from xformer_mllm.data.transforms import TrainTransform
@@ -24,16 +24,16 @@ def ids_of(items):
 
 def blip(folder, number=30):
     rows = [
-        {"image": picture(folder / "pictures" / f"{place}.jpg", place).name, "caption": f"caption {place}"}
+        {"image": write_image(folder / "images" / f"{place}.jpg", place).name, "caption": f"caption {place}"}
         for place in range(number)
     ]
-    return write_json(folder / "pictures" / "blip.json", rows)
+    return write_json(folder / "images" / "blip.json", rows)
 
 
 def questions(folder, number=30):
     rows = [
         {
-            "image": picture(folder / f"{place}.jpg").name,
+            "image": write_image(folder / f"{place}.jpg").name,
             "question": f"{which}?",
             "answers": ["yes", "no"],
             "question_id": 10 * place + which,
@@ -48,7 +48,7 @@ def questions(folder, number=30):
 
 def captioned(folder, number=30):
     for place in range(number):
-        picture(folder / f"{place}.jpg").with_suffix(".txt").write_text(f"caption {place}")
+        write_image(folder / f"{place}.jpg").with_suffix(".txt").write_text(f"caption {place}")
     return folder
 
 
@@ -68,7 +68,7 @@ def test_train_and_validation_are_disjoint_and_complete(tmp_path, kind):
     found = ids_of(islice(train, 30 - len(validation)))
     assert len({*found, *validation}) == 30
     assert not {*found} & {*validation}
-    assert isinstance(train, Pictures if kind in ("folder", "json") else Stream)
+    assert isinstance(train, Images if kind in ("folder", "json") else Stream)
     if kind == "json":
         assert len(validation) == 1  # one per cent, but one at least
 
@@ -93,7 +93,7 @@ def test_a_folder_is_split_as_caption_folder_does(tmp_path):
 
 def test_what_is_left_out_is_said_once(tmp_path, caplog):
     folder = captioned(tmp_path)
-    picture(tmp_path / "x.jpg")
+    write_image(tmp_path / "x.jpg")
     open_captions(str(folder), "train", load_image)
     open_captions(str(folder), "validation", load_image)
     (line,) = caplog.messages
@@ -106,14 +106,14 @@ def test_broken_rows_are_named_and_count(tmp_path, caplog):
     write_json(file, [*rows, {"image": "0.jpg"}])
     dataset = open_captions(str(file), "train", load_image)
     assert 'left out 1 broken: row 150 (neither "caption" nor "question")' in caplog.text
-    (tmp_path / "pictures" / "5.jpg").write_bytes(b"x")
+    (tmp_path / "images" / "5.jpg").write_bytes(b"x")
     place = ids_of(dataset.rows[place] for place in dataset.places).index("5.jpg")
-    with pytest.raises(ValueError, match=r"2 of 1\d\d pictures cannot be read"):
+    with pytest.raises(ValueError, match=r"2 of 1\d\d images cannot be read"):
         dataset[place]
 
 
 def test_seed_decides_captions(tmp_path):
-    rows = [{"image": picture(tmp_path / f"{n}.jpg").name, "caption": ["a", "b", "c"]} for n in range(20)]
+    rows = [{"image": write_image(tmp_path / f"{n}.jpg").name, "caption": ["a", "b", "c"]} for n in range(20)]
     source = str(write_json(tmp_path / "a.json", rows))
 
     def captions(seed, epoch):
@@ -128,7 +128,7 @@ def test_seed_decides_captions(tmp_path):
 
 def test_karpathy_uses_its_own_splits_and_never_test(tmp_path):
     images = [
-        {"filename": picture(tmp_path / f"{split}{n}.jpg").name, "split": split, "sentences": [{"raw": split}]}
+        {"filename": write_image(tmp_path / f"{split}{n}.jpg").name, "split": split, "sentences": [{"raw": split}]}
         for split in ("train", "restval", "val", "test")
         for n in range(3)
     ]
@@ -141,7 +141,7 @@ def test_karpathy_uses_its_own_splits_and_never_test(tmp_path):
 
 
 def test_only_a_test_split(tmp_path):
-    images = [{"filename": picture(tmp_path / "a.jpg").name, "split": "test", "sentences": [{"raw": "a"}]}]
+    images = [{"filename": write_image(tmp_path / "a.jpg").name, "split": "test", "sentences": [{"raw": "a"}]}]
     source = str(write_json(tmp_path / "dataset_coco.json", {"images": images}))
     with pytest.raises(ValueError, match="has no split to train on, only test"):
         open_captions(source, "train", load_image)
@@ -155,7 +155,7 @@ def test_questions(tmp_path):
     assert [item["question"] for item in items] == ["0?", "1?", "2?"]
     assert {item["image_id"] for item in items} == {"0.jpg"}
     assert {item["answer"] for item in items} <= {"yes", "no"}
-    assert len(open_questions(source, "train", load_image, questions_per_picture=2)[0]) == 2
+    assert len(open_questions(source, "train", load_image, questions_per_image=2)[0]) == 2
     (held_out,) = open_questions(source, "validation", load_image)
     assert len(held_out) == 3
 
@@ -176,10 +176,10 @@ def test_shards_in_place_of_questions_stop(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none", "no such source of pictures; it must be a folder, FILE.json"),
+        ("none", "no such source of images; it must be a folder, FILE.json"),
         ("none.tar", "no shards there"),
         ("notes.txt", "of no known format"),
-        ("empty", "no picture with a caption"),
+        ("empty", "no image with a caption"),
     ],
 )
 def test_what_is_no_source(tmp_path, name, message):
@@ -212,7 +212,7 @@ def share_of_shards(source, number=600):
 
 
 def test_weights(both):
-    blip_source = {"source": "pictures/blip.json"}
+    blip_source = {"source": "images/blip.json"}
     assert share_of_shards(
         mixture(both, blip_source | {"weight": 1}, {"source": "web", "weight": 3})
     ) == pytest.approx(0.75, abs=0.06)
@@ -225,7 +225,7 @@ def test_weights(both):
 
 
 def test_a_mixture_is_a_stream_and_its_validation_in_turn(both):
-    source = mixture(both, {"source": "pictures/blip.json", "images": "pictures"}, {"source": "web", "weight": 1})
+    source = mixture(both, {"source": "images/blip.json", "images": "images"}, {"source": "web", "weight": 1})
     train, validation = (open_captions(source, split, load_image) for split in ("train", "validation"))
     assert isinstance(train, Stream)
     assert isinstance(validation, HeldOut)
@@ -235,11 +235,9 @@ def test_a_mixture_is_a_stream_and_its_validation_in_turn(both):
 
 
 def test_sources_of_a_mixture_may_lie_elsewhere(both):
-    source = write_json(
-        both / "recipes" / "m.json", {"sources": [{"source": "pictures/blip.json", "images": "pictures"}]}
-    )
+    source = write_json(both / "recipes" / "m.json", {"sources": [{"source": "images/blip.json", "images": "images"}]})
     assert len({*ids_of(islice(open_captions(str(source), "train", load_image, images=both), 29))}) == 29
-    with pytest.raises(FileNotFoundError, match=r"recipes/pictures/blip\.json: no such source"):
+    with pytest.raises(FileNotFoundError, match=r"recipes/images/blip\.json: no such source"):
         open_captions(str(source), "train", load_image)
 
 
@@ -270,7 +268,7 @@ def test_the_papers_recipe_with_a_little_of_each_set(tmp_path):
     coco = [
         {
             "filepath": "train2014",
-            "filename": picture(tmp_path / "coco" / "train2014" / f"{n}.jpg").name,
+            "filename": write_image(tmp_path / "coco" / "train2014" / f"{n}.jpg").name,
             "split": ("train", "restval", "val")[n],
             "sentences": [{"raw": "a"}] * 4,
         }
@@ -279,7 +277,7 @@ def test_the_papers_recipe_with_a_little_of_each_set(tmp_path):
     write_json(tmp_path / "coco" / "dataset_coco.json", {"images": coco})
     rows = [{"image": f"VG_100K/{n}.jpg", "caption": str(which)} for n in range(4) for which in range(2)]
     for n in range(4):
-        picture(tmp_path / "vg" / "VG_100K" / f"{n}.jpg")
+        write_image(tmp_path / "vg" / "VG_100K" / f"{n}.jpg")
     write_json(tmp_path / "vg" / "vg_caption.json", rows)
     for name in ("cc3m", "cc12m", "sbu"):
         shards(tmp_path / name, 1, 10)

@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice, pairwise, takewhile
 
 import pytest
-from made import picture, shard, shards
+from made import shard, shards, write_image
 from torch.utils.data import DataLoader
 
 from xformer_mllm.data.records import CaptionItems, Table, hash_of, record_of
@@ -27,7 +27,7 @@ def twelve(tmp_path_factory):
 def fifty(tmp_path_factory):
     """A list of fifty."""
     folder = tmp_path_factory.mktemp("list")
-    return a_list([picture(folder / f"{place}.jpg", place) for place in range(50)])
+    return a_list([write_image(folder / f"{place}.jpg", place) for place in range(50)])
 
 
 def a_list(paths, weight=1.0):
@@ -78,7 +78,7 @@ def test_readers_share_a_pass_without_overlap(readers, kind, request):
 
 
 def test_more_readers_than_rows_share_them(tmp_path):
-    part = a_list([picture(tmp_path / f"{place}.jpg") for place in range(2)])
+    part = a_list([write_image(tmp_path / f"{place}.jpg") for place in range(2)])
     assert [len(one_pass(part, reader, 5)[0]) for reader in range(5)] == [1] * 5
 
 
@@ -221,7 +221,7 @@ def test_ranks_and_workers_are_all_readers(fifty):
 
 
 def test_captions_and_crops_of_a_resumed_run_are_the_same(tmp_path):
-    rows = Table([record_of("a", picture(tmp_path / "a.jpg"), [f"caption {number}" for number in range(30)])])
+    rows = Table([record_of("a", write_image(tmp_path / "a.jpg"), [f"caption {number}" for number in range(30)])])
     stream = Stream("one", [ListPart("one", rows, [0])], ITEM, seed=0)
     drawn = [item["caption"] for item in islice(stream, 12)]
     assert len(set(drawn)) > 5  # every pass draws anew
@@ -236,7 +236,7 @@ def test_captions_and_crops_of_a_resumed_run_are_the_same(tmp_path):
 
 def test_parts_are_drawn_by_their_weights(tmp_path):
     parts = [
-        a_list([picture(tmp_path / f"{name}{place}.jpg") for place in range(5)], weight)
+        a_list([write_image(tmp_path / f"{name}{place}.jpg") for place in range(5)], weight)
         for name, weight in (("a", 6.0), ("b", 3.0), ("c", 1.0))
     ]
     drawn = Counter(name[0] for name in ids_of(islice(Stream("mix", parts, ITEM, seed=0), 1000)))
@@ -324,12 +324,12 @@ def test_split_by_the_hash_of_the_name(twelve):
 
 
 def test_held_out_items_come_in_turn_once_and_always_the_same(fifty, twelve, tmp_path, caplog):
-    few = a_list([picture(tmp_path / "x.jpg"), tmp_path / "missing.jpg", picture(tmp_path / "y.jpg")])
+    few = a_list([write_image(tmp_path / "x.jpg"), tmp_path / "missing.jpg", write_image(tmp_path / "y.jpg")])
     held_out = HeldOut([twelve, few], ITEM)
     found = ids_of(held_out)
     assert found[:5] == ["00000/000000000", "x.jpg", "00000/000000001", "y.jpg", "00000/000000002"]
     assert len(found) == 122
-    assert "missing.jpg: no such picture" in caplog.text
+    assert "missing.jpg: no such image" in caplog.text
     assert ids_of(islice(held_out, 5)) == found[:5]
 
 

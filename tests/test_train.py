@@ -21,10 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers.utils import ModelOutput
 
-from xformer_mllm.checkpoints import WEIGHTS, start_generation, start_pretraining
+from xformer_mllm.checkpoints import start_generation
 from xformer_mllm.cli import main
-from xformer_mllm.data.questions import QUESTION_PROMPT, ByPicture
-from xformer_mllm.data.scenes import SceneCaptions, SceneQuestions
+from xformer_mllm.data.questions import QUESTION_PROMPT, ByImage
+from xformer_mllm.embedded.scenes import SceneCaptions, SceneQuestions
+from xformer_mllm.embedded.start import WEIGHTS, start_pretraining
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.train import freeze
 from xformer_mllm.train.batches import IGNORED, Stage1Collator, Stage2Collator
@@ -77,7 +78,7 @@ def runs(tmp_path_factory) -> Path:
     """`undisturbed` stage 1; `killed` after its first checkpoint; `cut`, killed in the middle of writing its second."""
     folder = tmp_path_factory.mktemp("runs")
     cut = start(folder / "cut", "-c", KILL_WHILE_WRITING)
-    killed = start(folder / "killed", "-m", "xformer_mllm.cli")
+    killed = start(folder / "killed", "-m", "xformer_mllm")
     deadline = time.monotonic() + 120
     while not checkpoints(folder / "killed") and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -108,7 +109,7 @@ def test_a_run_folder_holds_what_it_should(runs):
     assert log[-1]["temperature"] != log[0]["temperature"]
     samples = lines(run / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [4] * 4 + [8] * 4
-    assert all((run / sample["picture"]).is_file() and sample["reference"] for sample in samples)
+    assert all((run / sample["image"]).is_file() and sample["reference"] for sample in samples)
 
 
 def test_tensorboard_has_the_log_the_speed_texts_and_reconstructions(runs):
@@ -119,7 +120,7 @@ def test_tensorboard_has_the_log_the_speed_texts_and_reconstructions(runs):
     assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in (*names, *SPEED)}
     assert [event.step for event in events.Scalars("train/images_per_second")] == [1, 4, 8]
     assert [event.step for event in events.Images("reconstruction")] == [4, 8]
-    assert "held-out pictures/text_summary" in events.Tags()["tensors"]
+    assert "held-out images/text_summary" in events.Tags()["tensors"]
     for step in (4, 8):
         with Image.open(run / "samples" / f"reconstruction-{step:06}.png") as sheet:
             assert sheet.size == (8 + 4 * 200, 28 + 4 * 200)
@@ -361,23 +362,23 @@ def test_only_matrices_that_train_decay(tmp_path):
     assert [tuple(p.shape) for p in others["params"]] == [(2,)]
 
 
-def test_a_folder_of_pictures_trains_stage_1(tmp_path):
+def test_a_folder_of_images_trains_stage_1(tmp_path):
     for number in range(6):
         Image.new("RGB", (30 + number, 50), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text(f"picture {number}\nein Bild\n")
+        (tmp_path / f"{number}.txt").write_text(f"image {number}\nein Bild\n")
     run = tmp_path / "run"
     arguments = ["--variant", "qformer", "--data", str(tmp_path), "--output-dir", str(run), "--steps", "1"]
     assert main(["train", "stage1", *arguments, "--batch-size", "64"]) == 0
     shown = {sample["reference"] for sample in lines(run / "samples.jsonl")}
     assert shown
-    assert shown < {f"picture {number}" for number in range(6)}
+    assert shown < {f"image {number}" for number in range(6)}
 
 
 def test_over_long_captions_are_cut_and_it_is_said_once(caplog):
     _, processor = start_pretraining("qformer", 0)
     tokenizer = processor.qformer_tokenizer
-    picture = Image.new("RGB", (48, 48))
-    records = [{"id": f"n{n}", "image": picture, "caption": "red circle " * n} for n in (1, 40, 50)]
+    image = Image.new("RGB", (48, 48))
+    records = [{"id": f"n{n}", "image": image, "caption": "red circle " * n} for n in (1, 40, 50)]
     collator = Stage1Collator(processor, max_text_tokens=10)
     with caplog.at_level(logging.WARNING):
         collator(records)
@@ -403,11 +404,11 @@ def test_an_empty_text_is_named(runs, field):
 def test_labels_are_the_target_and_the_end_alone_behind_the_prompt_of_inference(runs):
     model, processor = start_generation(runs / "undisturbed" / "model", "opt", 0)
     tokenizer, end = processor.tokenizer, model.generation_config.eos_token_id
-    lot = random.Random(0)
+    rng = random.Random(0)
     words = [word for word in tokenizer.get_vocab() if word.isalpha()]
 
     def text(longest: int) -> str:
-        return " ".join(lot.choices(words, k=lot.randint(1, longest)))
+        return " ".join(rng.choices(words, k=rng.randint(1, longest)))
 
     records = []
     for number in range(20):
@@ -476,8 +477,8 @@ def test_data_is_not_what_a_step_waits_for():
 def test_scene_questions_make_a_stage_2_batch(runs):
     model, processor = start_generation(runs / "undisturbed" / "model", "opt", 0)
     questions = SceneQuestions("train", 2, questions_per_scene=3)
-    by_picture = ByPicture(questions, [[0, 1, 2], [3, 4, 5]])
-    batch = Stage2Collator(processor, model.generation_config.eos_token_id, 32)([by_picture[0], by_picture[1]])
+    by_image = ByImage(questions, [[0, 1, 2], [3, 4, 5]])
+    batch = Stage2Collator(processor, model.generation_config.eos_token_id, 32)([by_image[0], by_image[1]])
     assert batch.pop("ids") == [questions[place]["id"] for place in range(6)]
     assert batch["pixel_values"].shape[0] == 2
     assert batch["image_index"].tolist() == [0, 0, 0, 1, 1, 1]

@@ -19,11 +19,12 @@ from torch import multiprocessing
 from transformers import TrainerCallback
 from transformers.utils import is_accelerate_available
 
-from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.checkpoints import start_pretraining
-from xformer_mllm.data.scenes import SceneCaptions
+from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, processes
+from xformer_mllm.embedded.scenes import SceneCaptions
+from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.model.distributed import rank
-from xformer_mllm.train import processes, sharding, state
+from xformer_mllm.train import fsdp as sharding
+from xformer_mllm.train import state
 from xformer_mllm.train.batches import Stage1Collator
 from xformer_mllm.train.callbacks import HeldOut, SaveByTheClock
 from xformer_mllm.train.config import Stage1Config
@@ -66,17 +67,17 @@ class Sharded(XFormerTrainer):
 
 
 def records(count: int) -> list[dict]:
-    """Pictures with texts of 3 to 9 tokens, and the noise of their masks."""
+    """Images with texts of 3 to 9 tokens, and the noise of their masks."""
     made = []
     for number in range(count):
-        lot = torch.Generator().manual_seed(number)
+        rng = torch.Generator().manual_seed(number)
         length = 3 + number * 5 % 7
         made.append(
             {
                 "id": str(number),
-                "pixels": torch.randint(0, 256, (3, 32, 32), generator=lot, dtype=torch.uint8),
-                "text": torch.randint(5, 40, (length,), generator=lot),
-                "noise": torch.rand(16, generator=lot),
+                "pixels": torch.randint(0, 256, (3, 32, 32), generator=rng, dtype=torch.uint8),
+                "text": torch.randint(5, 40, (length,), generator=rng),
+                "noise": torch.rand(16, generator=rng),
             }
         )
     return made
@@ -87,7 +88,7 @@ def padded(rows: list[torch.Tensor], value: int = 0) -> torch.Tensor:
 
 
 def stage1_batch(batch: list[dict]) -> dict:
-    """As Stage1Collator's; nothing is random: each pair's negatives are the next but one picture and the next text."""
+    """As Stage1Collator's; nothing is random: each pair's negatives are the next but one image and the next text."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     own, pairs = rank() * len(batch) + torch.arange(len(batch)), world * len(batch)
     negatives = ((own + 2) % pairs, (own + 1) % pairs)
@@ -102,7 +103,7 @@ def stage1_batch(batch: list[dict]) -> dict:
 
 
 def stage2_batch(batch: list[dict]) -> dict:
-    """As Stage2Collator's; a picture has one text or, with an even number, two."""
+    """As Stage2Collator's; an image has one text or, with an even number, two."""
     config = tiny_config()
     texts, index = [], []
     for place, record in enumerate(batch):
@@ -122,7 +123,7 @@ def stage2_batch(batch: list[dict]) -> dict:
 
 
 def write(model) -> list[dict]:
-    """What the model says about two pictures."""
+    """What the model says about two images."""
     pixels = torch.stack([record["pixels"] for record in records(2)])
     said = model.caption(pixels, 39, 5) if hasattr(model, "caption") else model.generate(pixels, max_new_tokens=5)
     return [{"id": str(place), "text": str(row.tolist()), "reference": ""} for place, row in enumerate(said)]
@@ -185,7 +186,7 @@ def both(process: int, folder: str, port: int) -> None:
 
 REFUSALS = {
     "first": ["ValueError('wrong folder')", "SystemExit(2)"],
-    "second": ["ValueError('process 1: no such picture')", "SystemExit(2)"],
+    "second": ["ValueError('process 1: no such image')", "SystemExit(2)"],
     "none": ["0", "1"],
     "decided": ["5", "5"],
 }
@@ -201,7 +202,7 @@ def refusal(process: int, folder: Path) -> None:
 
     tries = {
         "first": lambda: processes.on_first(lambda: look(0, "wrong folder")),
-        "second": lambda: processes.together(lambda: look(1, "no such picture")),
+        "second": lambda: processes.together(lambda: look(1, "no such image")),
         "none": lambda: processes.together(lambda: look(2, "")),
         "decided": lambda: processes.on_first(lambda: process + 5),
     }

@@ -16,7 +16,7 @@ from xformer_mllm.model.processing_xformer import image_processor
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Blobs and noise of every size, as real pictures have them."""
+    """Blobs and noise of every size, as real images have them."""
     numbers = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for cells in (4, 16, 64, 256):
@@ -32,12 +32,12 @@ def as_jpeg(image: Image.Image, **settings) -> Image.Image:
 
 
 def crops(width, height, scale=(0.5, 1.0), number=4000):
-    lot = random.Random(0)
-    return [draw_crop(width, height, scale, lot) for _ in range(number)]
+    rng = random.Random(0)
+    return [draw_crop(width, height, scale, rng) for _ in range(number)]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (500, 500), (1000, 300), (300, 1000), (3, 5), (1, 1)])
-def test_crops_lie_in_the_picture(size):
+def test_crops_lie_in_the_image(size):
     for left, top, right, bottom in crops(*size, number=500):
         assert 0 <= left < right <= size[0]
         assert 0 <= top < bottom <= size[1]
@@ -77,15 +77,15 @@ def test_place_is_uniform():
     ("size", "expected"),
     [((1000, 100), (433, 0, 566, 100)), ((100, 1000), (0, 433, 100, 566)), ((1, 50), (0, 24, 1, 25))],
 )
-def test_a_picture_that_no_crop_fits_is_cropped_in_its_middle(size, expected):
+def test_a_image_that_no_crop_fits_is_cropped_in_its_middle(size, expected):
     assert set(crops(*size, scale=(1.0, 1.0), number=20)) == {expected}
 
 
-def test_whole_picture_without_a_flip_is_pillows_resizing():
+def test_whole_image_without_a_flip_is_pillows_resizing():
     image = photo(320, 240)
     transform = TrainTransform(96, scale=(1.0, 1.0), flip=False)
 
-    class Whole(random.Random):  # a ratio of 4:3, so that all of the picture is the crop
+    class Whole(random.Random):  # a ratio of 4:3, so that all of the image is the crop
         def uniform(self, a, b):
             return math.log(4 / 3) if a < 0 else 1.0
 
@@ -165,7 +165,7 @@ def test_jpegs_not_much_larger_than_the_result_are_decoded_whole(size):
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_exif_orientation_comes_before_the_crop(orientation):
-    """The same crop, whether a picture is stored upright or turned with a note of it; reduced decoding included."""
+    """The same crop, whether an image is stored upright or turned with a note of it; reduced decoding included."""
     upright = photo(1200, 900)
     stored = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     turned = upright.transpose(stored[orientation]) if stored[orientation] is not None else upright

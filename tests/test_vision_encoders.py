@@ -32,9 +32,9 @@ DINO = {
     **SIZES,
     "image_size": 56,
     "patch_size": 8,
-}  # made for larger pictures than the CLIP's, as the published ones are
+}  # made for larger images than the CLIP's, as the published ones are
 
-# A configuration, transformers' model of it, its pixels' mean, and how many tokens M has of a picture of 32 x 32.
+# A configuration, transformers' model of it, its pixels' mean, and how many tokens M has of an image of 32 x 32.
 SECOND = {
     "dinov2": (Dinov2Config(**DINO, mlp_ratio=2), Dinov2Model, IMAGENET_MEAN, 17),
     "dinov2_with_registers": (
@@ -88,8 +88,8 @@ def trained(model, inputs, steps: int = 2):
 
 
 def naflex_inputs(pixels: torch.Tensor) -> dict:
-    """As transformers' own image processor cuts pictures that fill their patches."""
-    patches = [torch.tensor(convert_image_to_patches(picture.numpy(), 8)) for picture in pixels]
+    """As transformers' own image processor cuts images that fill their patches."""
+    patches = [torch.tensor(convert_image_to_patches(image.numpy(), 8)) for image in pixels]
     return {
         "pixel_values": torch.stack(patches),
         "pixel_attention_mask": torch.ones(len(pixels), 16, dtype=torch.long),
@@ -198,7 +198,7 @@ def test_a_bf16_tower_feeds_an_fp32_fusion(images):
         assert torch.isfinite(output.fused_queries).all()
 
 
-def test_a_tower_of_any_size_sees_the_clips_pictures_others_their_own(images):
+def test_a_tower_of_any_size_sees_the_clips_images_others_their_own(images):
     assert config_with("dinov2").mae_image_size == 32
     assert config_with("siglip2_naflex").mae_image_size == 32
     large = SiglipVisionConfig(**SIZES, intermediate_size=48, image_size=48, patch_size=8)

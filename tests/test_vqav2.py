@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.run import BenchmarkConfig, open_benchmark
+from xformer_mllm.evaluate.evaluation import BenchmarkConfig, open_benchmark
 from xformer_mllm.evaluate.vqav2 import Vqav2
 
 OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "vqa_accuracy.json").read_text())
@@ -42,7 +42,7 @@ def write(folder, questions, annotations):
 
 @pytest.fixture
 def small(tmp_path):
-    """Question 7 about picture 42, question 5 about picture 43; the annotations stand in another order."""
+    """Question 7 about image 42, question 5 about image 43; the annotations stand in another order."""
     return write(
         tmp_path,
         [question(7), question(5, 43, "Is it red?")],
@@ -135,8 +135,8 @@ def test_a_split_with_answers_says_nothing_of_missing_scores(small):
     assert not benchmark.notes
 
 
-def test_pictures_are_read_where_coco_has_them_or_where_told(small, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("pictures")
+def test_images_are_read_where_coco_has_them_or_where_told(small, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("images")
     for folder in (small / "val2014", elsewhere):
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (3, 2), "red").save(folder / "COCO_val2014_000000000042.jpg")

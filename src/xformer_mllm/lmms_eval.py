@@ -2,7 +2,7 @@
 
 lmms-eval (0.7) finds `manifest` through the entry-point group "lmms_eval.models". Its "simple" interface: a request's
 `args` are (context, generation_kwargs, doc_to_visual, doc_id, task, split), the document is
-`task_dict[task][split][doc_id]`, and `doc_to_visual(document)` is the list of its pictures.
+`task_dict[task][split][doc_id]`, and `doc_to_visual(document)` is the list of its images.
 """
 
 import json
@@ -108,9 +108,9 @@ class XFormer(lmms):
 
     Args (lmms-eval's --model_args, --batch_size and --device):
         pretrained: folder of a stage-2 run, or of its model.
-        prompt: what stands behind the picture: {question} is the task's context without `ANSWER_FORMATS`, {context} all
+        prompt: what stands behind the image: {question} is the task's context without `ANSWER_FORMATS`, {context} all
             of it. Without either, every request is asked the same (captioning: an empty prompt, or "a photo of").
-        batch_size: requests a batch; a document's picture is encoded once per batch.
+        batch_size: requests a batch; a document's image is encoded once per batch.
         device: where the model runs; accelerate's choice if None, and always with several processes.
 
     Raises:
@@ -140,30 +140,30 @@ class XFormer(lmms):
     # -------------------------------------------------------------------------------------------------- requests' parts
 
     def _text(self, context: str) -> str:
-        context = context.replace(IMAGE_TOKEN, "")  # the processor puts the picture's placeholders where they belong
+        context = context.replace(IMAGE_TOKEN, "")  # the processor puts the image's placeholders where they belong
         return self.prompt.replace("{context}", context).replace("{question}", question_in(context))
 
     def _document(self, request: Request) -> Any:
         _, _, _, doc_id, task, split = request
         return self.task_dict[task][split][doc_id]
 
-    def _picture(self, request: Request) -> Any:
-        """The document's picture. Raises ValueError if it has none, or several: to leave one out would change the task."""
+    def _image(self, request: Request) -> Any:
+        """The document's image. Raises ValueError if it has none, or several: to leave one out would change the task."""
         _, _, doc_to_visual, doc_id, task, _ = request
         visuals = doc_to_visual(self._document(request)) or []
         if len(visuals) != 1:
-            raise ValueError(f"{task}, document {doc_id}: {len(visuals)} pictures; an X-Former reads exactly one")
+            raise ValueError(f"{task}, document {doc_id}: {len(visuals)} images; an X-Former reads exactly one")
         return visuals[0]
 
-    def _pictures(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        """pixel_values uint8[pictures, 3, S, S], each document's picture once, and image_index int64[requests]."""
-        pictures: dict[tuple, Any] = {}
+    def _images(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """pixel_values uint8[images, 3, S, S], each document's image once, and image_index int64[requests]."""
+        images: dict[tuple, Any] = {}
         for request in requests:
-            if request[3:] not in pictures:
-                pictures[request[3:]] = self._picture(request)
-        place = {document: number for number, document in enumerate(pictures)}
+            if request[3:] not in images:
+                images[request[3:]] = self._image(request)
+        place = {document: number for number, document in enumerate(images)}
         return {
-            "pixel_values": self._processor(images=list(pictures.values()))["pixel_values"],
+            "pixel_values": self._processor(images=list(images.values()))["pixel_values"],
             "image_index": torch.tensor([place[request[3:]] for request in requests]),
         }
 
@@ -175,7 +175,7 @@ class XFormer(lmms):
         positions = getattr(self._model.config.text_config, "max_position_embeddings", sys.maxsize)
         if length >= positions:
             raise ValueError(
-                f"a prompt of {length} tokens (with the picture's) leaves no room in the language model's {positions}"
+                f"a prompt of {length} tokens (with the image's) leaves no room in the language model's {positions}"
             )
         return positions - length
 
@@ -198,7 +198,7 @@ class XFormer(lmms):
         """One answer for each request, in their order.
 
         Requests are batched by their generation_kwargs. An answer has at most as many tokens as the language model has
-        positions left. Raises ValueError for a request without exactly one picture, or whose prompt is too long.
+        positions left. Raises ValueError for a request without exactly one image, or whose prompt is too long.
         """
         asked: list[Request] = [request.args for request in requests]
         texts = [self._text(context) for context, *_ in asked]
@@ -218,13 +218,13 @@ class XFormer(lmms):
     def _generate(self, texts: list[str], batch: Sequence[Request], arguments: Mapping[str, Any]) -> list[str]:
         prompts = self._processor(text=texts)  # padded on the left
         longest = min(arguments["max_new_tokens"], self._room(prompts["input_ids"].shape[1]))
-        inputs = self._on_device({**prompts, **self._pictures(batch)})
+        inputs = self._on_device({**prompts, **self._images(batch)})
         new_tokens = self._model.generate(**inputs, **{**arguments, "max_new_tokens": longest})
         return self._processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(loss, is_greedy) of each request's continuation, given the picture and the prompt, in the requests' order.
+        """(loss, is_greedy) of each request's continuation, given the image and the prompt, in the requests' order.
 
         The loss is the mean negative log-probability of the continuation's tokens: what lmms-eval's own models return.
         Its base class speaks of log-probabilities, but its score of a multiple choice takes the smallest (0.7.3,
@@ -261,7 +261,7 @@ class XFormer(lmms):
                 raise ValueError(f"{request[4]}, document {request[3]}: an empty continuation has no likelihood")
             self._room(len(prompt) + len(target) - 1)
         targets = [torch.tensor(target) for target in said]
-        inputs = {**prompts, **self._pictures(batch)}
+        inputs = {**prompts, **self._images(batch)}
         if self._processor.encoder_decoder:
             following = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(self.device)
             ids = self._model.language_model.prepare_decoder_input_ids_from_labels(following)
@@ -280,8 +280,8 @@ class XFormer(lmms):
         return list(zip(mean.tolist(), greedy.tolist(), strict=True))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not done: an X-Former answers one prompt about one picture. Raises NotImplementedError."""
+        """Not done: an X-Former answers one prompt about one image. Raises NotImplementedError."""
         raise NotImplementedError(
-            "an X-Former answers one prompt about one picture and holds no conversation: choose a task whose output_type "
+            "an X-Former answers one prompt about one image and holds no conversation: choose a task whose output_type "
             "is generate_until or multiple_choice"
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from transformers import Dinov2Config, ViTMAEConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.configuration_xformer import XFormerConfig
 
 
 def _with(base: XFormerConfig, **changes) -> XFormerConfig:

@@ -23,14 +23,14 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..data.json_files import write_whole
-from .checks import verify
-from .plan import make_plan
-from .settings import ConvertConfig
-from .sources import open_sources
-from .tables import record, show_checks, show_summary, summary
-from .target import build_target
-from .writing import write_model
+from xformer_mllm.convert.checks import verify
+from xformer_mllm.convert.plan import make_plan
+from xformer_mllm.convert.settings import ConvertConfig
+from xformer_mllm.convert.sources import open_sources
+from xformer_mllm.convert.tables import record, show_checks, show_summary, summary
+from xformer_mllm.convert.target import build_target
+from xformer_mllm.convert.writing import write_model
+from xformer_mllm.files import write_whole
 
 __all__ = ["ConvertConfig", "convert"]
 

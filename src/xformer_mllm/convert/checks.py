@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ..model.modeling_xformer import XFormerForConditionalGeneration, XFormerForImageTextRetrieval
-from .plan import ATTENDS, READS_TEXT, SECOND_ENCODER, TOWER, Plan
-from .references import (
+from xformer_mllm.convert.plan import ATTENDS, READS_TEXT, SECOND_ENCODER, TOWER, Plan
+from xformer_mllm.convert.references import (
     Answers,
     Example,
     bert_reference,
@@ -17,7 +16,8 @@ from .references import (
     second_reference,
     tower_reference,
 )
-from .target import Target
+from xformer_mllm.convert.target import Target
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForImageTextRetrieval
 
 # Of the largest difference, relative to the largest value.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}

@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import Blip2QFormerConfig, Blip2VisionConfig, PreTrainedTokenizerBase
 
-from ..data.json_files import read_json
-from ..model.configuration_xformer import XFormerConfig
-from ..variants import variant_config, with_second_encoder
-from .files import Source, local, read_tokenizer
-from .pieces import Pieces
-from .settings import ConvertConfig
-from .sources import Sources
+from xformer_mllm.convert.files import Source, local, read_tokenizer
+from xformer_mllm.convert.pieces import Pieces
+from xformer_mllm.convert.settings import ConvertConfig
+from xformer_mllm.convert.sources import Sources
+from xformer_mllm.files import read_json
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.variants import variant_config, with_second_encoder
 
 EVA_HEADS = 16  # of LAVIS's EVA-CLIP ViT-g (eva_vit.py create_eva_vit_g); no shape tells it
 BERT_HEAD_WIDTH = 64

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..data.json_files import read_json
+from xformer_mllm.files import read_json
 
 
 @dataclass

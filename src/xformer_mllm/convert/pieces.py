@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .files import Source
-from .layouts import BERT, EVA, LAVIS, Layout, current_bert_name
+from xformer_mllm.convert.files import Source
+from xformer_mllm.convert.layouts import BERT, EVA, LAVIS, Layout, current_bert_name
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .configuration import layer_numbers
-from .layouts import BLIP2, MAE, current_mae_name
-from .pieces import Pieces, as_they_are, drop, translate
-from .target import Target, part_of
+from xformer_mllm.convert.configuration import layer_numbers
+from xformer_mllm.convert.layouts import BLIP2, MAE, current_mae_name
+from xformer_mllm.convert.pieces import Pieces, as_they_are, drop, translate
+from xformer_mllm.convert.target import Target, part_of
 
 _LAYER = r"encoder\.layer\.\d+\."
 TOWER = r"xformer\.clip_encoder\.(?!tower\.post_layernorm)"

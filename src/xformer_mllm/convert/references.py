@@ -1,6 +1,6 @@
 """The sources on one example, run by their own code: transformers' classes, or LAVIS's steps for its files.
 
-`N` CLIP tokens, `Q` queries, `L` MAE patches, `S` the picture's side, `D` width. Each source is loaded by itself and
+`N` CLIP tokens, `Q` queries, `L` MAE patches, `S` the image's side, `D` width. Each source is loaded by itself and
 dropped again.
 """
 
@@ -25,17 +25,17 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..model.configuration_xformer import XFormerConfig
-from ..model.processing_xformer import XFormerProcessor
-from ..model.vision_encoders import build_tower, scaled, tower_tokens
-from .files import Source
-from .pieces import Pieces, as_they_are
-from .plan import ATTENDS, LANGUAGE_MODEL, PROJECTION, READS_IMAGES, READS_TEXT, SCORES, Plan
-from .target import Target
+from xformer_mllm.convert.files import Source
+from xformer_mllm.convert.pieces import Pieces, as_they_are
+from xformer_mllm.convert.plan import ATTENDS, LANGUAGE_MODEL, PROJECTION, READS_IMAGES, READS_TEXT, SCORES, Plan
+from xformer_mllm.convert.target import Target
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.processing_xformer import XFormerProcessor
+from xformer_mllm.model.vision_encoders import build_tower, scaled, tower_tokens
 
 LN_VISION_EPSILON = 1e-5  # LAVIS blip2.py; transformers, whose post_layernorm plays its part, has 1e-6
 CAPTION = "a photo of a red circle"
-QUESTION = "Question: what is in the picture? Answer:"
+QUESTION = "Question: what is in the image? Answer:"
 
 Answers = dict[str, torch.Tensor]
 
@@ -58,7 +58,7 @@ class Example:
 
 
 def make_example(config: XFormerConfig, processor: XFormerProcessor) -> Example:
-    """A picture of waves in three colours, and two sentences: the same for everybody."""
+    """An image of waves in three colours, and two sentences: the same for everybody."""
     side = torch.linspace(0, 1, config.clip_config.image_size)
     rows, columns = side[:, None], side[None, :]
     waves = [torch.sin(9 * rows + 4 * columns), torch.cos(23 * columns * rows), torch.sin(40 * columns) * rows]

@@ -9,13 +9,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from ..language_models import language_model_dir
-from ..model.configuration_xformer import XFormerConfig
-from ..model.modeling_xformer import without_dropout
-from ..model.vision_encoders import build_tower
-from ..variants import variant_config
-from .files import Source, first_line, local, open_folder, open_pth, read_config
-from .settings import ConvertConfig
+from xformer_mllm.convert.files import Source, first_line, local, open_folder, open_pth, read_config
+from xformer_mllm.convert.settings import ConvertConfig
+from xformer_mllm.language_models import language_model_dir
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import without_dropout
+from xformer_mllm.model.vision_encoders import build_tower
+from xformer_mllm.variants import variant_config
 
 
 @dataclass

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .checks import Check
-from .plan import Plan
-from .target import Target, part_of
+from xformer_mllm.convert.checks import Check
+from xformer_mllm.convert.plan import Plan
+from xformer_mllm.convert.target import Target, part_of
 
 
 def summary(plan: Plan, target: Target) -> dict[str, list[dict]]:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..model.configuration_xformer import XFormerConfig
-from ..model.modeling_xformer import FROZEN, XFormerForConditionalGeneration, XFormerForPreTraining
-from ..model.processing_xformer import XFormerProcessor, image_processor
-from .configuration import build_config, llm_tokenizer, qformer_tokenizer
-from .pieces import Pieces, blip2_pieces, drop, grown
-from .settings import ConvertConfig
-from .sources import Sources
+from xformer_mllm.convert.configuration import build_config, llm_tokenizer, qformer_tokenizer
+from xformer_mllm.convert.pieces import Pieces, blip2_pieces, drop, grown
+from xformer_mllm.convert.settings import ConvertConfig
+from xformer_mllm.convert.sources import Sources
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import FROZEN, XFormerForConditionalGeneration, XFormerForPreTraining
+from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def build_target(settings: ConvertConfig, sources: Sources) -> Target:
         drop(tower_pieces, r"(?!vision_model\.)", "only the tower is taken from --clip")
     tokenizer = qformer_tokenizer(settings, sources)
     config = build_config(settings, sources, pieces, tower_pieces, tokenizer)
-    pictures = image_processor(config.clip_config.image_size)
+    images = image_processor(config.clip_config.image_size)
     kind: Any
     if sources.llm is None:
-        kind, processor = XFormerForPreTraining, XFormerProcessor(pictures, tokenizer, tokenizer)
+        kind, processor = XFormerForPreTraining, XFormerProcessor(images, tokenizer, tokenizer)
     else:
         texts, queries = llm_tokenizer(sources.llm), config.num_query_tokens
-        kind, processor = XFormerForConditionalGeneration, XFormerProcessor(pictures, texts, tokenizer, queries)
+        kind, processor = XFormerForConditionalGeneration, XFormerProcessor(images, texts, tokenizer, queries)
         config.image_token_index = processor.image_token_id
     with torch.device("meta"):
         model = kind(config)

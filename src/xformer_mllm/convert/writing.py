@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data.json_files import write_whole
-from .plan import Plan
-from .target import Target
+from xformer_mllm.convert.plan import Plan
+from xformer_mllm.convert.target import Target
+from xformer_mllm.files import write_whole
 
 SHARD_BYTES = 2 * 1024**3
 

@@ -1,4 +1,4 @@
-"""Your own pictures: a folder where each picture has its caption in a .txt beside it.
+"""Your own images: a folder where each image has its caption in a .txt beside it.
 
     animals/cat.jpg
     animals/cat.txt        A cat asleep on a chair.
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from xformer_mllm.data.records import CaptionItems, Load, Pictures, Record, Split, Table, places_of, record_of
+from xformer_mllm.data.records import CaptionItems, Images, Load, Record, Split, Table, places_of, record_of
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 FOLDER_VALIDATION_SHARE = 0.1  # folders are small
 LAYOUT = "expected e.g. cat.jpg and beside it cat.txt with the caption in its first line"
 
@@ -35,11 +35,11 @@ class FoundCaptions:
         return f" (left out: {', '.join(parts)})" if parts else ""
 
 
-class CaptionFolder(Pictures):
-    """Pictures with captions, sorted by name: items {"id", "image", "caption"}; id is the path inside the folder.
+class CaptionFolder(Images):
+    """Images with captions, sorted by name: items {"id", "image", "caption"}; id is the path inside the folder.
 
-    Pictures without a .txt or with an empty one are left out; `skipped` counts them by reason and one line is logged.
-    Broken pictures are replaced and counted, as `Pictures` says.
+    Images without a .txt or with an empty one are left out; `skipped` counts them by reason and one line is logged.
+    Broken images are replaced and counted, as `Images` says.
     """
 
     def __init__(
@@ -49,28 +49,28 @@ class CaptionFolder(Pictures):
         split: Split | None = None,
         validation_share: float = FOLDER_VALIDATION_SHARE,
     ):
-        """loader: an opened picture -> RGB, raising ValueError or OSError for one that cannot be read: `load_image` of
+        """loader: an opened image -> RGB, raising ValueError or OSError for one that cannot be read: `load_image` of
         xformer_mllm.model.images. It is handed in because data/ and model/ do not know each other.
 
-        split: None for every picture; else the pictures whose name's hash falls into that split: a picture keeps its
+        split: None for every image; else the images whose name's hash falls into that split: an image keeps its
         split when others are added or removed.
 
-        Raises FileNotFoundError if there is no such folder, ValueError if it holds no picture with a caption.
+        Raises FileNotFoundError if there is no such folder, ValueError if it holds no image with a caption.
         """
         found = find_captions(Path(folder))
         self.skipped = found.left_out
         if any(self.skipped.values()) and split != "validation":  # said once, by its training split
-            logger.warning("%s: %d pictures with captions%s", folder, len(found.records), found.left_out_line())
+            logger.warning("%s: %d images with captions%s", folder, len(found.records), found.left_out_line())
         ids = [record["id"] for record in found.records]
         places = range(len(ids)) if split is None else places_of(ids, split, validation_share)
         if not places:
-            raise ValueError(f"{folder}: one picture cannot be split into training and validation; add more")
+            raise ValueError(f"{folder}: one image cannot be split into training and validation; add more")
         rows = Table(found.records[place] for place in places)
         super().__init__(str(folder), rows, CaptionItems(loader, None, 0))
 
 
 def find_captions(folder: Path) -> FoundCaptions:
-    """Every picture of a folder that has a caption. Raises as `CaptionFolder`."""
+    """Every image of a folder that has a caption. Raises as `CaptionFolder`."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; {LAYOUT}")
     if not folder.is_dir():
@@ -78,7 +78,7 @@ def find_captions(folder: Path) -> FoundCaptions:
     left_out = {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not read": 0}
     found = FoundCaptions(folder, list(_records(folder, left_out)), left_out)
     if not found.records:
-        raise ValueError(f"{folder}: no picture with a caption{found.left_out_line()}; {LAYOUT}")
+        raise ValueError(f"{folder}: no image with a caption{found.left_out_line()}; {LAYOUT}")
     return found
 
 
@@ -87,7 +87,7 @@ def _records(folder: Path, left_out: dict[str, int]) -> Iterator[Record]:
         suffix = path.suffix.lower()
         if suffix == ".svg":
             left_out["in SVG, which is not read"] += 1
-        if suffix not in PICTURE_SUFFIXES:
+        if suffix not in IMAGE_SUFFIXES:
             continue
         text = path.with_suffix(".txt")
         if not text.is_file():

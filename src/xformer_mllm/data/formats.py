@@ -1,6 +1,6 @@
-"""Files that list pictures with captions or questions: JSON of BLIP, COCO, Karpathy and Visual Genome, and JSON lines.
+"""Files that list images with captions or questions: JSON of BLIP, COCO, Karpathy and Visual Genome, and JSON lines.
 
-Rows about the same picture become one record, with all its captions and questions.
+Rows about the same image become one record, with all its captions and questions.
 """
 
 import json
@@ -25,8 +25,8 @@ from xformer_mllm.data.records import (
 )
 
 KARPATHY_SPLITS = {"restval": "train", "val": "validation"}  # ours, where the name is another
-LOOKED_FOR = 100  # pictures, until one is found
-REGION_FOLDERS = ("VG_100K", "VG_100K_2")  # Visual Genome's pictures come in two parts
+LOOKED_FOR = 100  # images, until one is found
+REGION_FOLDERS = ("VG_100K", "VG_100K_2")  # Visual Genome's images come in two parts
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Listed:
 
 
 def read_folder(folder: Path) -> Listed:
-    """A folder of pictures with a .txt beside each. Raises as `find_captions`."""
+    """A folder of images with a .txt beside each. Raises as `find_captions`."""
     found = find_captions(folder)
     rows = {"": Table(found.records)}
-    kind = "a folder of pictures with a .txt beside each"
+    kind = "a folder of images with a .txt beside each"
     return Listed(str(folder), kind, rows, {}, found.left_out, FOLDER_VALIDATION_SHARE)
 
 
@@ -59,10 +59,10 @@ def read_json_lines_source(file: Path, images: Path | None, any_share: bool = Fa
 
 
 def read_json_source(file: Path, content: Any, images: Path | None, any_share: bool = False) -> Listed:
-    """What a JSON file lists. content: what `file` holds. images: the folder of the pictures, if not beside the file.
+    """What a JSON file lists. content: what `file` holds. images: the folder of the images, if not beside the file.
 
     Raises ValueError if the file is of no known format or, without any_share, if more than 1 % of it is broken;
-    FileNotFoundError if its pictures are not there.
+    FileNotFoundError if its images are not there.
     """
     if is_karpathy(content):
         return _listed(file, "Karpathy's split", _karpathy(file, content), images, any_share)
@@ -88,7 +88,7 @@ def _listed(
     total = sum(map(len, found.values())) + len(faults)
     if total == len(faults):
         why = "".join(f" ({name}: {why})" for name, why in list(faults.items())[:1])
-        raise ValueError(f"{file}: no picture with a caption or a question{why}")
+        raise ValueError(f"{file}: no image with a caption or a question{why}")
     if not any_share:
         check_broken(str(file), len(faults), total, [f"{name} ({why})" for name, why in faults.items()], "records")
     placed = _placed(found, _bases(file, images), file)
@@ -110,7 +110,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _grouped(rows: Iterable[tuple[str, Any]], file: Path) -> Iterator[Record]:
-    """{"image", "caption"} and {"image", "question", "answers"} -> a record for each picture, by its first row."""
+    """{"image", "caption"} and {"image", "question", "answers"} -> a record for each image, by its first row."""
     captions: dict[str, list[str]] = {}
     questions: dict[str, list[dict[str, Any]]] = {}
     for where, row in rows:
@@ -121,8 +121,8 @@ def _grouped(rows: Iterable[tuple[str, Any]], file: Path) -> Iterator[Record]:
         asked = questions.setdefault(row["image"], [])
         if "question" in row:
             asked.append(question_of(f"{row['image']}/{len(asked)}", row))
-    for picture, texts in captions.items():
-        yield record_of(picture, picture, texts, questions[picture])
+    for image, texts in captions.items():
+        yield record_of(image, image, texts, questions[image])
 
 
 def _fault(row: Any, file: Path) -> str | None:
@@ -133,7 +133,7 @@ def _fault(row: Any, file: Path) -> str | None:
         return "not an object"
     if not isinstance(row.get("image"), str) or not row["image"]:
         if "url" in row:
-            raise ValueError(f"{file}: lists addresses, not pictures; download them with img2dataset (docs/data.md)")
+            raise ValueError(f"{file}: lists addresses, not images; download them with img2dataset (docs/data.md)")
         return 'no "image"'
     if "question" in row:
         question = question_of("", row)
@@ -146,7 +146,7 @@ def _fault(row: Any, file: Path) -> str | None:
 def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
     """{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}, as captions_train2014.json.
 
-    The pictures are in the folder that the file is named after: train2014.
+    The images are in the folder that the file is named after: train2014.
     """
     folder = file.stem.rpartition("_")[2]
     names: dict[Any, str] = {}
@@ -162,7 +162,7 @@ def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
         if not texts:
             yield broken(f"annotations[{place}]", "no caption")
         elif row.get("image_id") not in captions:
-            yield broken(f"annotations[{place}]", f"of a picture that is not listed, {row.get('image_id')}")
+            yield broken(f"annotations[{place}]", f"of an image that is not listed, {row.get('image_id')}")
         else:
             captions[row["image_id"]] += texts
     for image_id, texts in captions.items():
@@ -171,14 +171,14 @@ def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
 
 def _karpathy(file: Path, content: Any) -> dict[str, list[Record]]:
     splits: dict[str, list[Record]] = {}
-    for picture in read_karpathy(file, content):
-        split = KARPATHY_SPLITS.get(picture.split, picture.split)
-        splits.setdefault(split, []).append(record_of(picture.path, picture.path, picture.captions))
+    for image in read_karpathy(file, content):
+        split = KARPATHY_SPLITS.get(image.split, image.split)
+        splits.setdefault(split, []).append(record_of(image.path, image.path, image.captions))
     return splits
 
 
 def _regions(content: list[Any], bases: list[Path]) -> Iterator[Record]:
-    """[{"id", "regions": [{"phrase"}]}], as region_descriptions.json: every phrase is a caption of the picture."""
+    """[{"id", "regions": [{"phrase"}]}], as region_descriptions.json: every phrase is a caption of the image."""
     second = {path.name for base in bases for path in (base / REGION_FOLDERS[1]).glob("*.jpg")}
     for place, image in enumerate(content):
         number = image.get("id", image.get("image_id")) if isinstance(image, dict) else None
@@ -191,21 +191,21 @@ def _regions(content: list[Any], bases: list[Path]) -> Iterator[Record]:
         yield record_of(name, f"{REGION_FOLDERS[name in second]}/{name}", phrases)
 
 
-# ------------------------------------------------------------------------------------------------ where pictures lie
+# ------------------------------------------------------------------------------------------------ where images lie
 
 
 def _bases(file: Path, images: Path | None) -> list[Path]:
-    """Where pictures may lie: in the folder that was named, else beside the file or beside its folder (annotations/)."""
+    """Where images may lie: in the folder that was named, else beside the file or beside its folder (annotations/)."""
     return [images] if images else [file.parent, file.absolute().parent.parent]
 
 
 def _placed(splits: Mapping[str, list[Record]], bases: list[Path], file: Path) -> dict[str, list[Record]]:
-    """The records with their pictures' whole paths.
+    """The records with their images' whole paths.
 
     A path may begin with folders that are not there (BLIP's are those of its authors' machines): how many is seen from the
-    first pictures, of which one at least must be found.
+    first images, of which one at least must be found.
     """
-    first = [Path(record["picture"]) for records in splits.values() for record in records[:LOOKED_FOR]]
+    first = [Path(record["image"]) for records in splits.values() for record in records[:LOOKED_FOR]]
     for path in first:
         for base in bases:
             for skipped in range(len(path.parts)):
@@ -213,9 +213,9 @@ def _placed(splits: Mapping[str, list[Record]], bases: list[Path], file: Path) -
                     return {split: _below(base, skipped, records) for split, records in splits.items()}
     looked = " and ".join(str(base) for base in bases)
     raise FileNotFoundError(
-        f"{file}: its pictures are not there (looked in {looked} for {first[0]} and others); name the folder with --images"
+        f"{file}: its images are not there (looked in {looked} for {first[0]} and others); name the folder with --images"
     )
 
 
 def _below(base: Path, skipped: int, records: list[Record]) -> list[Record]:
-    return [{**record, "picture": str(base / Path(*Path(record["picture"]).parts[skipped:]))} for record in records]
+    return [{**record, "image": str(base / Path(*Path(record["image"]).parts[skipped:]))} for record in records]

@@ -1,6 +1,6 @@
 """Hugging Face data sets: by name (`hf:NAME` or `hf:NAME:CONFIGURATION`, streamed), or a folder that `save_to_disk` wrote.
 
-The picture is the first column of type Image; captions are in a column of one of the names in `CAPTIONS` (a text or a
+The image is the first column of type Image; captions are in a column of one of the names in `CAPTIONS` (a text or a
 list), questions in `question` with `answers` or `answer`.
 """
 
@@ -14,7 +14,7 @@ from xformer_mllm.data.records import Record, broken, check_broken, one_line, qu
 from xformer_mllm.data.shards import Wanted, everything
 
 PREFIX = "hf:"
-PICTURES = ("image", "jpg", "png", "webp", "jpeg")
+IMAGES = ("image", "jpg", "png", "webp", "jpeg")
 CAPTIONS = ("caption", "captions", "text", "txt", "sentences")
 IDS = ("id", "image_id", "__key__")
 ANSWERS = ("answers", "answer", "multiple_choice_answer")
@@ -26,42 +26,42 @@ READ_AT_ONCE = 16
 class Columns:
     """Which column holds what; None where there is none."""
 
-    picture: str
+    image: str
     caption: str | None
     asks: bool
     id: str | None
 
     def record(self, row: Mapping[str, Any], place: str) -> Record:
         name = str(row[self.id]) if self.id else place
-        picture = row[self.picture]
-        if isinstance(picture, Mapping):
-            picture = picture.get("bytes") or picture.get("path")
+        image = row[self.image]
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
         questions = [question_of(f"{name}/0", row)] if self.asks else []
-        return record_of(name, picture, row[self.caption] if self.caption else None, questions)
+        return record_of(name, image, row[self.caption] if self.caption else None, questions)
 
 
 def _columns(name: str, features: Mapping[str, Any]) -> Columns:
     """Raises ValueError if the columns that are needed are not there."""
     from datasets import Image
 
-    pictures = [column for column, kind in features.items() if isinstance(kind, Image)]
-    pictures += [column for column in PICTURES if column in features]
+    images = [column for column, kind in features.items() if isinstance(kind, Image)]
+    images += [column for column in IMAGES if column in features]
     caption = next((column for column in CAPTIONS if column in features), None)
     asks = "question" in features and any(column in features for column in ANSWERS)
-    if not pictures or not (caption or asks):
+    if not images or not (caption or asks):
         raise ValueError(
-            f"{name}: needs a column of pictures, and one of {', '.join(CAPTIONS)} or question with answers; "
+            f"{name}: needs a column of images, and one of {', '.join(CAPTIONS)} or question with answers; "
             f"its columns are {', '.join(features)}"
         )
-    return Columns(pictures[0], caption, asks, next((column for column in IDS if column in features), None))
+    return Columns(images[0], caption, asks, next((column for column in IDS if column in features), None))
 
 
 def _undecoded(dataset: Any, columns: Columns) -> Any:
-    """The data set with its pictures left as the bytes of their files."""
+    """The data set with its images left as the bytes of their files."""
     from datasets import Image
 
-    is_picture = isinstance((dataset.features or {}).get(columns.picture), Image)
-    return dataset.cast_column(columns.picture, Image(decode=False)) if is_picture else dataset
+    is_image = isinstance((dataset.features or {}).get(columns.image), Image)
+    return dataset.cast_column(columns.image, Image(decode=False)) if is_image else dataset
 
 
 # ------------------------------------------------------------------------------------------------------ saved to disk
@@ -97,7 +97,7 @@ def read_saved(folder: Path, any_share: bool = False) -> Listed:
 
 
 class SavedRows:
-    """Rows of a data set on disk. One that lacks its picture or text is found when it is asked for: ValueError."""
+    """Rows of a data set on disk. One that lacks its image or text is found when it is asked for: ValueError."""
 
     def __init__(self, name: str, dataset: Any):
         self.columns = _columns(name, dataset.features)

@@ -1,4 +1,4 @@
-"""`xformer data inspect`: what a source of pictures holds, what is broken in it, and a contact sheet."""
+"""`xformer data inspect`: what a source of images holds, what is broken in it, and a contact sheet."""
 
 import random
 import statistics
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
 from xformer_mllm.data.formats import Listed
-from xformer_mllm.data.records import NAMED, Load, Record, open_picture
+from xformer_mllm.data.records import NAMED, Load, Record, open_image
 from xformer_mllm.data.shards import Sharded, TarShards
 from xformer_mllm.data.sources import Mixture, find_source
 
@@ -27,29 +27,29 @@ MARGIN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What a source of pictures holds, what is broken in it, and a contact sheet."""
+    """What a source of images holds, what is broken in it, and a contact sheet."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
     images: Path | None = None
-    """The folder of the pictures that a list names, or of a mixture's sources, if it is not the file's own."""
+    """The folder of the images that a list names, or of a mixture's sources, if it is not the file's own."""
     sheet: Path = Path("contact-sheet.png")
     """Where the contact sheet goes."""
-    pictures: int = 1000
-    """Decode at most so many pictures, spread evenly (of shards: the first ones of ten shards); 0 for all."""
+    max_images: int = 1000
+    """Decode at most so many images, spread evenly (of shards: the first ones of ten shards); 0 for all."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for a number that cannot be."""
-        if self.pictures < 0:
-            raise ValueError(f"pictures must not be negative, but is {self.pictures}")
+        if self.max_images < 0:
+            raise ValueError(f"max_images must not be negative, but is {self.max_images}")
 
 
 @dataclass
 class Findings:
     """What was found out about a source.
 
-    splits: how many pictures each has, as the source says; None where it does not. left_out, broken: by name and why; lost:
-    how many samples were broken. texts: of the pictures looked at. listed: (captions, questions) of all, where known.
+    splits: how many images each has, as the source says; None where it does not. left_out, broken: by name and why; lost:
+    how many samples were broken. texts: of the images looked at. listed: (captions, questions) of all, where known.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Findings:
 
 
 def inspect(config: InspectConfig, load: Load) -> list[Findings]:
-    """Run `xformer data inspect`. load: an opened picture -> RGB. Returns what it printed, for each source.
+    """Run `xformer data inspect`. load: an opened image -> RGB. Returns what it printed, for each source.
 
     Raises FileNotFoundError or ValueError as `find_source`.
     """
     found = find_source(config.source, config.images, any_share=True)
     sources = found.sources if isinstance(found, Mixture) else (found,)
-    every = [look(source, load, config.pictures, SAMPLES // len(sources) or 1) for source in sources]
+    every = [look(source, load, config.max_images, SAMPLES // len(sources) or 1) for source in sources]
     for findings in every:
         print("\n".join(_lines(findings)))
     samples = [sample for findings in every for _, sample in sorted(findings.samples.items())][:SAMPLES]
@@ -84,38 +84,38 @@ def inspect(config: InspectConfig, load: Load) -> list[Findings]:
     return every
 
 
-def look(source: Listed | Sharded, load: Load, pictures: int, samples: int) -> Findings:
-    """Look at up to `pictures` records (0: all) and keep `samples` of them for the contact sheet, drawn at random."""
+def look(source: Listed | Sharded, load: Load, images: int, samples: int) -> Findings:
+    """Look at up to `images` records (0: all) and keep `samples` of them for the contact sheet, drawn at random."""
     if isinstance(source, Listed):
         findings = Findings(source.name, source.format, {split: len(rows) for split, rows in source.rows.items()})
         counts = [[rows.counts(kind) for rows in source.rows.values()] for kind in ("captions", "questions")]
         findings.listed = (sum(map(sum, counts[0])), sum(map(sum, counts[1])))
         findings.left_out = source.left_out
         findings.broken, findings.lost = dict(source.broken), len(source.broken)
-        records, total = _from_rows(source, pictures)
+        records, total = _from_rows(source, images)
     else:
         findings = Findings(source.name, source.format, {split: source.size(split) for split in source.shards})
         records, total = (
-            _from_shards(source, pictures),
-            pictures or sum(size or 0 for size in findings.splits.values()),
+            _from_shards(source, images),
+            images or sum(size or 0 for size in findings.splits.values()),
         )
         if isinstance(source, TarShards):
             findings.broken |= dict.fromkeys(source.cut_short(), "the shard is cut short or missing")
-    lot = random.Random(0)
-    for record in tqdm(records, total=total or None, unit="picture", leave=False):
+    rng = random.Random(0)
+    for record in tqdm(records, total=total or None, unit="image", leave=False):
         findings.looked_at += 1
         image = _note(findings, record, load)
         if image is None:
             continue
         if len(findings.samples) >= samples:
-            if lot.random() * findings.looked_at >= samples:
+            if rng.random() * findings.looked_at >= samples:
                 continue
-            findings.samples.pop(lot.choice(list(findings.samples)))
+            findings.samples.pop(rng.choice(list(findings.samples)))
         findings.samples[findings.looked_at] = (ImageOps.contain(image, THUMBNAIL), _text(record))
     return findings
 
 
-def _from_rows(source: Listed, pictures: int) -> tuple[Iterator[Record], int]:
+def _from_rows(source: Listed, images: int) -> tuple[Iterator[Record], int]:
     """Records spread evenly over the splits, and their number; rows without a text are known to be broken already."""
     places = [
         (rows, place)
@@ -123,25 +123,23 @@ def _from_rows(source: Listed, pictures: int) -> tuple[Iterator[Record], int]:
         for place, texts in enumerate(zip(rows.counts("captions"), rows.counts("questions"), strict=True))
         if any(texts)
     ]
-    number = min(pictures or len(places), len(places))
+    number = min(images or len(places), len(places))
     chosen = [places[count * len(places) // number] for count in range(number)]
     return (rows[place] for rows, place in chosen), number
 
 
-def _from_shards(source: Sharded, pictures: int) -> Iterator[Record]:
-    """The first records of shards that are spread evenly; all records of all shards if `pictures` is 0."""
+def _from_shards(source: Sharded, images: int) -> Iterator[Record]:
+    """The first records of shards that are spread evenly; all records of all shards if `images` is 0."""
     shards = [shard for of_split in source.shards.values() for shard in of_split]
-    if not pictures:
+    if not images:
         return chain.from_iterable(source.read(shard) for shard in shards)
     number = min(SHARDS, len(shards))
     chosen = [shards[count * len(shards) // number] for count in range(number)]
-    return islice(
-        chain.from_iterable(islice(source.read(shard), -(-pictures // number)) for shard in chosen), pictures
-    )
+    return islice(chain.from_iterable(islice(source.read(shard), -(-images // number)) for shard in chosen), images)
 
 
 def _note(findings: Findings, record: Record, load: Load) -> Image.Image | None:
-    """Note what a record holds; returns its picture."""
+    """Note what a record holds; returns its image."""
     if "broken" in record:
         findings.broken[record["id"]] = record["broken"]
         findings.lost += record["lost"]
@@ -149,7 +147,7 @@ def _note(findings: Findings, record: Record, load: Load) -> Image.Image | None:
     findings.captions += record["captions"]
     findings.questions += [question["question"] for question in record["questions"]]
     try:
-        image = load(open_picture(record["picture"], record["id"]))
+        image = load(open_image(record["image"], record["id"]))
     except (ValueError, OSError) as error:
         findings.broken[record["id"]] = str(error)
         findings.lost += 1
@@ -170,19 +168,19 @@ def _text(record: Record) -> str:
 
 def _lines(findings: Findings) -> list[str]:
     known = [size for size in findings.splits.values() if size is not None]
-    pictures = f"{sum(known):,}" if len(known) == len(findings.splits) else "unknown (no _stats.json says)"
+    images = f"{sum(known):,}" if len(known) == len(findings.splits) else "unknown (no _stats.json says)"
     if findings.listed:
-        pictures += f", {findings.listed[0]:,} captions, {findings.listed[1]:,} questions"
+        images += f", {findings.listed[0]:,} captions, {findings.listed[1]:,} questions"
     own = [f"{split} {'unknown' if size is None else f'{size:,}'}" for split, size in findings.splits.items() if split]
     lines = [
         f"source      {findings.name}",
         f"format      {findings.format}",
-        f"pictures    {pictures}",
+        f"images    {images}",
         f"splits      {', '.join(own) or 'none of its own (some are kept for validation by the hash of their names)'}",
     ]
     if left_out := [f"{count:,} {reason}" for reason, count in findings.left_out.items() if count]:
         lines.append(f"left out    {', '.join(left_out)}")
-    lines.append(f"looked at   {findings.looked_at:,} pictures")
+    lines.append(f"looked at   {findings.looked_at:,} images")
     if findings.sizes:
         widths, heights = zip(*findings.sizes, strict=True)
         lines.append(f"size        width {_spread(widths)}, height {_spread(heights)} (smallest, median, largest)")
@@ -190,7 +188,7 @@ def _lines(findings: Findings) -> list[str]:
         if texts:
             each = len(texts) / max(1, findings.looked_at)
             words = _spread([len(text.split()) for text in texts])
-            lines.append(f"{kind:<11} {each:.1f} a picture; words {words} (fewest, median, most)")
+            lines.append(f"{kind:<11} {each:.1f} an image; words {words} (fewest, median, most)")
     lines.append(f"broken      {findings.lost:,}")
     named = [why if name in why else f"{name}: {why}" for name, why in findings.broken.items()]
     lines += [f"            {line}" for line in named[:NAMED]]
@@ -207,7 +205,7 @@ def _spread(values: Sequence[int]) -> str:
 
 
 def contact_sheet(samples: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures in rows of six, each with its caption below. A letter that Pillow's own font lacks is a box."""
+    """Images in rows of six, each with its caption below. A letter that Pillow's own font lacks is a box."""
     width, height = THUMBNAIL[0] + MARGIN, THUMBNAIL[1] + LINES * LINE + 2 * MARGIN
     rows = -(-len(samples) // COLUMNS)
     sheet = Image.new("RGB", (min(COLUMNS, len(samples)) * width + MARGIN, rows * height + MARGIN), "white")

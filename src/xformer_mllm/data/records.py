@@ -1,11 +1,11 @@
-"""What every source of pictures gives: records. And how a record becomes an item of a training set.
+"""What every source of images gives: records. And how a record becomes an item of a training set.
 
 A record is a plain dictionary:
 
-    {"id": str, "picture": ..., "captions": [str, ...], "questions": [{"id", "question", "answers": [str, ...]}, ...]}
+    {"id": str, "image": ..., "captions": [str, ...], "questions": [{"id", "question", "answers": [str, ...]}, ...]}
     {"id": str, "broken": why, "lost": samples}    what stood there cannot be used
 
-`picture` is a path, the bytes of a file, or a PIL image. Captions or questions may be missing, not both.
+`image` is a path, the bytes of a file, or a PIL image. Captions or questions may be missing, not both.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from xformer_mllm.data.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
-MAX_BROKEN_SHARE = 0.01  # a download loses a picture here and there; more than this is a mistake somewhere
+MAX_BROKEN_SHARE = 0.01  # a download loses an image here and there; more than this is a mistake somewhere
 GRACE = 1000  # samples: where their number is not known, ten may be broken before so many have been seen
 NAMED = 5  # broken ones that are named
 VALIDATION_SHARE = 0.01  # of a source that names no validation split
@@ -36,7 +36,7 @@ VALIDATION_SHARE = 0.01  # of a source that names no validation split
 Split = Literal["train", "validation"]
 Record = dict[str, Any]
 Load = Callable[[Image.Image], Image.Image]
-"""An opened picture -> decoded, RGB, upright; ValueError or OSError if it is broken: `load_image` of model/images.py."""
+"""An opened image -> decoded, RGB, upright; ValueError or OSError if it is broken: `load_image` of model/images.py."""
 Item = Callable[[Record, int], Any]
 """A record and the number of the visit (the pass over the data, from 0) -> an item of a training set."""
 
@@ -44,14 +44,14 @@ Item = Callable[[Record, int], Any]
 # ------------------------------------------------------------------------------------------------------- into records
 
 
-def record_of(name: str, picture: Any, captions: Any = None, questions: Sequence[Mapping] = ()) -> Record:
+def record_of(name: str, image: Any, captions: Any = None, questions: Sequence[Mapping] = ()) -> Record:
     """A record, or a broken one that says what it lacks. captions: a text or several, also as {"raw": text}."""
     texts = texts_of(captions)
     kept = [question for question in questions if question["question"] and question["answers"]]
-    if picture is None or (isinstance(picture, str | bytes) and not picture):
-        return broken(name, "no picture")
+    if image is None or (isinstance(image, str | bytes) and not image):
+        return broken(name, "no image")
     if texts or kept:
-        return {"id": name, "picture": picture, "captions": texts, "questions": kept}
+        return {"id": name, "image": image, "captions": texts, "questions": kept}
     if questions:
         return broken(name, "a question without words or without an answer")
     return broken(name, "no caption" if captions is None else "an empty caption")
@@ -92,28 +92,28 @@ def clean(caption: str) -> str:
 # ------------------------------------------------------------------------------------------------------ out of records
 
 
-def open_picture(picture: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Open a record's picture without decoding it. Raises ValueError or OSError, in one line that names it."""
-    if isinstance(picture, Image.Image):
-        return picture
+def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
+    """Open a record's image without decoding it. Raises ValueError or OSError, in one line that names it."""
+    if isinstance(source, Image.Image):
+        return source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own, lower limit
-            image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{picture!s}: no such picture") from None
+        raise FileNotFoundError(f"{source!s}: no such image") from None
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... on foreign bytes
-        place = name if isinstance(picture, bytes) else picture
+        place = name if isinstance(source, bytes) else source
         reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise ValueError(f"{place}: not a picture that can be read ({reason})") from error
-    if isinstance(picture, bytes):
+        raise ValueError(f"{place}: not an image that can be read ({reason})") from error
+    if isinstance(source, bytes):
         image.filename = name  # for `load` to name  # type: ignore[attr-defined]
     return image
 
 
 @dataclass(frozen=True)
 class _Items:
-    """load: decodes. transform: what is made of the picture; without one it stays a PIL image. seed: of what is random.
+    """load: decodes. transform: what is made of the image; without one it stays a PIL image. seed: of what is random.
 
     Everything random is drawn from the seed, the visit and the record's id: a resumed run sees the same caption and crop.
     """
@@ -125,10 +125,10 @@ class _Items:
     def _lot(self, record: Record, visit: int) -> random.Random:
         return random.Random(f"{self.seed}/{visit}/{record['id']}")
 
-    def _image(self, record: Record, lot: random.Random) -> Image.Image | torch.Tensor:
-        image = open_picture(record["picture"], record["id"])
-        with nullcontext() if image is record["picture"] else image:  # closes its file; `close` would drop its pixels
-            return self.load(image) if self.transform is None else self.transform(image, self.load, lot)
+    def _image(self, record: Record, rng: random.Random) -> Image.Image | torch.Tensor:
+        image = open_image(record["image"], record["id"])
+        with nullcontext() if image is record["image"] else image:  # closes its file; `close` would drop its pixels
+            return self.load(image) if self.transform is None else self.transform(image, self.load, rng)
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,19 @@ class CaptionItems(_Items):
     def __call__(self, record: Record, visit: int) -> dict[str, Any]:
         if not record["captions"]:
             raise ValueError(f"{record['id']}: no caption")
-        lot = self._lot(record, visit)
-        caption = lot.choice(record["captions"])
+        rng = self._lot(record, visit)
+        caption = rng.choice(record["captions"])
         text = clean(caption) if self.cleaned else caption
         if not text:
             raise ValueError(f"{record['id']}: no word is left of the caption {caption!r}")
-        return {"id": record["id"], "image": self._image(record, lot), "caption": text}
+        return {"id": record["id"], "image": self._image(record, rng), "caption": text}
 
 
 @dataclass(frozen=True)
 class QuestionItems(_Items):
-    """-> [{"id", "image_id", "image", "question", "answer"}, ...]: the picture's questions.
+    """-> [{"id", "image_id", "image", "question", "answer"}, ...]: the image's questions.
 
-    at_most: so many questions of a picture, drawn anew at every visit. The answer is one of the annotators', drawn anew,
+    at_most: so many questions of an image, drawn anew at every visit. The answer is one of the annotators', drawn anew,
     too: an answer that more of them gave is learned more often.
     """
 
@@ -161,12 +161,12 @@ class QuestionItems(_Items):
     def __call__(self, record: Record, visit: int) -> list[dict[str, Any]]:
         if not record["questions"]:
             raise ValueError(f"{record['id']}: no question")
-        lot = self._lot(record, visit)
+        rng = self._lot(record, visit)
         asked = record["questions"]
         if self.at_most is not None and len(asked) > self.at_most:
-            asked = lot.sample(asked, self.at_most)
-        shared = {"image_id": record["id"], "image": self._image(record, lot)}
-        return [{**shared, **question, "answer": lot.choice(question["answers"])} for question in asked]
+            asked = rng.sample(asked, self.at_most)
+        shared = {"image_id": record["id"], "image": self._image(record, rng)}
+        return [{**shared, **question, "answer": rng.choice(question["answers"])} for question in asked]
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
@@ -206,16 +206,16 @@ class Rows(Protocol):
 
 
 class Table:
-    """Rows in an Arrow table: worker processes share its memory, and the captions of millions of pictures fit."""
+    """Rows in an Arrow table: worker processes share its memory, and the captions of millions of images fit."""
 
     def __init__(self, records: Iterable[Record]):
         from datasets import Dataset as ArrowDataset  # the extra `train`
 
-        columns: dict[str, list] = {"id": [], "picture": [], "captions": [], "questions": []}
+        columns: dict[str, list] = {"id": [], "image": [], "captions": [], "questions": []}
         for record in records:
             for name, column in columns.items():
                 column.append(record[name])
-        columns["picture"] = [str(picture) for picture in columns["picture"]]
+        columns["image"] = [str(image) for image in columns["image"]]
         self._counts = {field: [len(texts) for texts in columns[field]] for field in ("captions", "questions")}
         self._table = ArrowDataset.from_dict(columns)
 
@@ -232,12 +232,12 @@ class Table:
         return self._counts[field]
 
 
-class Pictures(Dataset):
-    """Items of a source whose pictures can be had in any order.
+class Images(Dataset):
+    """Items of a source whose images can be had in any order.
 
-    A picture that cannot be read when it is asked for is replaced by the next one in order that can, so that a run
+    An image that cannot be read when it is asked for is replaced by the next one in order that can, so that a run
     and its resumption see the same items; `broken` holds what was wrong with each, by id. Once more than 1 % of the
-    pictures are broken, ValueError. (Every worker process of a loader counts the broken pictures that it met itself.)
+    images are broken, ValueError. (Every worker process of a loader counts the broken images that it met itself.)
 
     Args:
         name: the source's, for messages.
@@ -281,15 +281,15 @@ class Pictures(Dataset):
                 return self.item(record, int(self._visit))
             except (ValueError, OSError) as error:
                 self._note_broken(record["id"], str(error))
-        raise AssertionError("unreachable: _note_broken stops long before every picture is broken")
+        raise AssertionError("unreachable: _note_broken stops long before every image is broken")
 
     def _note_broken(self, name: str, why: str) -> None:
         self.broken[name] = why
-        logger.warning("left out a broken picture: %s", why)
+        logger.warning("left out a broken image: %s", why)
         check_broken(self.name, len(self.broken), self._total, self.broken)
 
 
-def check_broken(source: str, found: int, total: int, names: Collection[str], what: str = "pictures") -> None:
+def check_broken(source: str, found: int, total: int, names: Collection[str], what: str = "images") -> None:
     """Raise ValueError if more than 1 % is broken."""
     if found > MAX_BROKEN_SHARE * total:
         raise ValueError(

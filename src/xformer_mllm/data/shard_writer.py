@@ -1,4 +1,4 @@
-"""`xformer data shard`: any source of pictures as webdataset shards, as img2dataset writes them.
+"""`xformer data shard`: any source of images as webdataset shards, as img2dataset writes them.
 
     00000.tar            000000000.jpg (or .png, .webp), .txt (the first caption), .json ("id", "captions", "questions",
                          width and height, ...), 000000001.jpg, ...
@@ -25,10 +25,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from xformer_mllm.data.formats import Listed
-from xformer_mllm.data.json_files import read_json, write_whole
-from xformer_mllm.data.records import GRACE, Load, Record, check_broken, open_picture
+from xformer_mllm.data.records import GRACE, Load, Record, check_broken, open_image
 from xformer_mllm.data.shards import Sharded, stats_file
 from xformer_mllm.data.sources import Mixture, find_source
+from xformer_mllm.files import read_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +39,20 @@ QUALITY = 95  # of JPEG, as img2dataset's
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
-    """Any source of pictures as webdataset shards, as img2dataset writes them."""
+    """Any source of images as webdataset shards, as img2dataset writes them."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
     output_dir: Path
     """Where the shards go; a killed run goes on there."""
     images: Path | None = None
-    """The folder of the pictures that a list names, if it is not the list's own."""
+    """The folder of the images that a list names, if it is not the list's own."""
     split: str | None = None
     """Which of the source's own splits; by default train, where it has several."""
     samples_per_shard: int = 10_000
     """Samples in a shard."""
     shortest_side: int | None = None
-    """Pictures whose shorter side is longer are made so small, in pixels; by default files are copied as they are."""
+    """Images whose shorter side is longer are made so small, in pixels; by default files are copied as they are."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for a number that cannot be."""
@@ -62,7 +62,7 @@ class ShardConfig:
 
 
 def shard(config: ShardConfig, load: Load) -> Path:
-    """Run `xformer data shard` and return the folder. load: an opened picture -> RGB.
+    """Run `xformer data shard` and return the folder. load: an opened image -> RGB.
 
     Raises ValueError if the folder holds other shards, or once more than 1 % of what was read is broken.
     """
@@ -74,7 +74,7 @@ def shard(config: ShardConfig, load: Load) -> Path:
     records, total = _records(found, split)
     shards = count = failed = 0
     names: list[str] = []
-    with tqdm(records, total=total, unit="picture") as bar:
+    with tqdm(records, total=total, unit="image") as bar:
         for samples in _chunks(iter(bar), config.samples_per_shard):
             path = config.output_dir / f"{shards:05}.tar"
             stats = _stats(path) or _write_shard(path, samples, shards, config, load, names)
@@ -174,7 +174,7 @@ def _files(record: Record, key: str, load: Load, shortest_side: int | None) -> d
     if "broken" in record:
         raise BrokenError(f"{record['id']}: {record['broken']}")
     try:
-        suffix, content, about = _picture(record, load, shortest_side)
+        suffix, content, about = _image(record, load, shortest_side)
     except (ValueError, OSError) as error:
         raise BrokenError(str(error)) from error
     texts = {"key": key, "id": record["id"], "status": "success"}
@@ -186,9 +186,9 @@ def _files(record: Record, key: str, load: Load, shortest_side: int | None) -> d
     return {**files, f"{key}.json": json.dumps({**texts, **about}, ensure_ascii=False).encode()}
 
 
-def _picture(record: Record, load: Load, shortest_side: int | None) -> tuple[str, bytes, dict[str, int]]:
-    """A picture's suffix, file and sizes. It is decoded in any case, to see that it can be."""
-    opened = open_picture(record["picture"], record["id"])
+def _image(record: Record, load: Load, shortest_side: int | None) -> tuple[str, bytes, dict[str, int]]:
+    """An image's suffix, file and sizes. It is decoded in any case, to see that it can be."""
+    opened = open_image(record["image"], record["id"])
     kept = KEPT.get(opened.format or "")
     image = load(opened)
     about = {"original_width": image.width, "original_height": image.height}
@@ -197,8 +197,8 @@ def _picture(record: Record, load: Load, shortest_side: int | None) -> tuple[str
         size = [max(1, round(length * shortest_side / side)) for length in image.size]
         image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
         suffix, content = ".jpg", _encoded(image, "JPEG", quality=QUALITY)
-    elif kept and not isinstance(record["picture"], Image.Image):
-        raw = record["picture"]
+    elif kept and not isinstance(record["image"], Image.Image):
+        raw = record["image"]
         suffix, content = kept, raw if isinstance(raw, bytes) else Path(raw).read_bytes()
     else:
         suffix, content = ".png", _encoded(image, "PNG")

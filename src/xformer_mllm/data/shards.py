@@ -17,9 +17,9 @@ from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from xformer_mllm.data.captions import PICTURE_SUFFIXES
-from xformer_mllm.data.json_files import read_json
+from xformer_mllm.data.captions import IMAGE_SUFFIXES
 from xformer_mllm.data.records import Record, broken, one_line, record_of
+from xformer_mllm.files import read_json
 
 TAR_END = bytes(1024)  # two blocks of zeros end a tar file
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -165,7 +165,7 @@ def _is_complete(shard: Path) -> bool:
 
 
 def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarFile) -> Record:
-    picture = next((members[suffix] for suffix in members if suffix in PICTURE_SUFFIXES), None)
+    image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
     about: Any = {}
     if ".json" in members:
         try:
@@ -179,7 +179,7 @@ def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarF
         has_text = ".txt" in members
         captions = _read(tar, members[".txt"]).decode("utf-8-sig", "replace") if has_text else about.get("caption")
     questions = about.get("questions") or ()
-    return record_of(name, picture and _read(tar, picture), captions, questions)
+    return record_of(name, image and _read(tar, image), captions, questions)
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

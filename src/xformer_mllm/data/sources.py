@@ -1,6 +1,6 @@
-"""A source of pictures, by what the user calls it -> a data set to train on.
+"""A source of images, by what the user calls it -> a data set to train on.
 
-    DIR                         a folder of pictures with a .txt beside each
+    DIR                         a folder of images with a .txt beside each
     FILE.json                   a list of {"image", "caption"} (BLIP); COCO captions; Karpathy; Visual Genome's regions
     FILE.jsonl                  {"image", "caption"} or {"image", "question", "answers"} a line
     DIR, FILE.tar, PATTERN      webdataset shards: a folder of .tar, one, or cc12m/{00000..01242}.tar
@@ -22,12 +22,11 @@ from torch.utils.data import Dataset
 
 from xformer_mllm.data.formats import Listed, read_folder, read_json_lines_source, read_json_source
 from xformer_mllm.data.huggingface import PREFIX, find_on_hub, is_saved, read_saved
-from xformer_mllm.data.json_files import read_json
 from xformer_mllm.data.records import (
     CaptionItems,
+    Images,
     Item,
     Load,
-    Pictures,
     QuestionItems,
     Split,
     first_names,
@@ -45,6 +44,7 @@ from xformer_mllm.data.streams import (
     any_name,
 )
 from xformer_mllm.data.transforms import Transform
+from xformer_mllm.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +75,14 @@ def open_captions(
     buffer: int = BUFFER,
     cleaned: bool = False,
 ) -> Dataset:
-    """Pictures with captions: items {"id", "image", "caption"}; one of a picture's captions, drawn at every visit.
+    """Images with captions: items {"id", "image", "caption"}; one of an image's captions, drawn at every visit.
 
     Args:
         source: see above.
-        split: the source's own if it names one; else the pictures whose id's hash falls into it: 1 % for validation, of a
+        split: the source's own if it names one; else the images whose id's hash falls into it: 1 % for validation, of a
             folder 10 %. A test split is never used.
-        load: an opened picture -> RGB: `load_image` of model/images.py.
-        images: the folder of the pictures that a list names, or of the sources that a mixture names, if they are not
+        load: an opened image -> RGB: `load_image` of model/images.py.
+        images: the folder of the images that a list names, or of the sources that a mixture names, if they are not
             beside the file.
         transform: "image" is then its uint8[3, S, S]; without one it is a PIL image.
         seed: of captions, crops and, for streams, the order.
@@ -91,8 +91,8 @@ def open_captions(
         cleaned: captions as `records.clean` leaves them.
 
     Returns:
-        Training: `records.Pictures`, which has a length and takes `set_epoch`, or an endless `streams.Stream`.
-        Validation: `records.Pictures`, or a finite `streams.HeldOut`, always in the same order.
+        Training: `records.Images`, which has a length and takes `set_epoch`, or an endless `streams.Stream`.
+        Validation: `records.Images`, or a finite `streams.HeldOut`, always in the same order.
 
     Raises FileNotFoundError, ValueError: in one line, if the source is not there, is of no known format, has no captions,
     or more than 1 % of it is broken.
@@ -113,13 +113,13 @@ def open_questions(
     rank: int = 0,
     world: int = 1,
     buffer: int = BUFFER,
-    questions_per_picture: int | None = None,
+    questions_per_image: int | None = None,
 ) -> Dataset:
-    """Pictures with questions: an item is a list of {"id", "image_id", "image", "question", "answer"} on one picture.
+    """Images with questions: an item is a list of {"id", "image_id", "image", "question", "answer"} on one image.
 
-    questions_per_picture: at most so many, drawn anew at every visit; None for all. The rest is as in `open_captions`.
+    questions_per_image: at most so many, drawn anew at every visit; None for all. The rest is as in `open_captions`.
     """
-    item = QuestionItems(load, transform, seed, questions_per_picture)
+    item = QuestionItems(load, transform, seed, questions_per_image)
     return _open(source, split, item, "questions", images, seed, rank, world, buffer)
 
 
@@ -140,7 +140,7 @@ def find_source(source: str, images: Path | None = None, any_share: bool = False
     if _names_shards(source):
         return find_shards(source)
     if not path.exists():
-        raise FileNotFoundError(f"{source}: no such source of pictures; it must be {KNOWN}")
+        raise FileNotFoundError(f"{source}: no such source of images; it must be {KNOWN}")
     if path.suffix == ".jsonl":
         return read_json_lines_source(path, images, any_share)
     if path.suffix == ".json":
@@ -202,7 +202,7 @@ def _open(
         part = list_part(found, split, field)
         if split == "train":  # said once, by the training split
             _say_left_out(found)
-        return Pictures(found.name, part.rows, item, part.places, found.broken if split == "train" else None)
+        return Images(found.name, part.rows, item, part.places, found.broken if split == "train" else None)
     parts = _parts(found, split, field)
     return Stream(source, parts, item, seed, rank, world, buffer) if split == "train" else HeldOut(parts, item)
 
@@ -253,7 +253,7 @@ def list_part(source: Listed, split: Split, field: Field, weight: float | None =
         ids = rows.ids()
         chosen = places_of([ids[place] for place in places], split, source.validation_share)
         if not chosen:
-            raise ValueError(f"{source.name}: one picture cannot be split into training and validation; add more")
+            raise ValueError(f"{source.name}: one image cannot be split into training and validation; add more")
         places = [places[place] for place in chosen]
     weight = weight or float(sum(counts[place] for place in places))
     return ListPart(source.name, rows, array("q", places), weight)  # forked workers share its memory

@@ -353,8 +353,8 @@ class _Reader:
     def items(self) -> Iterator[Any]:
         ways = [iter(order) for order in self._orders]
         while True:
-            lot = random.Random(f"{self._stream.seed}/{self._reader}/{self._drawn}")
-            (way,) = lot.choices(ways, self._weights)
+            rng = random.Random(f"{self._stream.seed}/{self._reader}/{self._drawn}")
+            (way,) = rng.choices(ways, self._weights)
             self._drawn += 1
             record, visit = next(way)
             self._seen += 1

@@ -1,13 +1,13 @@
-"""A picture -> uint8[3, S, S]: one crop and one flip, which both encoders see.
+"""An image -> uint8[3, S, S]: one crop and one flip, which both encoders see.
 
 Each encoder applies its own mean and deviation in the model, so nothing is normalised here.
 
 Training, BLIP-2's `blip2_image_train` (LAVIS processors/blip_processors.py) and, but for the smallest area, MAE's
 (main_pretrain.py): a random crop of 50-100 % of the area and a ratio of sides between 3:4 and 4:3, resized bicubically;
-flipped sideways every second time. Evaluation, BLIP-2's `blip_image_eval`: the whole picture resized to a square, as
+flipped sideways every second time. Evaluation, BLIP-2's `blip_image_eval`: the whole image resized to a square, as
 `model/processing_xformer.py` does it, pixel by pixel.
 
-A flipped picture no longer fits a caption that says left or right. BLIP-2 flips anyway; flip=False does not.
+A flipped image no longer fits a caption that says left or right. BLIP-2 flips anyway; flip=False does not.
 """
 
 import math
@@ -30,14 +30,14 @@ Decode = Callable[[Image.Image], Image.Image]
 
 
 class Transform(Protocol):
-    """A picture as `Image.open` gives it, not decoded yet -> uint8[3, S, S].
+    """An image as `Image.open` gives it, not decoded yet -> uint8[3, S, S].
 
-    decode: -> PIL RGB, upright; `load_image` of xformer_mllm.model.images. lot: what is random comes from it.
+    decode: -> PIL RGB, upright; `load_image` of xformer_mllm.model.images. rng: what is random comes from it.
     """
 
     size: int
 
-    def __call__(self, image: Image.Image, decode: Decode, lot: random.Random) -> torch.Tensor: ...
+    def __call__(self, image: Image.Image, decode: Decode, rng: random.Random) -> torch.Tensor: ...
 
 
 class TrainTransform:
@@ -48,19 +48,19 @@ class TrainTransform:
     """
 
     def __init__(self, size: int, scale: tuple[float, float] = SCALE, flip: bool = True):
-        """size: of the square, in pixels. scale: smallest and largest share of the picture's area.
+        """size: of the square, in pixels. scale: smallest and largest share of the image's area.
 
         Raises ValueError for what cannot be.
         """
         if size < 1:
-            raise ValueError(f"a picture's size must be at least 1 pixel, not {size}")
+            raise ValueError(f"an image's size must be at least 1 pixel, not {size}")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"a crop's share of the area must lie within 0 and 1, the smallest first, not {scale}")
         self.size, self.scale, self.flip = size, scale, flip
 
-    def __call__(self, image: Image.Image, decode: Decode, lot: random.Random) -> torch.Tensor:
+    def __call__(self, image: Image.Image, decode: Decode, rng: random.Random) -> torch.Tensor:
         width, height = _upright_size(image)
-        left, top, right, bottom = draw_crop(width, height, self.scale, lot)
+        left, top, right, bottom = draw_crop(width, height, self.scale, rng)
         factor = min(right - left, bottom - top) / (self.size * FINER)
         if factor >= 2:
             image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
@@ -69,31 +69,31 @@ class TrainTransform:
         crop = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
         # Pillow's bicubic resizing but for a grey level or two here and there, and several times as fast.
         pixels = torch.nn.functional.interpolate(_tensor(crop)[None], self.size, mode="bicubic", antialias=True)[0]
-        return pixels.flip(2) if self.flip and lot.random() < 0.5 else pixels
+        return pixels.flip(2) if self.flip and rng.random() < 0.5 else pixels
 
 
 class EvalTransform:
-    """The whole picture, resized by Pillow: the very pixels that the processor gives the model at inference."""
+    """The whole image, resized by Pillow: the very pixels that the processor gives the model at inference."""
 
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, image: Image.Image, decode: Decode, lot: random.Random) -> torch.Tensor:
+    def __call__(self, image: Image.Image, decode: Decode, rng: random.Random) -> torch.Tensor:
         return _tensor(decode(image).resize((self.size, self.size), Image.Resampling.BICUBIC)).contiguous()
 
 
-def draw_crop(width: int, height: int, scale: tuple[float, float], lot: random.Random) -> tuple[int, int, int, int]:
+def draw_crop(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a random crop, as torchvision's RandomResizedCrop draws it.
 
-    The area is uniform in `scale` and the ratio log-uniform in `RATIO`; after ten that do not fit into the picture it is
+    The area is uniform in `scale` and the ratio log-uniform in `RATIO`; after ten that do not fit into the image it is
     the largest centred crop whose ratio is within `RATIO`.
     """
     for _ in range(TRIES):
-        area = width * height * lot.uniform(*scale)
-        ratio = math.exp(lot.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
-            left, top = lot.randint(0, width - across), lot.randint(0, height - down)
+            left, top = rng.randint(0, width - across), rng.randint(0, height - down)
             return left, top, left + across, top + down
     across = min(width, max(1, round(height * RATIO[1])))
     down = min(height, max(1, round(width / RATIO[0])))

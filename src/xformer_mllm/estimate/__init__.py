@@ -17,7 +17,7 @@ Three things are told apart by how they are known:
                    backward pass is written and read at the memory's bandwidth
 
 All are those of bf16 autocast on a GPU: frozen parts in bf16, trained ones in fp32, layer norms in fp32, attention by a
-kernel that keeps no map. A cost is that of one picture unless it says otherwise; MB and GB are 10^6 and 10^9 bytes.
+kernel that keeps no map. A cost is that of one image unless it says otherwise; MB and GB are 10^6 and 10^9 bytes.
 
 `D` width, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` tokens of M.
 """

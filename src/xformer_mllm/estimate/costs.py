@@ -53,16 +53,16 @@ class Work:
 
     Args:
         stage: 1 or 2.
-        pictures: the batch on this GPU.
+        images: the batch on this GPU.
         text_tokens: T; of a caption in stage 1, of what is learned to be said in stage 2.
         gpus: how many share the contrastive loss.
-        texts: for each picture, in stage 2 (several where it learns from questions).
+        texts: for each image, in stage 2 (several where it learns from questions).
         prompt_tokens: in front of what is learned, start token included, in stage 2.
         instruction_aware: the Q-Former reads the prompt, in stage 2.
     """
 
     stage: int
-    pictures: int
+    images: int
     text_tokens: int
     gpus: int = 1
     texts: int = 1
@@ -75,7 +75,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of one picture: C, and M as it is read. `mae_patches`: before masking."""
+    """Of one image: C, and M as it is read. `mae_patches`: before masking."""
 
     clip: int
     mae: int
@@ -101,7 +101,7 @@ def _class_token(tower: PreTrainedConfig) -> int:
 
 
 def clip_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
-    """The whole picture, and the trained layer norm behind the tower."""
+    """The whole image, and the trained layer norm behind the tower."""
     clip = config.clip_config
     patches = 2 * _patches(clip, clip.image_size) * 3 * clip.patch_size**2 * clip.hidden_size
     tower = frozen_tower(*sizes.stacks["clip_encoder"], tokens.clip, clip.hidden_size)
@@ -117,7 +117,7 @@ def second_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
 
 
 def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int) -> Cost:
-    """One pass of `queries` and `text` together; either may be 0. Text alone does not read the picture."""
+    """One pass of `queries` and `text` together; either may be 0. Text alone does not read the image."""
     parts, width, heads = config.qformer_config, config.qformer_config.hidden_size, _heads(config)
     both = queries + text
     embedded = norm(both if text else 0, width) + dropout(both, width, parts)  # queries alone are a parameter's view
@@ -184,9 +184,9 @@ def stage1_heads(config: XFormerConfig, work: Work) -> Cost:
     """ITC on queries and text against all GPUs' pairs, ITM on three pairs, ITG on each text token."""
     width, shared = config.qformer_config.hidden_size, config.image_text_hidden_size
     queries, tokens, vocabulary = config.num_query_tokens, work.text_tokens, config.qformer_config.vocab_size
-    pairs = work.pictures * work.gpus
+    pairs = work.images * work.gpus
     itc = linear(queries, width, shared) + linear(1, width, shared)
-    compared = 4 * queries * shared * pairs  # each way: all queries of a picture, or of all pictures, and one text
+    compared = 4 * queries * shared * pairs  # each way: all queries of an image, or of all images, and one text
     itc += Cost(compared, 2 * compared, 2 * pairs * queries * BF16 + 3 * (queries + 1) * shared * FP32)
     itm = linear(3 * queries, width, 2)
     itg = linear(tokens, width, width) + Cost(kept=BF16 * tokens * width) + norm(tokens, width)
@@ -210,7 +210,7 @@ def language_model(config: XFormerConfig, sizes: Sizes, work: Work) -> Cost:
 
 
 def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
-    """Of one picture, by part, in the order of the figure."""
+    """Of one image, by part, in the order of the figure."""
     tokens, queries, text = tokens_of(config, work.stage), config.num_query_tokens, work.text_tokens
     parts = {"CLIP encoder": clip_encoder(config, sizes, tokens)}
     if config.mae_config is not None:
@@ -251,19 +251,19 @@ def memory(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, int]:
         "gradient buckets of DDP (fp32)": FP32 * trained if work.gpus > 1 else 0,
         "AdamW's two moments (fp32)": 2 * FP32 * trained,
         "bf16 copies of trained weights": BF16 * sizes.cast,
-        "kept for the backward pass": work.pictures * total(list(costs(config, sizes, work).values())).kept,
-        "pictures to choose hard negatives from": _candidates(config, work) if work.stage == 1 else 0,
+        "kept for the backward pass": work.images * total(list(costs(config, sizes, work).values())).kept,
+        "images to choose hard negatives from": _candidates(config, work) if work.stage == 1 else 0,
     }
 
 
 def _candidates(config: XFormerConfig, work: Work) -> int:
-    """C (fp32) and M (bf16) of all GPUs' pictures, and of the three pairs of each of ours."""
+    """C (fp32) and M (bf16) of all GPUs' images, and of the three pairs of each of ours."""
     tokens = tokens_of(config, 1)
-    picture = FP32 * tokens.clip * config.clip_config.hidden_size
+    image = FP32 * tokens.clip * config.clip_config.hidden_size
     if tokens.mae:
-        picture += BF16 * tokens.mae * _mae_width(config)
-    everywhere = work.pictures * work.gpus if work.gpus > 1 else 0
-    return (everywhere + 3 * work.pictures) * picture
+        image += BF16 * tokens.mae * _mae_width(config)
+    everywhere = work.images * work.gpus if work.gpus > 1 else 0
+    return (everywhere + 3 * work.images) * image
 
 
 def step_seconds(
@@ -273,8 +273,8 @@ def step_seconds(
 
     What is kept for the backward pass is written once and read once.
     """
-    of_picture = total(list(costs(config, sizes, work).values()))
-    flops = work.pictures * (of_picture.forward + of_picture.backward)
-    moved = 2 * work.pictures * of_picture.kept
+    of_image = total(list(costs(config, sizes, work).values()))
+    flops = work.images * (of_image.forward + of_image.backward)
+    moved = 2 * work.images * of_image.kept
     update = ADAMW_TRAFFIC * sum(sizes.trained.values())
     return passes * (flops / (utilisation * gpu.flops) + moved / gpu.bandwidth) + update / gpu.bandwidth

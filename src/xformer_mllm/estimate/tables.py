@@ -10,15 +10,15 @@ def show(result: dict[str, Any]) -> str:
     work, gpu, assumed, run, step = (result[name] for name in ("work", "gpu", "assumed", "run", "step"))
     blocks = [
         f"{result['recipe']}: {result['variant']}, stage {work['stage']}, on {work['gpus']} x {gpu['name']}, "
-        f"{work['pictures']} pictures each",
+        f"{work['images']} images each",
         _parameter_table(result["parameters"]),
-        _part_table(result["per_picture"]),
+        _part_table(result["per_image"]),
         _lines(
             {
-                "tokens of a picture": ", ".join(f"{n} {_word(w)}" for w, n in result["tokens_per_picture"].items()),
-                "a step": f"{step['pictures']:,} pictures, {step['flops_per_gpu'] / 1e12:,.1f} TFLOP on each GPU, "
-                f"{step['seconds']:.2f} s: {step['pictures_per_second']:,.0f} pictures/s",
-                "the run": f"{run['steps']:,} steps, {run['pictures']:,} pictures ({run['epochs']:.2f} epochs), at most "
+                "tokens of an image": ", ".join(f"{n} {_word(w)}" for w, n in result["tokens_per_image"].items()),
+                "a step": f"{step['images']:,} images, {step['flops_per_gpu'] / 1e12:,.1f} TFLOP on each GPU, "
+                f"{step['seconds']:.2f} s: {step['images_per_second']:,.0f} images/s",
+                "the run": f"{run['steps']:,} steps, {run['images']:,} images ({run['epochs']:.2f} epochs), at most "
                 f"{run['text_tokens'] / 1e9:.2f} G text tokens",
                 "its time": f"{run['hours']:.1f} hours, {run['gpu_hours']:,.0f} GPU-hours, if matrix products reach "
                 f"{100 * assumed['utilisation']:.0f} % of {gpu['flops'] / 1e12:.0f} TFLOP/s",
@@ -41,14 +41,14 @@ def _parameter_table(parameters: dict[str, list[int]]) -> str:
     return _table(["part", "parameters", "trained"], [*rows, ["total", *sums]])
 
 
-def _part_table(per_picture: dict[str, dict[str, int]]) -> str:
-    parts = {name: Cost(**cost) for name, cost in per_picture.items()}
+def _part_table(per_image: dict[str, dict[str, int]]) -> str:
+    parts = {name: Cost(**cost) for name, cost in per_image.items()}
     parts["total"] = total(list(parts.values()))
     rows = [
         [name, f"{cost.forward / 1e9:.1f}", f"{cost.backward / 1e9:.1f}", f"{cost.kept / 1e6:.1f}"]
         for name, cost in parts.items()
     ]
-    return _table(["of a picture", "GFLOP forward", "GFLOP backward", "MB kept"], rows)
+    return _table(["of an image", "GFLOP forward", "GFLOP backward", "MB kept"], rows)
 
 
 def _memory_table(result: dict[str, Any]) -> str:
@@ -69,10 +69,10 @@ def _variant_table(variants: dict[str, Any]) -> str:
     rows = []
     for name, row in variants.items():
         cells = [f"{row['trained'] / 1e6:.1f}"]
-        for key, unit in (("flops_per_picture", 1e9), ("seconds", 1), ("memory", 1e9)):
+        for key, unit in (("flops_per_image", 1e9), ("seconds", 1), ("memory", 1e9)):
             cells += [f"{row[key] / unit:,.2f}", f"{row[key] / base[key]:.3f}"]
         rows.append([name, *cells])
-    head = ["variant", "M trained", "GFLOP a picture", "ratio", "s a pass", "ratio", "GB a GPU", "ratio"]
+    head = ["variant", "M trained", "GFLOP an image", "ratio", "s a pass", "ratio", "GB a GPU", "ratio"]
     return _table(head, rows)
 
 

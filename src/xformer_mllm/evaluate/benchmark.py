@@ -1,4 +1,4 @@
-"""What a benchmark is: records and pictures, how a model is asked, how answers are scored, the official file.
+"""What a benchmark is: records and images, how a model is asked, how answers are scored, the official file.
 
 A benchmark is one file beside this one with one subclass of `Benchmark`; `run.py` lists them.
 """
@@ -19,6 +19,9 @@ from xformer_mllm.model.images import load_image
 # "ci95" is a pair: the 95 % interval of "accuracy".
 Scores = dict[str, dict[str, Any]]
 
+EXPORT_FILE = "export.json"
+"""In a folder of files that `xformer data export` wrote: they hold scenes, not the benchmark."""
+
 LAVIS_WORDS = 50  # of a question
 
 
@@ -27,7 +30,7 @@ class Settings:
     """How a model is asked. Two scores with different settings are two different scores."""
 
     prompt: str
-    """What stands behind the picture; {question} is replaced."""
+    """What stands behind the image; {question} is replaced."""
     num_beams: int
     """1 is greedy; there is no sampling."""
     length_penalty: float
@@ -38,7 +41,7 @@ class Settings:
     plain_question: bool = False
     """As LAVIS's processor blip_question: lower case, without .!"()*#:;~, at most 50 words."""
 
-    def text(self, record: "Question | Picture") -> str:
+    def text(self, record: "Question | CaptionRecord") -> str:
         """The prompt of one record."""
         question = getattr(record, "question", "")
         if self.plain_question:
@@ -51,7 +54,7 @@ def most_new_tokens(model: Any, attention_mask: torch.Tensor, most: int) -> int:
     """How many tokens may follow the prompts: `most`, or fewer where the language model has no more positions.
 
     Args:
-        attention_mask: int64[B, T], 1 where a prompt or its picture is.
+        attention_mask: int64[B, T], 1 where a prompt or its image is.
 
     Raises:
         ValueError: if a prompt itself is longer than that.
@@ -62,7 +65,7 @@ def most_new_tokens(model: Any, attention_mask: torch.Tensor, most: int) -> int:
         return most
     if length > room:
         raise ValueError(
-            f"the prompt is {length:,} tokens with the picture's, the language model reads at most {room:,}; shorten it"
+            f"the prompt is {length:,} tokens with the image's, the language model reads at most {room:,}; shorten it"
         )
     # The last new token is not read again. An encoder-decoder has positions of their own for what it says.
     return min(most, room if config.is_encoder_decoder else room - length + 1)
@@ -84,23 +87,23 @@ ZERO_SHOT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture to caption."""
+class CaptionRecord:
+    """An image to caption."""
 
     id: str
     image_id: str
 
 
-Record = TypeVar("Record", Question, Picture)
+Record = TypeVar("Record", Question, CaptionRecord)
 
 
 class Benchmark(ABC, Generic[Record]):
-    """A set of questions or pictures in its official files.
+    """A set of questions or images in its official files.
 
     Args:
         data: the folder that holds `files`.
         split: one of `splits`.
-        images: the folder of the pictures, if they are not in the usual place in `data`.
+        images: the folder of the images, if they are not in the usual place in `data`.
 
     Raises:
         FileNotFoundError, ValueError: in one line that names the file, if one is missing or not as it should be.
@@ -128,10 +131,10 @@ class Benchmark(ABC, Generic[Record]):
 
     @abstractmethod
     def image_file(self, record: Record) -> Path:
-        """Where a record's picture is."""
+        """Where a record's image is."""
 
     def load(self, record: Record) -> Image.Image:
-        """A record's picture. Raises OSError or ValueError if it is missing or broken."""
+        """A record's image. Raises OSError or ValueError if it is missing or broken."""
         return load_image(self.image_file(record))
 
     @abstractmethod

@@ -6,10 +6,10 @@ does not run, its metric is left out and the reason is given in one line.
 
 - Tokens: Stanford's PTB tokenizer, lower-cased, without pycocoevalcap's list of punctuation. Where Java does not run,
   `plain_tokens` takes its place and the name of every score says so. Over 24,019 human captions of COCO val2014 the two
-  differed on 47, all with abbreviations ("Main St."), parentheses, "!!!" or "cannot"; with one caption of each picture
+  differed on 47, all with abbreviations ("Main St."), parentheses, "!!!" or "cannot"; with one caption of each image
   scored against the others that moved CIDEr-D (0.894) by 0.000001, BLEU-1 by 0.00003 and BLEU-4 by 0.00001.
 - CIDEr-D: a word's weight (idf) comes from the references that are scored, so every group is weighed on its own, as if
-  it were alone: so LAVIS scores NoCaps' out-domain, and with one picture it is always 0. Scores over a part of a split
+  it were alone: so LAVIS scores NoCaps' out-domain, and with one image it is always 0. Scores over a part of a split
   are not comparable with scores over all of it.
 - An empty caption is scored as one without words: 0, whatever the references.
 """
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.evaluate.benchmark import Benchmark, Picture, Scores
+from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord, Scores
 
 PLAIN = " (plain tokenizer)"  # behind the name of a score that was not computed on PTB tokens
 
@@ -44,7 +44,7 @@ NO_CORENLP = (
 FIRST_LINE, LAST_LINE = "firstline", "lastline"
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 PARTIAL = (
-    "not all pictures have a caption: CIDEr-D weighs words by the references that are scored, so it is not comparable with "
+    "not all images have a caption: CIDEr-D weighs words by the references that are scored, so it is not comparable with "
     "one over all of them"
 )
 KINDS = {int: "a whole number", str: "a text", list: "a list"}
@@ -68,12 +68,12 @@ def score_captions(
     candidates: Mapping[str, str],
     groups: Mapping[str, Iterable[str]] | None = None,
 ) -> CaptionScores:
-    """One caption for each picture against its references.
+    """One caption for each image against its references.
 
     Args:
-        references: {picture: its captions, one or more}.
-        candidates: {picture: the caption to score}; pictures without one are not scored.
-        groups: {name: pictures}, each scored as if it were alone; by default {"all": every picture}. A group without
+        references: {image: its captions, one or more}.
+        candidates: {image: the caption to score}; images without one are not scored.
+        groups: {name: images}, each scored as if it were alone; by default {"all": every image}. A group without
             any candidate is left out.
 
     Returns:
@@ -84,17 +84,17 @@ def score_captions(
         ModuleNotFoundError: without pycocoevalcap.
     """
     members = {
-        name: [picture for picture in pictures if picture in candidates]
-        for name, pictures in (groups or {"all": references}).items()
+        name: [image for image in images if image in candidates]
+        for name, images in (groups or {"all": references}).items()
     }
-    members = {name: pictures for name, pictures in members.items() if pictures}
+    members = {name: images for name, images in members.items() if images}
     if not members:
         return CaptionScores({"all": {"n": 0}}, {})
     scores: Scores = {name: {} for name in members}
     not_computed = {}
-    tokens, reason = _tokenised({picture: [candidates[picture], *references[picture]] for picture in candidates})
-    for name, pictures in members.items():
-        found = _overlap_scores({picture: tokens[picture] for picture in pictures})
+    tokens, reason = _tokenised({image: [candidates[image], *references[image]] for image in candidates})
+    for name, images in members.items():
+        found = _overlap_scores({image: tokens[image] for image in images})
         scores[name] |= {metric + (PLAIN if reason else ""): value for metric, value in found.items()}
     if reason:
         not_computed = {"PTB tokenizer": reason, "METEOR": reason, "SPICE": reason}
@@ -105,19 +105,19 @@ def score_captions(
                     scores[name][metric] = value
             except NotComputedError as error:
                 not_computed[metric] = str(error)
-    for name, pictures in members.items():
-        scores[name]["n"] = len(pictures)
+    for name, images in members.items():
+        scores[name]["n"] = len(images)
     return CaptionScores(scores, not_computed)
 
 
 def _overlap_scores(tokens: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """What needs no Java. tokens: {picture: [candidate, reference, ...]}, tokens separated by spaces."""
+    """What needs no Java. tokens: {image: [candidate, reference, ...]}, tokens separated by spaces."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    references = {picture: list(texts[1:]) for picture, texts in tokens.items()}
-    candidates = {picture: [texts[0]] for picture, texts in tokens.items()}
+    references = {image: list(texts[1:]) for image, texts in tokens.items()}
+    candidates = {image: [texts[0]] for image, texts in tokens.items()}
     cider, _ = Cider().compute_score(references, candidates)
     bleu, _ = Bleu(4).compute_score(references, candidates, verbose=0)
     rouge, _ = Rouge().compute_score(references, candidates)
@@ -174,7 +174,7 @@ def plain_tokens(caption: str) -> str:
 
 
 def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """METEOR 1.5 of each group; every picture is compared once. Raises NotComputedError."""
+    """METEOR 1.5 of each group; every image is compared once. Raises NotComputedError."""
     command = ["java", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     seconds = _patience(sum(len(texts) for texts in tokens.values()))
     end = time.monotonic() + seconds
@@ -222,28 +222,28 @@ def _ask_meteor(
         return read()
 
     compared = {}
-    for picture in dict.fromkeys(picture for group in groups.values() for picture in group):
-        candidate, *references = tokens[picture]
-        compared[picture] = ask("SCORE", *references, candidate)
+    for image in dict.fromkeys(image for group in groups.values() for image in group):
+        candidate, *references = tokens[image]
+        compared[image] = ask("SCORE", *references, candidate)
     scores = {}
     for name, group in groups.items():
-        ask("EVAL", *(compared[picture] for picture in group))  # the answers are the score of each picture,
+        ask("EVAL", *(compared[image] for image in group))  # the answers are the score of each image,
         scores[name] = [float(read()) for _ in group][-1]  # and then that of all of them
     return scores
 
 
 def _spice(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """SPICE 1.0 of each group: the mean F over its pictures. Raises NotComputedError.
+    """SPICE 1.0 of each group: the mean F over its images. Raises NotComputedError.
 
     Without pycocoevalcap's cache of parses, which would grow in the installed package.
     """
     folder = _package() / "spice"
     if not all((folder / "lib" / jar).is_file() for jar in CORENLP_JARS):
         raise NotComputedError(NO_CORENLP)
-    pictures = list(dict.fromkeys(picture for group in groups.values() for picture in group))
+    images = list(dict.fromkeys(image for group in groups.values() for image in group))
     rows = [
-        {"image_id": place, "test": tokens[picture][0], "refs": list(tokens[picture][1:])}
-        for place, picture in enumerate(pictures)
+        {"image_id": place, "test": tokens[image][0], "refs": list(tokens[image][1:])}
+        for place, image in enumerate(images)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         asked, told = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
@@ -252,10 +252,10 @@ def _spice(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[st
         _run_java(arguments, folder, "", _patience(sum(len(texts) for texts in tokens.values())))
         try:
             found = {
-                pictures[row["image_id"]]: float(row["scores"]["All"]["f"])
+                images[row["image_id"]]: float(row["scores"]["All"]["f"])
                 for row in json.loads(told.read_text(encoding="utf-8"))
             }
-            return {name: sum(found[picture] for picture in group) / len(group) for name, group in groups.items()}
+            return {name: sum(found[image] for image in group) / len(group) for name, group in groups.items()}
         except (OSError, ValueError, LookupError, TypeError):
             raise NotComputedError("SPICE ended without scores") from None
 
@@ -305,8 +305,8 @@ def _one_line(printed: bytes) -> str:
 # ---------------------------------------------------------------------------------------------------------- benchmarks
 
 
-class CaptionBenchmark(Benchmark[Picture]):
-    """Pictures with reference captions; the official results are COCO's, [{"image_id": 42, "caption": "..."}].
+class CaptionBenchmark(Benchmark[CaptionRecord]):
+    """Images with reference captions; the official results are COCO's, [{"image_id": 42, "caption": "..."}].
 
     A subclass sets `records`, whose ids are whole numbers as text, `references` ({record id: captions}) and `groups`
     ({name: record ids}).
@@ -319,7 +319,7 @@ class CaptionBenchmark(Benchmark[Picture]):
     references: Mapping[str, Sequence[str]]
     groups: Mapping[str, Sequence[str]]
 
-    def truth(self, record: Picture) -> str:
+    def truth(self, record: CaptionRecord) -> str:
         """The first reference."""
         return next(iter(self.references.get(record.id, ())), "")
 
@@ -353,11 +353,11 @@ def field(record: Any, key: str, kind: type, where: str) -> Any:
     return value
 
 
-def unique(pictures: Sequence[Picture], file: Path) -> Sequence[Picture]:
-    """The pictures. Raises ValueError if an id stands there twice, or if there is none at all."""
-    twice = [name for name, times in Counter(picture.id for picture in pictures).items() if times > 1]
+def unique(images: Sequence[CaptionRecord], file: Path) -> Sequence[CaptionRecord]:
+    """The images. Raises ValueError if an id stands there twice, or if there is none at all."""
+    twice = [name for name, times in Counter(image.id for image in images).items() if times > 1]
     if twice:
         raise ValueError(f"{file}: {len(twice)} repeated image ids ({', '.join(twice[:3])})")
-    if not pictures:
-        raise ValueError(f"{file}: no pictures of this split")
-    return pictures
+    if not images:
+        raise ValueError(f"{file}: no images of this split")
+    return images

@@ -1,4 +1,4 @@
-"""COCO captions on Karpathy's test and val split: 5,000 pictures each, all of val2014, five or more captions a picture.
+"""COCO captions on Karpathy's test and val split: 5,000 images each, all of val2014, five or more captions an image.
 
 Two files hold the split, either will do:
 - dataset_coco.json, Karpathy's own (cs.stanford.edu/people/karpathy/deepimagesent): {"images": [{"filepath", "filename",
@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.data.json_files import read_json
 from xformer_mllm.data.karpathy import read_karpathy
-from xformer_mllm.evaluate.benchmark import Picture, Settings
+from xformer_mllm.evaluate.benchmark import CaptionRecord, Settings
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark, field, unique
+from xformer_mllm.files import read_json
 
 PROMPT = "a photo of"
 BLIP2 = Settings(prompt=PROMPT, num_beams=5, length_penalty=1.0, max_new_tokens=30, min_new_tokens=8)
@@ -45,7 +45,7 @@ class CocoCaptions(CaptionBenchmark):
             repetition_penalty=1.15,
         ),
     }
-    files = "dataset_coco.json or coco_karpathy_{test,val}.json, and the pictures in val2014/"
+    files = "dataset_coco.json or coco_karpathy_{test,val}.json, and the images in val2014/"
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         karpathy, lavis = data / "dataset_coco.json", data / f"coco_karpathy_{split}.json"
@@ -55,13 +55,13 @@ class CocoCaptions(CaptionBenchmark):
                 f"{data}: neither {karpathy.name} nor {lavis.name} is there; put one of them there"
             )
         rows = _read_karpathy(karpathy, split) if file == karpathy else _read_lavis(lavis)
-        self.records = unique([Picture(image_id, image_id) for image_id, _, _ in rows], file)
+        self.records = unique([CaptionRecord(image_id, image_id) for image_id, _, _ in rows], file)
         self.references = {image_id: captions for image_id, _, captions in rows}
         self.groups = {"all": [record.id for record in self.records]}
         folder = images or data / "val2014"
         self._files = {image_id: folder / name for image_id, name, _ in rows}
 
-    def image_file(self, record: Picture) -> Path:
+    def image_file(self, record: CaptionRecord) -> Path:
         return self._files[record.id]
 
 
@@ -69,11 +69,11 @@ Row = tuple[str, str, list[str]]  # image id, file name, captions
 
 
 def _read_karpathy(file: Path, split: str) -> list[Row]:
-    pictures = [picture for picture in read_karpathy(file) if picture.split == split]
-    for picture in pictures:
-        if not picture.image_id.isdigit():
-            raise ValueError(f"{file}: {picture.path} has no number as its cocoid")
-    return [(p.image_id, Path(p.path).name, _some(list(p.captions), f"{file}: {p.path}")) for p in pictures]
+    images = [image for image in read_karpathy(file) if image.split == split]
+    for image in images:
+        if not image.image_id.isdigit():
+            raise ValueError(f"{file}: {image.path} has no number as its cocoid")
+    return [(p.image_id, Path(p.path).name, _some(list(p.captions), f"{file}: {p.path}")) for p in images]
 
 
 def _read_lavis(file: Path) -> list[Row]:
@@ -103,7 +103,7 @@ def _lavis_row(image: Any, where: str) -> Row:
 
 
 def read_captions(content: Any, file: Path, image_ids: Sequence[str]) -> dict[str, list[str]]:
-    """COCO's "annotations" -> {image id: captions} of these pictures. Raises ValueError if one has no caption."""
+    """COCO's "annotations" -> {image id: captions} of these images. Raises ValueError if one has no caption."""
     captions: dict[str, list[str]] = {image_id: [] for image_id in image_ids}
     for place, row in enumerate(field(content, "annotations", list, f"{file}:")):
         where = f"{file}: annotations[{place}]"
@@ -112,7 +112,7 @@ def read_captions(content: Any, file: Path, image_ids: Sequence[str]) -> dict[st
             captions[image_id].append(caption)
     without = [image_id for image_id, found in captions.items() if not found]
     if without:
-        raise ValueError(f"{file}: no captions of {len(without)} pictures ({', '.join(without[:3])})")
+        raise ValueError(f"{file}: no captions of {len(without)} images ({', '.join(without[:3])})")
     return captions
 
 

@@ -1,7 +1,7 @@
 """Exact match: accuracy by type of question, what can be answered blind, and two models on the same questions.
 
 The rule is GQA's, as every answer here is one word: equal after lower-casing and stripping. Intervals: Wilson's for one
-model; for the difference of two a bootstrap over pictures, since the questions of one picture stand or fall together.
+model; for the difference of two a bootstrap over images, since the questions of one image stand or fall together.
 """
 
 import math
@@ -45,7 +45,7 @@ def predictions_of(questions: Iterable[Question], answers: Mapping[str, str]) ->
 
 @dataclass(frozen=True)
 class Blind:
-    """What can be answered without the picture, learned from training questions.
+    """What can be answered without the image, learned from training questions.
 
     by_type: the most frequent answer to each type of question; by_words: to each question's very words.
     """
@@ -75,7 +75,7 @@ def score(predictions: Sequence[Prediction], blind: Blind | None = None) -> dict
     """Accuracy by group: "all", each question type, "structural:x" and "semantic:x".
 
     {group: {"accuracy", "n", "ci95": [low, high] (Wilson)}}, and if `blind` is given, what is right without looking at
-    the picture: "majority" (most frequent training answer to the type of question) and "question_only" (to the words).
+    the image: "majority" (most frequent training answer to the type of question) and "question_only" (to the words).
     """
     scores = {}
     for group, rows in _grouped(predictions).items():
@@ -119,22 +119,22 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction], seed: int
     """`second` minus `first` on the same questions.
 
     {group: {"difference", "ci95": [low, high], "n", "only_first", "only_second", "clear"}}: `only_first` counts the
-    questions that only the first answered correctly. ci95 is a percentile bootstrap over pictures. `clear`: the
+    questions that only the first answered correctly. ci95 is a percentile bootstrap over images. `clear`: the
     interval leaves out 0 and the two disagree on enough questions to tell.
 
     Raises ValueError if the questions are not the same.
     """
     if [row["id"] for row in first] != [row["id"] for row in second]:
         raise ValueError("the two lists of predictions are not about the same questions in the same order")
-    pictures = {image_id: place for place, image_id in enumerate(dict.fromkeys(row["image_id"] for row in first))}
+    images = {image_id: place for place, image_id in enumerate(dict.fromkeys(row["image_id"] for row in first))}
     groups = {group: place for place, group in enumerate(_grouped(first))}
-    gains, asked = np.zeros((2, len(pictures), len(groups)))
+    gains, asked = np.zeros((2, len(images), len(groups)))
     only = np.zeros((2, len(groups)), dtype=int)
     for one, other in zip(first, second, strict=True):
         for group in _groups(one):
             gain = int(other["credit"]) - int(one["credit"])
-            gains[pictures[one["image_id"]], groups[group]] += gain
-            asked[pictures[one["image_id"]], groups[group]] += 1
+            gains[images[one["image_id"]], groups[group]] += gain
+            asked[images[one["image_id"]], groups[group]] += 1
             if gain:
                 only[(gain + 1) // 2, groups[group]] += 1
     low, high = _bootstrap(gains, asked, seed)
@@ -145,12 +145,12 @@ def compare(first: Sequence[Prediction], second: Sequence[Prediction], seed: int
 
 
 def _bootstrap(gains: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
-    """2.5 % and 97.5 % points of sum(gains) / sum(asked) over resampled pictures.
+    """2.5 % and 97.5 % points of sum(gains) / sum(asked) over resampled images.
 
-    gains, asked: float[pictures, groups] -> float[2, groups].
+    gains, asked: float[images, groups] -> float[2, groups].
     """
-    pictures = len(gains)
-    weights = np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES)
+    images = len(gains)
+    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
     total = weights @ asked
     ratios = np.divide(weights @ gains, total, out=np.full_like(total, np.nan), where=total > 0)
     return np.nanquantile(ratios, (0.025, 0.975), axis=0)

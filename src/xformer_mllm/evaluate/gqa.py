@@ -1,4 +1,4 @@
-"""GQA: compositional questions about pictures, by the dataset's own measures.
+"""GQA: compositional questions about images, by the dataset's own measures.
 
 Equal to GQA's eval.py (eval.zip of gqadataset.org) but for its grounding score, which needs a model's attention over a
 grid. eval.py compares strings as they are, and GQA's answers are in lower case; a language model's are not always, so
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.data.json_files import read_json
 from xformer_mllm.data.questions import Question
 from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
 from xformer_mllm.evaluate.vqa_accuracy import normalised
+from xformer_mllm.files import read_json
 
 STRUCTURAL = ("query", "verify", "choose", "compare", "logical")
 SEMANTIC = {"attr": "attribute", "cat": "category", "global": "global", "obj": "object", "rel": "relation"}

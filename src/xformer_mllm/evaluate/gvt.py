@@ -1,4 +1,4 @@
-"""GVTBench: how many objects of a class a picture shows, and whether it shows one, on COCO and VCR.
+"""GVTBench: how many objects of a class an image shows, and whether it shows one, on COCO and VCR.
 
 Two named scores of the same answers. "all" is GVT's own (count.py and multiclass.py in gvt/modules/evaluations of
 github.com/TencentARC/GVT), with its parser's quirks: number words are replaced wherever they occur, so that "someone"
@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from xformer_mllm.data.json_files import read_json
 from xformer_mllm.data.questions import Question
 from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores, Settings
+from xformer_mllm.files import read_json
 
 # Upstream's table, in its order, with its misspelling.
 GVT_WORDS = {
@@ -41,7 +41,7 @@ NUMBERS_IN_BIN = 3  # of count.py's bins by the right number
 
 
 class Row(NamedTuple):
-    """A model's text, the file's answer to it, and how many objects of any class the picture shows."""
+    """A model's text, the file's answer to it, and how many objects of any class the image shows."""
 
     text: str
     truth: str
@@ -95,7 +95,7 @@ def identification_scores(rows: Sequence[Row]) -> Scores:
 
 
 def _named_scores(rows: Sequence[Row], measure: Any, constant: str) -> Scores:
-    """Both named scores, the constant answer's, and both by how many objects the picture shows."""
+    """Both named scores, the constant answer's, and both by how many objects the image shows."""
     if not rows:
         return {"all": {"n": 0}}
     scores = {"all": measure(rows, strict=False), "strict": measure(rows, strict=True)}

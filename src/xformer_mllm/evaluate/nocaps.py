@@ -1,12 +1,12 @@
-"""NoCaps (nocaps.org): captions of Open Images pictures with things that COCO's captions name, name seldom or do not.
+"""NoCaps (nocaps.org): captions of Open Images images with things that COCO's captions name, name seldom or do not.
 
-Val: 4,500 pictures with 10 captions each, 648 in-domain, 2,938 near-domain and 914 out-domain. Test: 10,600 pictures,
+Val: 4,500 images with 10 captions each, 648 in-domain, 2,938 near-domain and 914 out-domain. Test: 10,600 images,
 whose captions are not public; their results go to the EvalAI server (challenge 355).
 
 Files, both in COCO's format (nocaps.org/download):
 - nocaps_val_4500_captions.json: {"images": [{"id", "file_name", "domain"}], "annotations": [{"image_id", "caption"}]}.
 - nocaps_test_image_info.json: {"images": [{"id", "file_name"}]}.
-The pictures are named by their Open Images id, 0013ea2087020901.jpg.
+The images are named by their Open Images id, 0013ea2087020901.jpg.
 
 Every domain is scored as if it were alone: CIDEr-D's idf comes from its own references. So do those who score without
 the server: LAVIS, which keeps the out-domain only, and EVCap (scripts/eval_evcap_nocaps.sh), from a file for each domain.
@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.data.json_files import read_json
-from xformer_mllm.evaluate.benchmark import Picture, Scores, Settings
+from xformer_mllm.evaluate.benchmark import CaptionRecord, Scores, Settings
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark, field, unique
 from xformer_mllm.evaluate.coco_captions import BLIP2, read_captions
+from xformer_mllm.files import read_json
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
@@ -29,7 +29,7 @@ NOT_PUBLIC = "the captions of the test split are not public: upload official.jso
 
 
 class NoCaps(CaptionBenchmark):
-    """Args: as Benchmark; `images` is the folder that holds the pictures, by default images in `data`."""
+    """Args: as Benchmark; `images` is the folder that holds the images, by default images in `data`."""
 
     name = "nocaps"
     splits = ("val", "test")
@@ -44,7 +44,7 @@ class NoCaps(CaptionBenchmark):
             repetition_penalty=1.15,
         ),
     }
-    files = "nocaps_val_4500_captions.json (test: nocaps_test_image_info.json), and the pictures in images/"
+    files = "nocaps_val_4500_captions.json (test: nocaps_test_image_info.json), and the images in images/"
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         file = data / FILES[split]
@@ -55,7 +55,7 @@ class NoCaps(CaptionBenchmark):
             f"{file}: images[{place}]": row for place, row in enumerate(field(content, "images", list, f"{file}:"))
         }
         ids = [str(field(row, "id", int, where)) for where, row in rows.items()]
-        self.records = unique([Picture(image_id, image_id) for image_id in ids], file)
+        self.records = unique([CaptionRecord(image_id, image_id) for image_id in ids], file)
         folder = images or data / "images"
         names = [field(row, "file_name", str, where) for where, row in rows.items()]
         self._files = {image_id: folder / name for image_id, name in zip(ids, names, strict=True)}
@@ -70,7 +70,7 @@ class NoCaps(CaptionBenchmark):
             self.references, self.groups = {}, {}
             self.not_computed = {"every score": NOT_PUBLIC}
 
-    def image_file(self, record: Picture) -> Path:
+    def image_file(self, record: CaptionRecord) -> Path:
         return self._files[record.id]
 
     def score(self, answers: Mapping[str, str]) -> Scores:

@@ -1,4 +1,4 @@
-"""OK-VQA: questions that need knowledge from outside the picture, in VQA's file format and by VQA's accuracy."""
+"""OK-VQA: questions that need knowledge from outside the image, in VQA's file format and by VQA's accuracy."""
 
 from collections.abc import Mapping
 
@@ -28,7 +28,7 @@ class OkVqa(Vqav2):
         f"{Vqav2.normalisation}; the annotators' answers are stemmed (not for 'raw answers'), the predictions are not"
     )
     files = (
-        "OpenEnded_mscoco_val2014_questions.json, mscoco_val2014_annotations.json and the pictures "
+        "OpenEnded_mscoco_val2014_questions.json, mscoco_val2014_annotations.json and the images "
         "val2014/COCO_val2014_*.jpg"
     )
     official_files = {

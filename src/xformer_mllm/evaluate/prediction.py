@@ -4,7 +4,7 @@ What was answered is kept at once, batch by batch, in `parts/` of the output fol
 however many processes there are and however often a run is killed, so the answers are, too: a model's answer can
 depend on its neighbours in a batch by a rounding error.
 
-Several processes: `torchrun --nproc-per-node N -m xformer_mllm.cli evaluate ...`, or accelerate launch.
+Several processes: `torchrun --nproc-per-node N -m xformer_mllm evaluate ...`, or accelerate launch.
 """
 
 import json
@@ -21,18 +21,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from xformer_mllm.checkpoints import bf16_is_fast
-from xformer_mllm.data.json_files import write_whole
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import Benchmark, Picture, Settings, most_new_tokens
+from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord, Settings, most_new_tokens
+from xformer_mllm.files import write_whole
 
-Record = Question | Picture
+Record = Question | CaptionRecord
 
 TIMEOUT = timedelta(days=1)  # the others wait for whoever had most left to do, after a resumption for long
 
 
 @dataclass(frozen=True)
 class Answers:
-    """answers: {record id: answer}; problems: {image id: why its picture could not be read}."""
+    """answers: {record id: answer}; problems: {image id: why its image could not be read}."""
 
     answers: Mapping[str, str]
     problems: Mapping[str, str]
@@ -53,13 +53,13 @@ def predict(
     workers: int = 0,
     made_by: Mapping[str, Any] | None = None,
 ) -> Answers:
-    """Ask the model about every record whose picture can be read.
+    """Ask the model about every record whose image can be read.
 
     Args:
         model, processor: of stage 2; on the device where they are to run.
         output_dir: where `parts/` goes; the caller removes it (`forget`) once the answers are safe.
-        batch_size: records a batch; a picture whose records stand together is encoded once per batch.
-        workers: processes that read pictures, for each process that answers.
+        batch_size: records a batch; an image whose records stand together is encoded once per batch.
+        workers: processes that read images, for each process that answers.
         made_by: what the answers depend on beside the settings (model, data); kept to tell another run's parts.
 
     Raises:
@@ -87,11 +87,11 @@ def forget(output_dir: Path) -> None:
 
 
 def _batches(records: Sequence[Record], batch_size: int) -> list[list[Record]]:
-    """All records, those of one picture side by side."""
-    pictures: dict[str, list[Record]] = {}
+    """All records, those of one image side by side."""
+    images: dict[str, list[Record]] = {}
     for record in records:
-        pictures.setdefault(record.image_id, []).append(record)
-    ordered = [record for group in pictures.values() for record in group]
+        images.setdefault(record.image_id, []).append(record)
+    ordered = [record for group in images.values() for record in group]
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
@@ -158,23 +158,23 @@ def _answer(
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast())
     bar = tqdm(total=sum(map(len, batches)), unit="record", desc=f"process {processes().process_index}")
     with precision, path.open("a", encoding="utf-8") as file, bar:
-        pictures = 0
+        images = 0
         for readable, pixels, problems in loader:
             rows = [{"id": record_id, "problem": problem} for record_id, problem in problems.items()]
             if readable:
                 texts = generate_answers(model, processor, readable, pixels.to(device), settings)
                 rows += [{"id": r.id, "answer": text} for r, text in zip(readable, texts, strict=True)]
-                pictures += len(pixels)
+                images += len(pixels)
             file.write("".join(map(_line, rows)))
             file.flush()
             bar.update(len(rows))
-            bar.set_postfix_str(f"{pictures / max(bar.format_dict['elapsed'], 1e-9):.1f} pictures/s")
+            bar.set_postfix_str(f"{images / max(bar.format_dict['elapsed'], 1e-9):.1f} images/s")
 
 
 def generate_answers(
     model: Any, processor: Any, records: Sequence[Record], pixels: torch.Tensor, settings: Settings
 ) -> list[str]:
-    """One answer for each record. pixels: the records' different pictures, in the order of their first record.
+    """One answer for each record. pixels: the records' different images, in the order of their first record.
 
     Raises:
         ValueError: if a prompt is longer than the language model reads.
@@ -197,7 +197,7 @@ def generate_answers(
 
 
 class _Inputs(Dataset):
-    """Batches of records -> (the records whose picture can be read, their pictures' pixels, {record id: problem})."""
+    """Batches of records -> (the records whose image can be read, their images' pixels, {record id: problem})."""
 
     def __init__(self, batches: Sequence[Sequence[Record]], benchmark: Benchmark, processor: Any):
         self.batches, self.benchmark, self.processor = batches, benchmark, processor

@@ -1,20 +1,20 @@
 """Where the queries look, and how different they are: `xformer queries` (the paper's query analysis).
 
-A query's attention map over a picture is its cross-attention averaged over heads and over the layers that read the
-picture, the class token left out, scaled to sum 1 over the patches:
+A query's attention map over an image is its cross-attention averaged over heads and over the layers that read the
+image, the class token left out, scaled to sum 1 over the patches:
 
     over CLIP tokens   C, in every layer of the Q-Former that reads it
     over MAE tokens    M', in every block of X-Former's dual cross-attention (`concat`: M, beside C)
 
-Scores of one picture, from the mean cosine over all pairs of different queries:
+Scores of one image, from the mean cosine over all pairs of different queries:
 
     attention diversity   1 - mean cosine of the maps; 0: all queries look at the same patches, 1: no two share a patch
     output similarity     mean cosine of the output queries Z'; 1: all say the same
 
-A model's score is the mean over pictures, with a 95 % percentile bootstrap interval over pictures; two models are
-compared picture by picture. No text is read: an instruction-aware model, too, sees the picture alone.
+A model's score is the mean over images, with a 95 % percentile bootstrap interval over images; two models are
+compared image by image. No text is read: an instruction-aware model, too, sees the image alone.
 
-`I` pictures, `Q` queries, `N` CLIP tokens, `P` patches, `D` Q-Former width.
+`I` images, `Q` queries, `N` CLIP tokens, `P` patches, `D` Q-Former width.
 """
 
 import json
@@ -35,11 +35,10 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import normalize
 
+from xformer_mllm import defaults
 from xformer_mllm.checkpoints import load_model
-from xformer_mllm.data.easy_vqa import EasyVqaQuestions
-from xformer_mllm.data.json_files import write_whole
-from xformer_mllm.data.scenes import SceneCaptions
-from xformer_mllm.evaluate.inference import KINDS, open_picture
+from xformer_mllm.files import write_whole
+from xformer_mllm.inference import KINDS, open_image
 from xformer_mllm.report.queries import QueryAnalysis, query_page, verdict
 from xformer_mllm.report.wording import display_name
 
@@ -54,7 +53,7 @@ DEFINITIONS = {
 }
 
 RESAMPLES = 2_000
-FEWEST_PICTURES = 10  # that have an interval
+FEWEST_IMAGES = 10  # that have an interval
 TILES = 8  # queries shown of each model
 TILE_PIXELS = 104
 # Heat, from none to most: light yellow through orange to dark red; it gets darker all the way, so it reads without colour.
@@ -73,20 +72,20 @@ class QueriesConfig:
     images: tuple[str, ...] = ()
     """Paths, or scene:SPLIT:INDEX; in place of --data."""
     data: Literal["scenes", "easy-vqa"] = "scenes"
-    """Whose test pictures to look at."""
+    """Whose test images to look at."""
     size: int = 200
     """How many of them the scores are over."""
     overlays: int = 4
-    """Heat maps are drawn for the first so many pictures."""
+    """Heat maps are drawn for the first so many images."""
     batch_size: int = 32
-    """Pictures at a time."""
+    """Images at a time."""
     output_dir: Path = Path("runs/queries")
     """Where queries.json, queries.html and overlays/ go."""
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What a model's queries did on I pictures.
+    """What a model's queries did on I images.
 
     maps: {"CLIP": [I, Q, S, S], "MAE": ...}, each map's sum over its S x S patches is 1; outputs: Z', [I, Q, D].
     """
@@ -111,7 +110,7 @@ def queries(config: QueriesConfig) -> dict[str, Any]:
     began = time.time()
     names = model_names(config.models)
     analysis = analyse(
-        dict(zip(names, config.models, strict=True)), pictures_of(config), config.batch_size, config.overlays
+        dict(zip(names, config.models, strict=True)), images_of(config), config.batch_size, config.overlays
     )
     folder = config.output_dir
     (folder / "overlays").mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,7 @@ def queries(config: QueriesConfig) -> dict[str, Any]:
         os.replace(partial, folder / files[name])
     provenance = {
         "Models": ", ".join(map(str, config.models)),
-        "Pictures": f"{analysis.pictures:,}, {'as named' if config.images else f'of the test split of {config.data}'}",
+        "Images": f"{analysis.image_count:,}, {'as named' if config.images else f'of the test split of {config.data}'}",
         "Versions": f"xformer-mllm {version('xformer-mllm')}, torch {version('torch')}, Python {platform.python_version()}",
         "Finished": time.strftime("%Y-%m-%d %H:%M %Z"),
         "Wall time": f"{time.time() - began:.1f} s",
@@ -132,7 +131,7 @@ def queries(config: QueriesConfig) -> dict[str, Any]:
         "models": analysis.models,
         "differences": analysis.differences,
         "definitions": analysis.definitions,
-        "pictures": analysis.pictures,
+        "images": analysis.image_count,
         "overlays": files,
     }
     write_whole(folder / "queries.html", query_page(analysis, provenance))
@@ -142,18 +141,13 @@ def queries(config: QueriesConfig) -> dict[str, Any]:
     return found
 
 
-def pictures_of(config: QueriesConfig) -> dict[str, Image.Image]:
-    """Name -> picture, the named ones or those of a test split."""
+def images_of(config: QueriesConfig) -> dict[str, Image.Image]:
+    """Name -> image, the named ones or those of a test split."""
     if config.images:
-        return {name: open_picture(name) for name in config.images}
+        return {name: open_image(name) for name in config.images}
     if config.size < 1:
         raise ValueError(f"size must be at least 1, not {config.size}")
-    if config.data == "scenes":
-        scenes = SceneCaptions("test", config.size)
-        return {f"scene:test:{number}": scenes[number]["image"] for number in range(config.size)}
-    dataset = EasyVqaQuestions("test")
-    ids = list(dict.fromkeys(question.image_id for question in dataset.questions))[: config.size]
-    return {image_id: dataset.picture(image_id) for image_id in ids}
+    return defaults.test_images(config.data, config.size)
 
 
 def model_names(folders: Sequence[Path]) -> list[str]:
@@ -182,15 +176,15 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
 
 
 def analyse(
-    models: Mapping[str, Path], pictures: Mapping[str, Image.Image], batch_size: int = 32, overlays: int = 4
+    models: Mapping[str, Path], images: Mapping[str, Image.Image], batch_size: int = 32, overlays: int = 4
 ) -> QueryAnalysis:
-    """The queries of trained models over the same pictures.
+    """The queries of trained models over the same images.
 
     Args:
         models: {name: folder of a model of either stage, or of its run}; the others are compared with the first.
-        pictures: {name: picture}.
-        batch_size: pictures at a time.
-        overlays: how many of the pictures are drawn with their heat maps.
+        images: {name: image}.
+        batch_size: images at a time.
+        overlays: how many of the images are drawn with their heat maps.
 
     Raises:
         ValueError, FileNotFoundError: in one line, if a folder holds no such model.
@@ -198,7 +192,7 @@ def analyse(
     looked = {}
     for name, folder in models.items():
         model, processor = load_model(folder, KINDS, attention="eager")  # no other implementation keeps the maps
-        looked[name] = look(model, processor, list(pictures.values()), batch_size)
+        looked[name] = look(model, processor, list(images.values()), batch_size)
     scores = {name: queries.scores() for name, queries in looked.items()}
     first, *others = scores
     return QueryAnalysis(
@@ -212,10 +206,10 @@ def analyse(
         },
         differences={other: _differences(scores[first], scores[other]) for other in others},
         definitions=_definitions(looked.values()),
-        pictures=len(pictures),
+        image_count=len(images),
         overlays=[
-            (name, overlay(picture, {model: looked[model].maps for model in models}, place))
-            for place, (name, picture) in enumerate(list(pictures.items())[:overlays])
+            (name, overlay(image, {model: looked[model].maps for model in models}, place))
+            for place, (name, image) in enumerate(list(images.items())[:overlays])
         ],
     )
 
@@ -227,16 +221,16 @@ def _definitions(looked: Any) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def look(model: Any, processor: Any, pictures: Sequence[Image.Image], batch_size: int) -> Queries:
-    """Let the queries read the pictures, without any text; the model's attention must be eager."""
+def look(model: Any, processor: Any, images: Sequence[Image.Image], batch_size: int) -> Queries:
+    """Let the queries read the images, without any text; the model's attention must be eager."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if model.config.num_query_tokens < 2:
         raise ValueError("the model has one query alone: there is nothing to compare")
     found: dict[str, list[torch.Tensor]] = {}
     outputs = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = processor(images=list(pictures[start : start + batch_size]))["pixel_values"]
+    for start in range(0, len(images), batch_size):
+        pixels = processor(images=list(images[start : start + batch_size]))["pixel_values"]
         output = model.xformer(pixels.to(model.device), output_attentions=True)
         outputs.append(output.fused_queries.float().cpu())
         for tokens, attention in _attention(output, second_tokens(model.config)).items():
@@ -297,8 +291,8 @@ def _differences(first: Mapping[str, torch.Tensor], other: Mapping[str, torch.Te
 
 
 def interval(values: torch.Tensor, seed: int = 0) -> list[float] | None:
-    """95 % percentile bootstrap of the mean of [I]; None of few pictures, as it would be too narrow."""
-    if len(values) < FEWEST_PICTURES:
+    """95 % percentile bootstrap of the mean of [I]; None of few images, as it would be too narrow."""
+    if len(values) < FEWEST_IMAGES:
         return None
     drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     return np.percentile(values.double().numpy()[drawn].mean(1), [2.5, 97.5]).tolist()
@@ -322,10 +316,10 @@ def most_different(maps: torch.Tensor, number: int) -> list[int]:
     return chosen
 
 
-def overlay(picture: Image.Image, models: Mapping[str, Mapping[str, torch.Tensor]], place: int) -> Image.Image:
-    """The picture, and below it a row of heat maps for each model and each kind of tokens, all on one scale.
+def overlay(image: Image.Image, models: Mapping[str, Mapping[str, torch.Tensor]], place: int) -> Image.Image:
+    """The image, and below it a row of heat maps for each model and each kind of tokens, all on one scale.
 
-    models: {model: {tokens: [I, Q, S, S]}}; place: which of the I pictures it is.
+    models: {model: {tokens: [I, Q, S, S]}}; place: which of the I images it is.
     """
     rows = []
     for model, kinds in models.items():
@@ -336,21 +330,21 @@ def overlay(picture: Image.Image, models: Mapping[str, Mapping[str, torch.Tensor
             rows.append((f"{display_name(model)}, over {tokens} tokens", labels, [heat.mean(0), *heat[chosen]]))
     shown = torch.stack([heat for _, _, heats in rows for heat in heats])
     top = max(2.0, float(shown.flatten().quantile(HOTTEST)))
-    return _sheet(picture.convert("RGB").resize((TILE_PIXELS, TILE_PIXELS), _smoothing(picture)), rows, top)
+    return _sheet(image.convert("RGB").resize((TILE_PIXELS, TILE_PIXELS), _smoothing(image)), rows, top)
 
 
-def _smoothing(picture: Image.Image) -> Image.Resampling:
-    """Tiny pictures are shown pixel by pixel."""
-    return Image.Resampling.NEAREST if max(picture.size) < TILE_PIXELS else Image.Resampling.BICUBIC
+def _smoothing(image: Image.Image) -> Image.Resampling:
+    """Tiny images are shown pixel by pixel."""
+    return Image.Resampling.NEAREST if max(image.size) < TILE_PIXELS else Image.Resampling.BICUBIC
 
 
-def _sheet(picture: Image.Image, rows: Sequence[tuple[str, list[str], list[torch.Tensor]]], top: float) -> Image.Image:
+def _sheet(image: Image.Image, rows: Sequence[tuple[str, list[str], list[torch.Tensor]]], top: float) -> Image.Image:
     gap, title, small = 8, ImageFont.load_default(size=15), ImageFont.load_default(size=12)
     step, row_height = TILE_PIXELS + gap, TILE_PIXELS + 48
     columns = max(len(tiles) for _, _, tiles in rows)
     sheet = Image.new("RGB", (gap + columns * step, 2 * gap + TILE_PIXELS + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    sheet.paste(picture, (gap, gap))
+    sheet.paste(image, (gap, gap))
     _scale(sheet, draw, gap + step, gap, top, small)
     note = f"The mean of all queries, then the {columns - 1} that differ most (each from those before it)."
     draw.text((gap + step, gap + 66), note, fill="#555555", font=small)
@@ -359,7 +353,7 @@ def _sheet(picture: Image.Image, rows: Sequence[tuple[str, list[str], list[torch
         draw.text((gap, y), label, fill="black", font=title)
         for column, (name, heat) in enumerate(zip(names, heats, strict=True)):
             x = gap + column * step
-            sheet.paste(_heated(picture, heat, top), (x, y + 22))
+            sheet.paste(_heated(image, heat, top), (x, y + 22))
             draw.text((x, y + 24 + TILE_PIXELS), name, fill="#555555", font=small)
     return sheet
 
@@ -376,11 +370,11 @@ def _scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, top: f
         draw.text((at + 3, y + 36), label, fill="black", font=font)
 
 
-def _heated(picture: Image.Image, heat: torch.Tensor, top: float) -> Image.Image:
-    """The picture, pale, under the heat, [S, S]; interpolated between the centres of patches."""
-    share = Image.fromarray((heat / top).numpy().astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
+def _heated(image: Image.Image, heat: torch.Tensor, top: float) -> Image.Image:
+    """The image, pale, under the heat, [S, S]; interpolated between the centres of patches."""
+    share = Image.fromarray((heat / top).numpy().astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(share).clip(0, 1)
-    pale = Image.blend(Image.blend(picture, picture.convert("L").convert("RGB"), 0.4), WHITE, 0.4)
+    pale = Image.blend(Image.blend(image, image.convert("L").convert("RGB"), 0.4), WHITE, 0.4)
     weight = 0.85 * np.sqrt(values)[..., None]  # a little heat must be seen, too
     mixed = np.asarray(pale) * (1 - weight) + _colours(values) * weight
     return Image.fromarray(mixed.round().astype(np.uint8))

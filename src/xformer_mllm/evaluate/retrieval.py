@@ -1,19 +1,19 @@
 """Image-text retrieval on COCO and Flickr30k with a stage-1 model: rank by ITC, then score the best again by ITM.
 
-Text retrieval asks with a picture, image retrieval with a caption. As LAVIS has it (blip2.py `compute_sim_matrix`):
+Text retrieval asks with an image, image retrieval with a caption. As LAVIS has it (blip2.py `compute_sim_matrix`):
 
-    ITC            cosine of the caption with the picture's best query
+    ITC            cosine of the caption with the image's best query
     ITM re-ranked  for each query the k_test best by ITC: ITM's logit for "a pair", mean over the queries, plus that cosine
                    (not divided by ITC's temperature); all others -100
 
-The work is cut into blocks of `batch_size` pictures. What came of a block is kept at once in `parts/` of the output
-folder: the rows of the cosines, then the logits of the block's pairs. ITM goes picture by picture, through the pairs of
-both directions together, and encodes each picture a second time: counted at the paper's sizes that is 4.5 % of ITM's
+The work is cut into blocks of `batch_size` images. What came of a block is kept at once in `parts/` of the output
+folder: the rows of the cosines, then the logits of the block's pairs. ITM goes image by image, through the pairs of
+both directions together, and encodes each image a second time: counted at the paper's sizes that is 4.5 % of ITM's
 work, while keeping COCO's tokens would take 6.9 GB. The blocks are the same ones however many processes there are and
 however often a run is killed, so the result is, too.
 
-`I` pictures, `C` captions, `K` candidates, `P` pairs, `Q` queries, `T` text tokens. In memory: a few times 4 I C bytes
-(COCO's 5,000 pictures with 25,000 captions: 0.5 GB each).
+`I` images, `C` captions, `K` candidates, `P` pairs, `Q` queries, `T` text tokens. In memory: a few times 4 I C bytes
+(COCO's 5,000 images with 25,000 captions: 0.5 GB each).
 """
 
 import json
@@ -32,11 +32,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from xformer_mllm.checkpoints import bf16_is_fast
-from xformer_mllm.data.json_files import read_json, write_whole
 from xformer_mllm.data.karpathy import read_karpathy
 from xformer_mllm.data.records import CLEAN_WORDS, clean
 from xformer_mllm.evaluate.benchmark import Scores
 from xformer_mllm.evaluate.prediction import forget, processes
+from xformer_mllm.files import read_json, write_whole
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.losses import image_text_similarity
 from xformer_mllm.model.processing_xformer import encode
@@ -47,7 +47,7 @@ NO_CANDIDATE = -100.0
 RECALLS = (1, 5, 10)
 TEXT_TOKENS = 35  # LAVIS's for evaluation; its training and ours cut behind 32
 CAPTIONS_AT_ONCE = 256
-PAIRS_PER_PICTURE = 4  # in a batch: LAVIS scores 128 pairs where it encodes 32 pictures
+PAIRS_PER_IMAGE = 4  # in a batch: LAVIS scores 128 pairs where it encodes 32 images
 ROWS_AT_ONCE = 256  # sorting takes about 20 bytes an entry
 
 Ranking = dict[str, Any]
@@ -57,8 +57,8 @@ Ranking = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class CaptionedPicture:
-    """A picture and its captions. id: the name of its file without the ending; path: inside the folder of pictures."""
+class CaptionedImage:
+    """An image and its captions. id: the name of its file without the ending; path: inside the folder of images."""
 
     id: str
     image_id: str
@@ -67,12 +67,12 @@ class CaptionedPicture:
 
 
 class Retrieval:
-    """A set of pictures with several captions each, from Karpathy's file or from LAVIS's.
+    """A set of images with several captions each, from Karpathy's file or from LAVIS's.
 
     Args:
         data: the folder that holds `files`.
         split: one of `splits`.
-        images: the folder of the pictures, if they are not in the usual place in `data`.
+        images: the folder of the images, if they are not in the usual place in `data`.
 
     Raises:
         FileNotFoundError, ValueError: in one line that names the file, if one is missing or not as it should be.
@@ -87,13 +87,13 @@ class Retrieval:
     )
     karpathy_file: ClassVar[str]
     lavis_file: ClassVar[str]
-    pictures: ClassVar[str]
-    """The folder of the pictures that Karpathy's file does not name."""
+    images_folder: ClassVar[str]
+    """The folder of the images that Karpathy's file does not name."""
 
-    records: Sequence[CaptionedPicture]
+    records: Sequence[CaptionedImage]
     """In the file's order."""
     not_computed: Mapping[str, str] = {}
-    notes: Sequence[str] = ("Pictures that cannot be read are left out together with their captions.",)
+    notes: Sequence[str] = ("Images that cannot be read are left out together with their captions.",)
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         self.images = images or data
@@ -103,45 +103,45 @@ class Retrieval:
             raise FileNotFoundError(f"{data}: neither {karpathy.name} nor {lavis.name} is there; needed: {self.files}")
         read = _read_karpathy if file == karpathy else _read_lavis
         try:
-            found = read(file, split, self.pictures)
+            found = read(file, split, self.images_folder)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: not in the official format ({error!r})") from None
-        self.records = [CaptionedPicture(Path(path).stem, Path(path).stem, path, texts) for path, texts in found]
+        self.records = [CaptionedImage(Path(path).stem, Path(path).stem, path, texts) for path, texts in found]
         _check(file, split, self.records)
         if not self.images.is_dir():
-            raise FileNotFoundError(f"{self.images}: no such folder; --images names the folder of the pictures")
+            raise FileNotFoundError(f"{self.images}: no such folder; --images names the folder of the images")
 
-    def image_file(self, record: CaptionedPicture) -> Path:
-        """Where a picture is: as its file names it, or straight in the folder of the pictures."""
+    def image_file(self, record: CaptionedImage) -> Path:
+        """Where an image is: as its file names it, or straight in the folder of the images."""
         named = self.images / record.path
         straight = self.images / named.name
         return straight if straight.is_file() else named
 
-    def load(self, record: CaptionedPicture) -> Image.Image:
-        """A record's picture. Raises OSError or ValueError if it is missing or broken."""
+    def load(self, record: CaptionedImage) -> Image.Image:
+        """A record's image. Raises OSError or ValueError if it is missing or broken."""
         return load_image(self.image_file(record))
 
 
 class CocoRetrieval(Retrieval):
-    """COCO in Karpathy's split: 5,000 pictures of val2014 for testing, five captions each or some more."""
+    """COCO in Karpathy's split: 5,000 images of val2014 for testing, five captions each or some more."""
 
     name = "coco-retrieval"
-    karpathy_file, lavis_file, pictures = "dataset_coco.json", "coco_karpathy_{split}.json", "val2014"
-    files = "dataset_coco.json (Karpathy) or coco_karpathy_SPLIT.json (LAVIS), and the pictures in val2014/"
+    karpathy_file, lavis_file, images_folder = "dataset_coco.json", "coco_karpathy_{split}.json", "val2014"
+    files = "dataset_coco.json (Karpathy) or coco_karpathy_SPLIT.json (LAVIS), and the images in val2014/"
 
 
 class FlickrRetrieval(Retrieval):
-    """Flickr30k in Karpathy's split: 1,000 pictures for testing, five captions each."""
+    """Flickr30k in Karpathy's split: 1,000 images for testing, five captions each."""
 
     name = "flickr-retrieval"
-    karpathy_file, lavis_file, pictures = "dataset_flickr30k.json", "flickr30k_{split}.json", "flickr30k-images"
-    files = "dataset_flickr30k.json (Karpathy) or flickr30k_SPLIT.json (LAVIS), and the pictures in flickr30k-images/"
+    karpathy_file, lavis_file, images_folder = "dataset_flickr30k.json", "flickr30k_{split}.json", "flickr30k-images"
+    files = "dataset_flickr30k.json (Karpathy) or flickr30k_SPLIT.json (LAVIS), and the images in flickr30k-images/"
 
 
 def _read_karpathy(file: Path, split: str, folder: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Path and captions of each of the split's pictures."""
-    pictures = [picture for picture in read_karpathy(file) if picture.split == split]
-    return [(p.path if "/" in p.path else f"{folder}/{p.path}", p.captions) for p in pictures]
+    """Path and captions of each of the split's images."""
+    images = [image for image in read_karpathy(file) if image.split == split]
+    return [(p.path if "/" in p.path else f"{folder}/{p.path}", p.captions) for p in images]
 
 
 def _read_lavis(file: Path, _split: str, _folder: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -153,15 +153,15 @@ def _read_lavis(file: Path, _split: str, _folder: str) -> list[tuple[str, tuple[
     return [(entry["image"], tuple(entry["caption"])) for entry in content]
 
 
-def _check(file: Path, split: str, records: Sequence[CaptionedPicture]) -> None:
+def _check(file: Path, split: str, records: Sequence[CaptionedImage]) -> None:
     if not records:
-        raise ValueError(f"{file}: has no picture in the split {split!r}")
+        raise ValueError(f"{file}: has no image in the split {split!r}")
     repeated = [name for name, times in Counter(record.id for record in records).items() if times > 1]
     if repeated:
-        raise ValueError(f"{file}: {len(repeated)} pictures are there several times ({', '.join(repeated[:3])})")
+        raise ValueError(f"{file}: {len(repeated)} images are there several times ({', '.join(repeated[:3])})")
     silent = [record.id for record in records if not record.captions]
     if silent:
-        raise ValueError(f"{file}: {len(silent)} pictures have no caption ({', '.join(silent[:3])})")
+        raise ValueError(f"{file}: {len(silent)} images have no caption ({', '.join(silent[:3])})")
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking
@@ -182,7 +182,7 @@ def best(scores: torch.Tensor, number: int) -> Ranked:
         ValueError: if a score is no number.
     """
     if not scores.isfinite().all():
-        raise ValueError("some cosines of pictures and captions are not finite: the model's weights may be broken")
+        raise ValueError("some cosines of images and captions are not finite: the model's weights may be broken")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts = [rows.to(device).sort(dim=1, descending=True, stable=True) for rows in scores.split(ROWS_AT_ONCE)]
     values, places = (torch.cat([part[which][:, :number].cpu() for part in parts]) for which in (0, 1))
@@ -213,7 +213,7 @@ def recalls(hits: torch.Tensor) -> dict[str, float]:
 
 
 def scores_of(to_text: Mapping[str, Ranked], to_image: Mapping[str, Ranked], owner: torch.Tensor) -> Scores:
-    """Scores of both directions. {method: ranking}, the last method counts; owner: int64[C], each caption's picture."""
+    """Scores of both directions. {method: ranking}, the last method counts; owner: int64[C], each caption's image."""
     groups: Scores = {}
     for method in to_text:
         own = owner[to_text[method].places] == torch.arange(len(to_text[method].places))[:, None]
@@ -238,31 +238,31 @@ def retrieve(
     workers: int = 0,
     made_by: Mapping[str, Any] | None = None,
 ) -> tuple[Scores, Ranking]:
-    """Rank every caption for every picture and the other way round; all processes get the result.
+    """Rank every caption for every image and the other way round; all processes get the result.
 
     Args:
         model, processor: of stage 1; on the device where they are to run.
         output_dir: where ranking.json and `parts/` go; the caller removes `parts/` once the scores are safe.
-        batch_size: pictures a batch and a block; ITM takes four times as many pairs.
+        batch_size: images a batch and a block; ITM takes four times as many pairs.
         k_test: how many of ITC's best ITM scores again.
-        workers: processes that read pictures, for each process.
+        workers: processes that read images, for each process.
         made_by: what the result depends on beside these (model, data); kept to tell another run's parts.
 
     Returns:
         {group: {"n", "recall@1", "recall@5", "recall@10", "mean recall"}}, group "DIRECTION, METHOD"; "all" is the mean
         of both directions by ITM.
         What ranking.json holds: {direction: {method: {query's id: [[id, score], ...]}}} with the ten best of each, and
-        "unreadable_pictures", {id: why}. The captions of picture ID are "ID#0", "ID#1", ...
+        "unreadable_images", {id: why}. The captions of image ID are "ID#0", "ID#1", ...
 
     Raises:
-        ValueError: if `parts/` belongs to another run, or no picture can be read.
+        ValueError: if `parts/` belongs to another run, or no image can be read.
     """
     if min(batch_size, k_test) < 1:
         raise ValueError(f"batch_size and k_test must be at least 1, not {batch_size} and {k_test}")
     model.eval()
     state, parts = processes(), output_dir / "parts"
     if state.is_main_process:
-        about = {"benchmark": benchmark.name, "pictures": len(benchmark.records)}
+        about = {"benchmark": benchmark.name, "images": len(benchmark.records)}
         _open_parts(parts, about | {"batch_size": batch_size, "k_test": k_test, **(made_by or {})})
     state.wait_for_everyone()
     work = _Work(model, processor, benchmark, parts, batch_size, workers)
@@ -273,10 +273,10 @@ def retrieve(
     if not records:
         state.wait_for_everyone()  # all have read the parts
         if state.is_main_process:
-            forget(output_dir)  # the pictures may be there the next time
+            forget(output_dir)  # the images may be there the next time
         raise ValueError(
-            f"none of the {len(problems):,} pictures can be read, e.g. {next(iter(problems.values()))}; "
-            "--images names the folder of the pictures"
+            f"none of the {len(problems):,} images can be read, e.g. {next(iter(problems.values()))}; "
+            "--images names the folder of the images"
         )
     kept = torch.tensor([name.rpartition("#")[0] not in problems for name in captions.names])
     captions, cosine = captions.select(kept), cosine[:, kept]
@@ -292,7 +292,7 @@ def retrieve(
     ranking = {
         "benchmark": benchmark.name,
         "k_test": k_test,
-        "unreadable_pictures": problems,
+        "unreadable_images": problems,
         "text retrieval": {method: _listed(ranked, list(place), captions.names) for method, ranked in by_text.items()},
         "image retrieval": {
             method: _listed(ranked, captions.names, list(place)) for method, ranked in by_image.items()
@@ -315,14 +315,14 @@ def _listed(ranked: Ranked, queries: Sequence[str], gallery: Sequence[str]) -> d
 
 @dataclass(frozen=True)
 class _Captions:
-    """Of all pictures, in order. names: PICTURE#NUMBER; ids, mask: int64[C, T]."""
+    """Of all images, in order. names: IMAGE#NUMBER; ids, mask: int64[C, T]."""
 
     names: Sequence[str]
     ids: torch.Tensor
     mask: torch.Tensor
 
     @classmethod
-    def of(cls, records: Sequence[CaptionedPicture], processor: Any) -> "_Captions":
+    def of(cls, records: Sequence[CaptionedImage], processor: Any) -> "_Captions":
         names = [f"{record.id}#{number}" for record in records for number in range(len(record.captions))]
         texts = [clean(caption) for record in records for caption in record.captions]
         text = encode(processor.qformer_tokenizer, texts, True, TEXT_TOKENS, padding_side="right")
@@ -362,7 +362,7 @@ class _Work:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast())
 
     def cosines(self, captions: _Captions) -> tuple[torch.Tensor, dict[str, str]]:
-        """ITC: fp32[I, C] of the pictures that can be read, and {id: why not} of the others."""
+        """ITC: fp32[I, C] of the images that can be read, and {id: why not} of the others."""
         places = torch.arange(len(captions.names)).split(CAPTIONS_AT_ONCE)
         features = torch.cat([self._text_features(*captions.batch(some)) for some in places])
 
@@ -380,7 +380,7 @@ class _Work:
     def _text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.model.text_features(ids.to(self.device), mask.to(self.device))
 
-    def logits(self, records: Sequence[CaptionedPicture], captions: _Captions, needed: torch.Tensor) -> torch.Tensor:
+    def logits(self, records: Sequence[CaptionedImage], captions: _Captions, needed: torch.Tensor) -> torch.Tensor:
         """ITM's logit for "a pair": fp32[I, C], nan where `needed`, bool[I, C], does not ask."""
         blocks = needed.split(self.batch_size)
 
@@ -388,7 +388,7 @@ class _Work:
             with self.in_bf16():
                 image = self.model.xformer.encode_image(pixels.to(self.device))
             image = ImageTokens(image.clip_tokens, image.mae, None)  # pixels would be copied for every pair
-            together = PAIRS_PER_PICTURE * self.batch_size
+            together = PAIRS_PER_IMAGE * self.batch_size
             return torch.cat([self._match(image, captions, some) for some in blocks[block].nonzero().split(together)])
 
         found = self._by_block("itm", records, pairs)
@@ -399,7 +399,7 @@ class _Work:
         return logits
 
     def _match(self, image: ImageTokens, captions: _Captions, pairs: torch.Tensor) -> torch.Tensor:
-        """int64[P, 2], a picture of the block and a caption -> fp32[P]."""
+        """int64[P, 2], an image of the block and a caption -> fp32[P]."""
         ids, mask = captions.batch(pairs[:, 1])
         with self.in_bf16():
             chosen = image.select(pairs[:, 0].to(self.device))
@@ -407,9 +407,9 @@ class _Work:
         return self.model.itm_head(output.fused_queries.float()).mean(1)[:, 1].cpu()
 
     def _by_block(
-        self, stage: str, records: Sequence[CaptionedPicture], compute: Callable[[int, Any], torch.Tensor]
+        self, stage: str, records: Sequence[CaptionedImage], compute: Callable[[int, Any], torch.Tensor]
     ) -> list[tuple[torch.Tensor, dict[str, str]]]:
-        """Of each block what `compute` makes of its number and its pixels, and {id: problem} of unreadable pictures."""
+        """Of each block what `compute` makes of its number and its pixels, and {id: problem} of unreadable images."""
         state, size = processes(), self.batch_size
         blocks = [records[start : start + size] for start in range(0, len(records), size)]
         files = [self.parts / f"{stage}-{number:05}.safetensors" for number in range(len(blocks))]
@@ -419,7 +419,7 @@ class _Work:
         inputs = _Pixels([blocks[number] for number in mine], self.benchmark, self.processor)
         loader = DataLoader(inputs, batch_size=None, num_workers=self.workers)
         total, done = sum(len(blocks[number]) for number in share), sum(len(blocks[n]) for n in share if n not in mine)
-        with tqdm(total=total, initial=done, unit="picture", desc=f"{stage.upper()}, {state.process_index}") as bar:
+        with tqdm(total=total, initial=done, unit="image", desc=f"{stage.upper()}, {state.process_index}") as bar:
             for number, (pixels, problems) in zip(mine, loader, strict=True):
                 _write_block(files[number], compute(number, pixels), problems)
                 bar.update(len(blocks[number]))
@@ -428,9 +428,9 @@ class _Work:
 
 
 class _Pixels(Dataset):
-    """Blocks of records -> (uint8[B, 3, S, S] of the pictures that can be read, None if none can, {id: problem})."""
+    """Blocks of records -> (uint8[B, 3, S, S] of the images that can be read, None if none can, {id: problem})."""
 
-    def __init__(self, blocks: Sequence[Sequence[CaptionedPicture]], benchmark: Retrieval, processor: Any):
+    def __init__(self, blocks: Sequence[Sequence[CaptionedImage]], benchmark: Retrieval, processor: Any):
         self.blocks, self.benchmark, self.processor = blocks, benchmark, processor
 
     def __len__(self) -> int:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from xformer_mllm.data.json_files import read_json
 from xformer_mllm.data.questions import Question
 from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
 from xformer_mllm.evaluate.vqa_accuracy import vqa_accuracy
+from xformer_mllm.files import read_json
 
 Value = TypeVar("Value")
 
@@ -23,7 +23,7 @@ class OfficialFiles:
 
     questions: str
     annotations: str | None
-    pictures: str
+    images: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class Vqav2(Benchmark):
         "but nothing where all annotators gave the same answer"
     )
     files = (
-        "v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and the pictures "
+        "v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and the images "
         "val2014/COCO_val2014_*.jpg; for the test splits v2_OpenEnded_mscoco_test-dev2015_questions.json or "
-        "v2_OpenEnded_mscoco_test2015_questions.json and the pictures test2015/COCO_test2015_*.jpg"
+        "v2_OpenEnded_mscoco_test2015_questions.json and the images test2015/COCO_test2015_*.jpg"
     )
     official_files: ClassVar[Mapping[str, OfficialFiles]] = {
         "val": OfficialFiles(
@@ -71,8 +71,8 @@ class Vqav2(Benchmark):
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         names = self.official_files[split]
-        self._pictures = images or data / names.pictures
-        self._picture_name = f"COCO_{names.pictures}_{{:0>12}}.jpg"
+        self._images = images or data / names.images
+        self._image_name = f"COCO_{names.images}_{{:0>12}}.jpg"
         _, questions = _by_question_id(data / names.questions, "questions")
         self._annotations = self._read_annotations(data / names.annotations) if names.annotations else {}
         if names.annotations:
@@ -112,7 +112,7 @@ class Vqav2(Benchmark):
         )
 
     def image_file(self, record: Question) -> Path:
-        return self._pictures / self._picture_name.format(record.image_id)
+        return self._images / self._image_name.format(record.image_id)
 
     def credit(self, record: Question, answer: str) -> float | None:
         """The official accuracy of one answer; None where nobody knows."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..data.questions import QUESTION_PROMPT
-from ..model.modeling_xformer import FROZEN
-from ..report.benchmark import UNSCALED, decoding, number
-from ..report.contents import BLIND
-from .facts import Facts, Metrics, benchmark_of, is_of_scenes, title_of, without_folders
-from .source import part_of
+from xformer_mllm.data.questions import QUESTION_PROMPT
+from xformer_mllm.export.facts import Facts, Metrics, benchmark_of, is_of_scenes, title_of, without_folders
+from xformer_mllm.export.source import part_of
+from xformer_mllm.model.modeling_xformer import FROZEN
+from xformer_mllm.report.benchmark import UNSCALED, decoding, number
+from xformer_mllm.report.contents import BLIND
 
 
 def model_card(facts: Facts) -> str:
@@ -71,7 +71,7 @@ def introduction(facts: Facts) -> str:
     return f"""\
 # {facts.name}
 
-X-Former ({facts.kind.title}): a frozen CLIP encoder keeps a picture's global meaning and loses local detail; a second
+X-Former ({facts.kind.title}): a frozen CLIP encoder keeps an image's global meaning and loses local detail; a second
 frozen encoder (a MAE, in the paper) keeps detail; a Q-Former and a dual cross-attention make one short sequence of both.
 From [X-Former: Unifying Contrastive and Reconstruction Learning for MLLMs](https://arxiv.org/abs/2407.13851) (ECCV 2024), in
 the open implementation xformer-mllm {version("xformer-mllm")}, which is not the authors'.
@@ -122,7 +122,7 @@ def contents(facts: Facts) -> str:
 
 {table(["part", "", "weights", "dtype", ""], rows)}
 
-{total:,} weights, {facts.gigabytes:,.3f} GB. Pictures of any size are scaled to {side} × {side} pixels."""
+{total:,} weights, {facts.gigabytes:,.3f} GB. Images of any size are scaled to {side} × {side} pixels."""
 
 
 def tower(config: Any) -> str:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import evaluation_folder, model_folder
-from ..data.json_files import read_json
-from ..language_models import SMOLLM2_ON_HUB
-from ..model.configuration_xformer import XFormerConfig
-from .settings import ExportConfig
-from .source import Kind, Tensors
+from xformer_mllm.checkpoints import evaluation_folder, model_folder
+from xformer_mllm.export.settings import ExportConfig
+from xformer_mllm.export.source import Kind, Tensors
+from xformer_mllm.files import read_json
+from xformer_mllm.language_models import SMOLLM2_ON_HUB
+from xformer_mllm.model.configuration_xformer import XFormerConfig
 
 # What --llm may be called, where that is no name on the hub -> what it is, its licence.
 KNOWN = {"opt": ("the tiny OPT of xformer-mllm", "apache-2.0"), "smollm2": (SMOLLM2_ON_HUB, "apache-2.0")}

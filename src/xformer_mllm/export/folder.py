@@ -16,12 +16,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from ..data.json_files import read_json, write_whole
-from ..model.configuration_xformer import XFormerConfig
-from ..model.modeling_xformer import FROZEN, LORA
-from ..model.processing_xformer import XFormerProcessor
-from .facts import Facts
-from .source import Kind, Tensors, part_of
+from xformer_mllm.export.facts import Facts
+from xformer_mllm.export.source import Kind, Tensors, part_of
+from xformer_mllm.files import read_json, write_whole
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import FROZEN, LORA
+from xformer_mllm.model.processing_xformer import XFormerProcessor
 
 MODEL_CODE = Path(__file__).parents[1] / "model"
 

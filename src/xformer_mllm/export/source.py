@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from ..data.json_files import read_json
-from ..model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
-from ..model.processing_xformer import XFormerProcessor
+from xformer_mllm.files import read_json
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
+from xformer_mllm.model.processing_xformer import XFormerProcessor
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor
 
 name = {name}
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-inputs = processor(images="picture.png")
+inputs = processor(images="image.png")
 
 model = AutoModel.from_pretrained(name, trust_remote_code=True)  # without the heads of stage 1
 features = model(**inputs)
@@ -60,12 +60,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 name = {name}
 model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-inputs = processor(images="picture.png", text={prompt})
+inputs = processor(images="image.png", text={prompt})
 ids = model.generate(**inputs, max_new_tokens=20)
 print(processor.batch_decode(ids, skip_special_tokens=True))
 
 pipe = pipeline("image-text-to-text", model=name, trust_remote_code=True)
-print(pipe(images="picture.png", text={prompt}, max_new_tokens=20))""",
+print(pipe(images="image.png", text={prompt}, max_new_tokens=20))""",
         ),
     )
 }

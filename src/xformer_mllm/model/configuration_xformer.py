@@ -73,7 +73,7 @@ class XFormerConfig(PreTrainedConfig):
         text_start_token_id: id of [DEC] in the Q-Former's tokenizer, which starts a text that is to be generated (ITG).
         clip_mean, clip_std, mae_mean, mae_std: per-channel statistics of pixels in [0, 1], applied inside the model; by
             default what the kind of tower was trained on (`PIXEL_STATISTICS`; else CLIP's, and ImageNet's for M).
-        mae_image_size: side of the pictures that the second encoder is given; by default its own, and for towers of
+        mae_image_size: side of the images that the second encoder is given; by default its own, and for towers of
             `ANY_SIZE` the CLIP's, in whole patches (DINOv2's own 518 pixels would only enlarge the CLIP's 224).
         itc_weight, itm_weight, itg_weight, reconstruction_weight: weights of the stage-1 losses (all 1 in the paper).
 

@@ -1,6 +1,6 @@
-"""Any picture a user may have -> one 8-bit RGB picture: the only place where files become pixels.
+"""Any image a user may have -> one 8-bit RGB image: the only place where files become pixels.
 
-Used by the processor, by the picture-folder data set and by the command line, so that training and inference see
+Used by the processor, by the image-folder data set and by the command line, so that training and inference see
 the same pixels. Nothing is resized here.
 """
 
@@ -17,28 +17,28 @@ MAX_PIXELS = 64_000_000
 
 
 def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
-    """Open a picture and return it as 8-bit RGB.
+    """Open an image and return it as 8-bit RGB.
 
     Animated: the first frame (of a PIL image: the frame it stands at). Transparency: laid over white. 16-bit, 32-bit
     and float greys: scaled to 8 bits, not clipped. EXIF orientation: applied. CMYK, palette, 1-bit: converted.
 
     source: path of a file, or a PIL image (left as it is).
-    Raises FileNotFoundError if there is no such file, ValueError if it is no readable picture or too large, TypeError
+    Raises FileNotFoundError if there is no such file, ValueError if it is no readable image or too large, TypeError
     for any other source; every message is one line and names the file.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, name=str(getattr(source, "filename", "") or "the given picture"))
+        return _to_rgb(source, name=str(getattr(source, "filename", "") or "the given image"))
     if not isinstance(source, str | os.PathLike):
         hint = "; Image.fromarray(uint8[H, W, 3]) makes one of an array" if hasattr(source, "shape") else ""
-        raise TypeError(f"a picture must be a path or a PIL image, not {type(source).__name__}{hint}")
+        raise TypeError(f"an image must be a path or a PIL image, not {type(source).__name__}{hint}")
     name = os.fspath(source)
     if str(name).startswith(("http://", "https://")):
-        raise FileNotFoundError(f"{name}: addresses are not fetched; download the picture and give its path")
+        raise FileNotFoundError(f"{name}: addresses are not fetched; download the image and give its path")
     path = Path(name)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such picture; check the path")
+        raise FileNotFoundError(f"{path}: no such image; check the path")
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder, not a picture; give the path of one picture")
+        raise ValueError(f"{path}: is a folder, not an image; give the path of one image")
     try:
         with warnings.catch_warnings():
             # Pillow warns between its limit and twice it; ours is lower and an error.
@@ -48,7 +48,7 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
         raise ValueError(_too_large(path)) from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... on foreign bytes
         raise ValueError(
-            f"{path}: not a picture that can be read ({_one_line(error)}); convert it to PNG or JPEG"
+            f"{path}: not an image that can be read ({_one_line(error)}); convert it to PNG or JPEG"
         ) from error
     with image:
         return _to_rgb(image, name=str(path))
@@ -58,7 +58,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(_too_large(name, image.size))
     if image.width * image.height == 0:
-        raise ValueError(f"{name}: the picture has no pixels ({image.width} x {image.height})")
+        raise ValueError(f"{name}: the image has no pixels ({image.width} x {image.height})")
     try:
         image.load()  # decodes: a file cut short fails here
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -70,7 +70,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")  # each copy costs as much as decoding
     except Exception as error:  # as above: what a decoder raises depends on the format and on where the file breaks
         raise ValueError(
-            f"{name}: the picture is damaged or cut short ({_one_line(error)}); copy or export it again"
+            f"{name}: the image is damaged or cut short ({_one_line(error)}); copy or export it again"
         ) from error
 
 
@@ -87,7 +87,7 @@ def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
     """Grey with more than 8 bits -> mode L over the whole range of the mode; Pillow's own conversion clips at 255.
 
     I;16*: 0..65535. I: the same, as Pillow holds 16-bit files there too, unless a value lies outside of it: then the
-    picture's own range. F: 0..1, unless a value lies outside of it: then the picture's own range.
+    image's own range. F: 0..1, unless a value lies outside of it: then the image's own range.
     """
     pixels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)  # float64[H, W]
     low, high = 0.0, 1.0 if image.mode.startswith("F") else 65535.0
@@ -99,7 +99,7 @@ def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
 
 def _too_large(name: str | os.PathLike, size: tuple[int, int] | None = None) -> str:
     shape = f" ({size[0]} x {size[1]})" if size else ""
-    return f"{name}: the picture is too large{shape}; at most {MAX_PIXELS:,} pixels, make it smaller first"
+    return f"{name}: the image is too large{shape}; at most {MAX_PIXELS:,} pixels, make it smaller first"
 
 
 def _one_line(error: Exception) -> str:

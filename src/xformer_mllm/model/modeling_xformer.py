@@ -135,11 +135,11 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _check_range(image_index, pictures: int) -> None:
+def _check_range(image_index, images: int) -> None:
     """In use alone: on a GPU it waits for the values, which a training step must not."""
     named = [] if image_index is None else torch.as_tensor(image_index).tolist()
-    if any(not 0 <= place < pictures for place in named):
-        raise ValueError(f"image_index is {named} of {_counted(pictures, 'picture')}: 0 to {pictures - 1}")
+    if any(not 0 <= place < images for place in named):
+        raise ValueError(f"image_index is {named} of {_counted(images, 'image')}: 0 to {images - 1}")
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -247,7 +247,7 @@ class XFormerModel(XFormerPreTrainedModel):
 
     @torch.no_grad()
     def standardise(self, pixel_values: torch.Tensor) -> None:
-        """Start the layer norms that read C and M such that each channel has mean 0 and deviation 1 over these pictures.
+        """Start the layer norms that read C and M such that each channel has mean 0 and deviation 1 over these images.
 
         What a frozen encoder knows of detail is often a small part of its tokens' variance, and slow to be found there.
         For fresh norms alone: those of a BLIP-2 checkpoint are trained. Z' = Z_q and M' = M at step 0 still hold.
@@ -576,19 +576,19 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
         return self._soft_prompt(output, image_index)
 
-    def _check_texts(self, pictures: int, image_index, input_ids, qformer_input_ids) -> None:
-        """As many texts [texts, T] as pictures, or the picture of each: else they would be answered from others."""
+    def _check_texts(self, images: int, image_index, input_ids, qformer_input_ids) -> None:
+        """As many texts [texts, T] as images, or the image of each: else they would be answered from others."""
         index = None if image_index is None else torch.as_tensor(image_index)
         read = qformer_input_ids if self.config.instruction_aware else None
         for count in [len(ids) for ids in (input_ids, read) if ids is not None]:
-            if index is None and count != pictures:
+            if index is None and count != images:
                 raise ValueError(
-                    f"{_counted(pictures, 'picture')}, {_counted(count, 'text')}: as many texts as pictures, "
-                    "or image_index=[the picture of each text]"
+                    f"{_counted(images, 'image')}, {_counted(count, 'text')}: as many texts as images, "
+                    "or image_index=[the image of each text]"
                 )
             if index is not None and count != len(index):
                 raise ValueError(
-                    f"image_index names {_counted(len(index), 'picture')} for {_counted(count, 'text')}: one for each text"
+                    f"image_index names {_counted(len(index), 'image')} for {_counted(count, 'text')}: one for each text"
                 )
 
     def _read(self, image: ImageTokens, image_index, input_ids, attention_mask) -> XFormerModelOutput:
@@ -657,7 +657,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             features: from `XFormerModel.frozen_features`: what is not to be encoded again.
 
         Raises:
-            ValueError: if a text has not exactly as many placeholders as there are queries, or not one picture.
+            ValueError: if a text has not exactly as many placeholders as there are queries, or not one image.
         """
         config, output, image = self.config, None, None
         reconstructs = config.reconstruction_in_stage2 and labels is not None

@@ -1,6 +1,6 @@
-"""One picture -> one tensor for both encoders; text -> ids for the Q-Former and for the language model.
+"""One image -> one tensor for both encoders; text -> ids for the Q-Former and for the language model.
 
-Pictures are resized to a square (BLIP-2's evaluation transform: bicubic, no crop) and stay uint8: each encoder's mean and
+Images are resized to a square (BLIP-2's evaluation transform: bicubic, no crop) and stay uint8: each encoder's mean and
 deviation are applied in the model. What the language model reads is laid out here alone, for training and for use, `[…]`
 being one token each and `Q` the number of queries:
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 IMAGE_TOKEN = "<image>"
 MAX_CAPTION_TOKENS = 32  # of the Q-Former's tokenizer: LAVIS max_txt_len
 
-Picture = str | os.PathLike | Image.Image
+ImageInput = str | os.PathLike | Image.Image
 
 
 def image_processor(image_size: int) -> BlipImageProcessorPil:
@@ -37,16 +37,16 @@ def image_processor(image_size: int) -> BlipImageProcessorPil:
 
 
 class XFormerProcessor(ProcessorMixin):
-    """Pictures and texts -> what the X-Former models take.
+    """Images and texts -> what the X-Former models take.
 
     Args:
         image_processor: from `image_processor(image_size)`.
         tokenizer: the language model's; before stage 2 there is none, and the Q-Former's stands here too.
         qformer_tokenizer: the Q-Former's, BERT's kind: [CLS] text [SEP].
-        num_query_tokens: placeholders for the picture in each of the language model's texts.
+        num_query_tokens: placeholders for the image in each of the language model's texts.
         instruction_aware: the language model's text is also given to the Q-Former, as the model's configuration asks.
         encoder_decoder: the language model is one: it reads by its encoder, which is padded on the right.
-        turn: what a chat template puts [before the picture, behind the prompt, before the answer]; None for a language
+        turn: what a chat template puts [before the image, behind the prompt, before the answer]; None for a language
             model that is asked in plain text. It is kept as text, because a template may change with the calendar.
     """
 
@@ -76,7 +76,7 @@ class XFormerProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Picture | list[Picture] | None = None,
+        images: ImageInput | list[ImageInput] | None = None,
         text: str | list[str] | None = None,
         qformer_text: str | list[str] | None = None,
         padding: bool | str = True,
@@ -96,13 +96,13 @@ class XFormerProcessor(ProcessorMixin):
             max_length: a longer prompt is cut such that the row has so many tokens, not counting the placeholders.
 
         Raises:
-            ValueError, FileNotFoundError, TypeError: in one line, for a picture that cannot be read, an empty text or list,
+            ValueError, FileNotFoundError, TypeError: in one line, for an image that cannot be read, an empty text or list,
                 or what is neither.
         """
         data = {}
         if images is not None:
-            pictures = [load_image(picture) for picture in _as_list(images, "images")]
-            data["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            loaded = [load_image(image) for image in _as_list(images, "images")]
+            data["pixel_values"] = self.image_processor(loaded, return_tensors="pt")["pixel_values"]
         if text is not None:
             data |= self._llm_text(_texts(text, "text"), padding, max_length)
             if self.instruction_aware:

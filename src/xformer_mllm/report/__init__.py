@@ -1,7 +1,7 @@
-"""One run, one page: scores, curves, pictures and configuration as a single self-contained HTML file.
+"""One run, one page: scores, curves, images and configuration as a single self-contained HTML file.
 
 Ground floor: plain data in, one file out. Nothing is fetched, neither when the page is written nor when it is read:
-pictures are embedded, plots are inline SVG or HTML that take their colours from the reader's light or dark setting.
+images are embedded, plots are inline SVG or HTML that take their colours from the reader's light or dark setting.
 
     write_report(Path("report.html"), Report(title=..., variants=("qformer", "xformer"), settings=[Setting(...)], ...))
 

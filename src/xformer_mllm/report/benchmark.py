@@ -29,10 +29,10 @@ KINDS = {
     "steps": "steps of reasoning",
     "words": "words of the question",
     "answer": "the right answer",
-    "objects": "objects in the picture",
-    "strict objects": "objects in the picture, strict",
+    "objects": "objects in the image",
+    "strict objects": "objects in the image, strict",
 }
-PHOTO_SIDE = 320  # pixels: larger pictures are scaled down to it
+PHOTO_SIDE = 320  # pixels: larger images are scaled down to it
 SMALL_SIDE = 96  # pixels: smaller ones (scenes) are shown pixel by pixel
 PHOTO_STYLE = ".photo img{image-rendering:auto}"
 
@@ -44,13 +44,13 @@ Scores = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Example:
-    """A record with its picture and the model's answer.
+    """A record with its image and the model's answer.
 
     truth: "" where nobody knows it. credit: what the answer is worth, from 0 to 1; None where answers only score
-    together. picture: None where there is none to show.
+    together. image: None where there is none to show.
     """
 
-    picture: Image.Image | None
+    image: Image.Image | None
     question: str
     truth: str
     prediction: str
@@ -65,7 +65,7 @@ def benchmark_page(title: str, model: str, metrics: Mapping[str, Any], examples:
         title: which benchmark, which split.
         model: which model, as it was named.
         metrics: "scores" ({group: {metric: value}}, "all" first, shares in [0, 1], perhaps "ci95": [low, high] of
-            "accuracy"), "records", "answered", "empty_answers", "unreadable_pictures" ({picture: why}), "settings"
+            "accuracy"), "records", "answered", "empty_answers", "unreadable_images" ({image: why}), "settings"
             ({"prompt", "num_beams", ...}), "normalisation", "notes" ([sentence]), "not_computed" ({metric: why}),
             "seconds", "config".
         examples: in the order in which they are to be shown; how they were chosen is said as "drawn at random".
@@ -190,7 +190,7 @@ def _legend(scores: Scores, plotted: bool) -> str:
         sentences.append("“always …”: the score of that constant answer, without a model.")
     sentences += [f"{name}: {meaning}." for key, (name, meaning) in BLIND.items() if key in metrics]
     if plotted and any("ci95" in group for group in scores.values()):
-        sentences.append("In the plot the dot is the model, the line its interval, a bar what needs no picture.")
+        sentences.append("In the plot the dot is the model, the line its interval, a bar what needs no image.")
     return markup.paragraph(" ".join(sentences), "small")
 
 
@@ -256,9 +256,9 @@ def _completeness(metrics: Mapping[str, Any]) -> str:
     }
     if metrics.get("seconds"):
         rows["Seconds"] = f"{metrics['seconds']:,}"
-    problems = metrics.get("unreadable_pictures", {})
+    problems = metrics.get("unreadable_images", {})
     if problems:
-        rows["Pictures that cannot be read"] = f"{len(problems):,}"
+        rows["Images that cannot be read"] = f"{len(problems):,}"
     if not rows:
         return ""
     return markup.section("How many", _facts(rows), _problems(problems) if problems else "")
@@ -266,11 +266,11 @@ def _completeness(metrics: Mapping[str, Any]) -> str:
 
 def _problems(problems: Mapping[str, str]) -> str:
     shown = list(problems.items())[:SHOWN_PROBLEMS]
-    rows = [[escape(picture), escape(problem)] for picture, problem in shown]
+    rows = [[escape(image), escape(problem)] for image, problem in shown]
     more = f"{len(problems) - len(shown):,} more are in metrics.json." if len(shown) < len(problems) else ""
     return (
-        markup.paragraph("Records whose picture cannot be read have no answer and are in no score.", "small")
-        + markup.table(["picture", "what is wrong"], rows, "", "text")
+        markup.paragraph("Records whose image cannot be read have no answer and are in no score.", "small")
+        + markup.table(["image", "what is wrong"], rows, "", "text")
         + markup.paragraph(more, "small")
     )
 
@@ -300,17 +300,17 @@ def _card(example: Example) -> str:
     truth = f"<div><dt>truth</dt><dd>{escape(example.truth)}</dd></div>" if example.truth else ""
     kind = f'<p class="kind">{escape(plain(example.kind))}</p>' if example.kind else ""
     return (
-        f'<figure class="card">{_picture(example)}<figcaption>{question}<dl>{truth}'
+        f'<figure class="card">{_image(example)}<figcaption>{question}<dl>{truth}'
         f"<div><dt>model</dt>{_said(example)}</div></dl>{kind}</figcaption></figure>"
     )
 
 
-def _picture(example: Example) -> str:
-    if example.picture is None:
+def _image(example: Example) -> str:
+    if example.image is None:
         return ""
-    shown = example.picture.copy()
+    shown = example.image.copy()
     shown.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
-    image = markup.image(shown, example.question or "The picture")
+    image = markup.image(shown, example.question or "The image")
     return f'<div class="photo">{image}</div>' if max(shown.size) > SMALL_SIDE else image
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-# What is right without a look at the picture: key of a score -> (column of the table, line of the legend).
+# What is right without a look at the image: key of a score -> (column of the table, line of the legend).
 BLIND = {
     "majority": ("majority", "most frequent training answer to the type of question"),
     "question_only": ("question alone", "most frequent training answer to the same words"),
@@ -37,7 +37,7 @@ class Run:
     """One variant's training in one stage.
 
     log: [{"step", "loss", "itc_loss", ...}]; samples: [{"step", "id", "text", "reference", "question" (optional)}],
-    what the model said of the held-out picture "id"; freeze: [{"name", "parameters", "trainable"}]; batch_size: pairs
+    what the model said of the held-out image "id"; freeze: [{"name", "parameters", "trainable"}]; batch_size: pairs
     per step, for the chance lines of ITC.
     """
 
@@ -52,7 +52,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Strip:
-    """Pictures that belong side by side: (label, picture); a single one has the page's whole width."""
+    """Images that belong side by side: (label, image); a single one has the page's whole width."""
 
     title: str
     panels: Sequence[tuple[str, Image.Image]]
@@ -62,7 +62,7 @@ class Strip:
 class Report:
     """What the page is made from. `variants[0]` is the one that the others are compared with.
 
-    pictures: a picture by a prediction's "image_id" or a sample's "id"; None where there is none.
+    images: an image by a prediction's "image_id" or a sample's "id"; None where there is none.
     sections: more of them, in HTML.
     provenance: {"Command": "...", "Seed": "...", ...}, printed as it is.
     """
@@ -76,7 +76,7 @@ class Report:
     sections: Sequence[str] = ()
     configuration: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
-    pictures: Callable[[str], Image.Image | None] = lambda image_id: None
+    images: Callable[[str], Image.Image | None] = lambda image_id: None
     seed: int = 0
 
 

@@ -1,4 +1,4 @@
-"""The section with examples: pictures, questions and what each variant answered."""
+"""The section with examples: images, questions and what each variant answered."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,8 +64,8 @@ def _cards(report: Report, setting: Setting, variants: Sequence[str], places: It
     for place in places:
         row = setting.predictions[variants[0]][place]
         answers = "".join(_answer_line(report, variant, setting.predictions[variant][place]) for variant in variants)
-        picture = report.pictures(row["image_id"])
-        shown = markup.image(picture, f"Held-out picture {row['image_id']}") if picture is not None else ""
+        image = report.images(row["image_id"])
+        shown = markup.image(image, f"Held-out image {row['image_id']}") if image is not None else ""
         cards.append(
             f'<figure class="card">{shown}<figcaption><p class="question">{escape(row["question"])}</p>'
             f"<dl><div><dt>truth</dt><dd>{escape(row['answer'])}</dd></div>{answers}</dl>"

@@ -21,13 +21,13 @@ def verdict(setting: Setting, variants: Sequence[str]) -> list[str]:
 
 
 def overall(setting: Setting, variants: Sequence[str]) -> str:
-    """The result over all questions: each variant against the first, and what needs no picture."""
+    """The result over all questions: each variant against the first, and what needs no image."""
     first, *others = [variant for variant in variants if variant in setting.metrics]
     sentences = [_overall_sentence(setting, first, other) for other in others] or [_alone_sentence(setting, first)]
     score = setting.metrics[first]["all"]
     blind = max((score[key], BLIND[key][1]) for key in BLIND if key in score) if blind_keys(setting) else None
     if blind is not None:
-        sentences.append(f"Without the picture, the {blind[1]} is right in {percent(blind[0])}.")
+        sentences.append(f"Without the image, the {blind[1]} is right in {percent(blind[0])}.")
     return " ".join(sentences)
 
 
@@ -82,7 +82,7 @@ def _by_type_sentences(setting: Setting, first: str, other: str) -> list[str]:
 
 
 def _below_blind_sentence(setting: Setting, variant: str) -> list[str]:
-    """Types where the interval does not lie above what needs no picture: nothing was shown to be learned there."""
+    """Types where the interval does not lie above what needs no image: nothing was shown to be learned there."""
     groups = [
         plain(group)
         for group, score in setting.metrics[variant].items()
@@ -90,6 +90,4 @@ def _below_blind_sentence(setting: Setting, variant: str) -> list[str]:
     ]
     if not groups:
         return []
-    return [
-        f"{display_name(variant)} is not clearly better than an answer without the picture on {', '.join(groups)}."
-    ]
+    return [f"{display_name(variant)} is not clearly better than an answer without the image on {', '.join(groups)}."]

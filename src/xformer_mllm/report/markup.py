@@ -54,12 +54,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, kind
     )
 
 
-def image(picture: Image.Image, alternative: str) -> str:
-    """PNG as a data URI; small pictures are enlarged by the browser without smoothing."""
+def image(image: Image.Image, alternative: str) -> str:
+    """PNG as a data URI; small images are enlarged by the browser without smoothing."""
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="PNG", optimize=True)
+    image.convert("RGB").save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return (
-        f'<img src="data:image/png;base64,{data}" width="{picture.width}" height="{picture.height}" '
+        f'<img src="data:image/png;base64,{data}" width="{image.width}" height="{image.height}" '
         f'alt="{escape(alternative, quote=True)}">'
     )

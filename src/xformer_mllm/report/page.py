@@ -41,30 +41,30 @@ def render(report: Report) -> str:
 
 
 def _captions(report: Report) -> str:
-    """What each variant said of the same held-out pictures as training went on."""
+    """What each variant said of the same held-out images as training went on."""
     parts = []
     for stage in dict.fromkeys(run.stage for run in report.runs if run.samples):
         runs = [run for run in report.runs if run.stage == stage and run.samples]
         asked = dict.fromkeys((sample["id"], sample.get("question", "")) for run in runs for sample in run.samples)
         parts += [f"<h3>{escape(stage)}</h3>", *(_caption_block(report, runs, *key) for key in asked)]
     note = (
-        "The same held-out pictures as training went on: fluent text that has nothing to do with them would show here."
+        "The same held-out images as training went on: fluent text that has nothing to do with them would show here."
     )
-    return markup.section("What they say of fixed pictures", markup.paragraph(note, "small"), *parts) if parts else ""
+    return markup.section("What they say of fixed images", markup.paragraph(note, "small"), *parts) if parts else ""
 
 
-def _caption_block(report: Report, runs: Sequence[Run], picture_id: str, question: str) -> str:
+def _caption_block(report: Report, runs: Sequence[Run], image_id: str, question: str) -> str:
     said: dict[int, dict[str, str]] = {}
     reference = ""
     for run in runs:
         for sample in run.samples:
-            if (sample["id"], sample.get("question", "")) == (picture_id, question):
+            if (sample["id"], sample.get("question", "")) == (image_id, question):
                 said.setdefault(sample["step"], {})[run.variant] = sample["text"]
                 reference = sample["reference"]
     variants = [run.variant for run in runs]
     rows = [[f"{step:,}", *(escape(row.get(name) or "–") for name in variants)] for step, row in sorted(said.items())]
-    picture = report.pictures(picture_id)
-    shown = markup.image(picture, f"Held-out picture {picture_id}") if picture is not None else ""
+    image = report.images(image_id)
+    shown = markup.image(image, f"Held-out image {image_id}") if image is not None else ""
     told = f"<p><b>{escape(question or 'Its own caption:')}</b> {escape(reference)}</p>"
     table = markup.table(["step", *(escape(display_name(variant)) for variant in variants)], rows, "", "text")
     return f'<div class="captioned"><div class="thumb">{shown}</div><div>{told}{table}</div></div>'
@@ -74,8 +74,8 @@ def _reconstructions(report: Report) -> str:
     strips = []
     for strip in report.reconstructions:
         panels = "".join(
-            f"<figure>{markup.image(picture, f'{label}: {strip.title}')}<figcaption>{escape(label)}</figcaption></figure>"
-            for label, picture in strip.panels
+            f"<figure>{markup.image(image, f'{label}: {strip.title}')}<figcaption>{escape(label)}</figcaption></figure>"
+            for label, image in strip.panels
         )
         kind = "strip" if len(strip.panels) > 1 else "sheet"
         strips.append(f'<h3>{escape(strip.title)}</h3><div class="{kind}">{panels}</div>')

@@ -18,20 +18,20 @@ from xformer_mllm.report.wording import display_name
 
 @dataclass(frozen=True)
 class QueryAnalysis:
-    """The queries of one or more models over the same pictures.
+    """The queries of one or more models over the same images.
 
     models: {name: {"folder": where it is, "queries": how many it has, "scores": {metric: {"mean", "ci95": [low, high] or
         None}}}}; the others are compared with the first.
     differences: {name: {metric: {"difference", "ci95", "clear"}}}, each model minus the first.
     definitions: {metric: what it is}, in the order in which they are shown.
-    pictures: how many the scores are over.
-    overlays: (name of the picture, picture with heat maps).
+    image_count: how many the scores are over.
+    overlays: (name of the image, image with heat maps).
     """
 
     models: Mapping[str, Mapping[str, Any]]
     differences: Mapping[str, Mapping[str, Mapping[str, Any]]]
     definitions: Mapping[str, str]
-    pictures: int
+    image_count: int
     overlays: Sequence[tuple[str, Image.Image]] = field(default_factory=tuple)
 
 
@@ -42,7 +42,7 @@ def query_page(analysis: QueryAnalysis, provenance: Mapping[str, str]) -> str:
 
 
 def query_section(analysis: QueryAnalysis) -> str:
-    """Sentences, a plot with intervals, a table, and the pictures with their heat maps."""
+    """Sentences, a plot with intervals, a table, and the images with their heat maps."""
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(analysis))
     definitions = "".join(
         f"<div><dt>{escape(metric)}</dt><dd>{escape(meaning)}</dd></div>"
@@ -50,7 +50,7 @@ def query_section(analysis: QueryAnalysis) -> str:
     )
     overlays = "".join(_overlay(name, sheet) for name, sheet in analysis.overlays)
     note = (
-        f"Means over {analysis.pictures:,} pictures with 95\u00a0% intervals over pictures (bootstrap). They hold for "
+        f"Means over {analysis.image_count:,} images with 95\u00a0% intervals over images (bootstrap). They hold for "
         "these trained models: other seeds move the scores too, and that is not in them."
     )
     return markup.section(

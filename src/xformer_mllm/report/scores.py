@@ -39,7 +39,7 @@ def scores_section(report: Report, setting: Setting) -> str:
 
 
 def _dot_plot(report: Report, setting: Setting, variants: Sequence[str], groups: Sequence[str]) -> str:
-    """One row per type, one dot with its interval per variant, a bar for what needs no picture. Plain HTML, so that
+    """One row per type, one dot with its interval per variant, a bar for what needs no image. Plain HTML, so that
     its text keeps its size on a phone."""
     rows = []
     for group in groups:

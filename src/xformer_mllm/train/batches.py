@@ -72,10 +72,10 @@ class Stage1Collator:
 class Stage2Collator:
     """A list of items -> a batch of stage 2.
 
-    An item is {"id", "image", "caption"}, or a list of one picture's {"id", "image", "question", "answer"}.
+    An item is {"id", "image", "caption"}, or a list of one image's {"id", "image", "question", "answer"}.
 
-    pixel_values uint8[B, 3, H, W], each picture once; input_ids, attention_mask, labels int64[texts, T]; image_index
-    int64[texts], the picture of each text; for an instruction-aware model qformer_input_ids and qformer_attention_mask,
+    pixel_values uint8[B, 3, H, W], each image once; input_ids, attention_mask, labels int64[texts, T]; image_index
+    int64[texts], the image of each text; for an instruction-aware model qformer_input_ids and qformer_attention_mask,
     the prompts in the Q-Former's tokens. A row is [prompt][target][end token][padding], the prompt (with the image
     placeholders and, where it is used, the chat template) exactly what the processor makes of it at inference. Labels are
     IGNORED but on the target and the end token. An encoder-decoder's row is the prompt alone, and its labels, int64[texts,
@@ -90,8 +90,8 @@ class Stage2Collator:
         self.cut = _Cutter(max_text_tokens)
 
     def __call__(self, items: list[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
-        pictures = [item if isinstance(item, list) else [item] for item in items]
-        records = [record for picture in pictures for record in picture]
+        images = [item if isinstance(item, list) else [item] for item in items]
+        records = [record for image in images for record in image]
         prompts, targets = map(list, zip(*map(self._prompt_and_target, records), strict=True))
         read, said = self.processor.prompt_ids(prompts), self.processor.target_ids(prompts, targets)
         learned = [
@@ -106,8 +106,8 @@ class Stage2Collator:
         return {
             **read_by_qformer,
             "ids": [record["id"] for record in records],
-            "pixel_values": _pixels(self.processor, [picture[0]["image"] for picture in pictures]),
-            "image_index": torch.tensor([place for place, picture in enumerate(pictures) for _ in picture]),
+            "pixel_values": _pixels(self.processor, [image[0]["image"] for image in images]),
+            "image_index": torch.tensor([place for place, image in enumerate(images) for _ in image]),
             "input_ids": _pad(rows, self.processor.tokenizer.pad_token_id),
             "attention_mask": _pad([[1] * len(row) for row in rows], 0),
             "labels": _pad(labels, IGNORED),
@@ -123,7 +123,7 @@ class Stage2Collator:
     def _split(self, caption: str, name: str) -> tuple[str, str]:
         """Prefix language modelling (BLIP-2, section 3.3): the encoder reads a caption's beginning, or nothing.
 
-        Where it is split is drawn by its words and its picture's name, so it is the same however often it is seen.
+        Where it is split is drawn by its words and its image's name, so it is the same however often it is seen.
         """
         words = caption.split()
         at = zlib.crc32(f"{name} {caption}".encode()) % len(words)
@@ -131,7 +131,7 @@ class Stage2Collator:
 
 
 def _pixels(processor: Any, images: list[Any]) -> torch.Tensor:
-    """Pictures, or what a transform has made of them, uint8[3, S, S] each -> uint8[B, 3, S, S]."""
+    """Images, or what a transform has made of them, uint8[3, S, S] each -> uint8[B, 3, S, S]."""
     return torch.stack(images) if torch.is_tensor(images[0]) else processor(images=images)["pixel_values"]
 
 

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: progress lines, log.jsonl, TensorBoard, and held-out pictures.
+"""What a run shows and writes while it trains: progress lines, log.jsonl, TensorBoard, and held-out images.
 
 The files are those of the first process; what decides about a step (log, checkpoint) is decided alike on all of them.
 """
@@ -120,9 +120,9 @@ class SaveByTheClock(TrainerCallback):
 
 
 class HeldOut(TrainerCallback):
-    """What the model makes of fixed held-out pictures: texts into samples.jsonl, reconstructions into samples/.
+    """What the model makes of fixed held-out images: texts into samples.jsonl, reconstructions into samples/.
 
-    `write` takes the model and returns one record per picture: {"id", "text", "reference", ...}; `draw` takes it and
+    `write` takes the model and returns one record per image: {"id", "text", "reference", ...}; `draw` takes it and
     returns a sheet of reconstructions. Both draw nothing from the run's random numbers: sampling more or less often
     changes no loss. A model that FSDP has split must be asked on all processes.
     """
@@ -164,6 +164,6 @@ class HeldOut(TrainerCallback):
         if self.tensorboard is None:
             return
         lines = [f"{r['id']} {r.get('question', '')} | {r['text']} | reference: {r['reference']}" for r in records]
-        self.tensorboard.add_text("held-out pictures", "\n\n".join(lines), step)
+        self.tensorboard.add_text("held-out images", "\n\n".join(lines), step)
         if sheet is not None:
             self.tensorboard.add_image("reconstruction", np.asarray(sheet), step, dataformats="HWC")

@@ -31,13 +31,13 @@ class RunConfig:
     data: str = "scenes"
     """scenes (the embedded world), easy-vqa, or your own: a folder, .json, .jsonl, .tar shards, hf:NAME (docs/data.md)."""
     images: Path | None = None
-    """The folder of the pictures that a .json or .jsonl names, if it is not beside that file."""
+    """The folder of the images that a .json or .jsonl names, if it is not beside that file."""
     train_size: int | None = None
-    """At most this many training pictures; by default all there are, and 24,000 scenes."""
+    """At most this many training images; by default all there are, and 24,000 scenes."""
     augment: Literal["crop+flip", "crop", "none"] = "crop+flip"
-    """Of your own pictures: a random crop of 50-100 % of the area, and every second time flipped (BLIP-2)."""
+    """Of your own images: a random crop of 50-100 % of the area, and every second time flipped (BLIP-2)."""
     clean_captions: bool = False
-    """Of your own pictures: captions in lower case, without .!"()*#:;~ and at most 50 words long (BLIP-2)."""
+    """Of your own images: captions in lower case, without .!"()*#:;~ and at most 50 words long (BLIP-2)."""
     output_dir: Path = Path("runs/train")
     """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
     resume: bool = True
@@ -48,7 +48,7 @@ class RunConfig:
     steps: int = 720
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 48
-    """Pictures per step and device."""
+    """Images per step and device."""
     gradient_accumulation_steps: int = 1
     """Batches per optimiser step (the contrastive loss sees one batch at a time)."""
     learning_rate: float = 1.5e-3
@@ -69,7 +69,7 @@ class RunConfig:
     max_text_tokens: int = 32
     """Longer captions, questions and answers are cut (and it is said once)."""
     feature_cache: Path | None = None
-    """Keep what the frozen encoders make of the pictures in this folder (for whole pictures: --augment none)."""
+    """Keep what the frozen encoders make of the images in this folder (for whole images: --augment none)."""
     num_workers: int = 0
     """Processes that prepare batches; 0: the training process itself."""
     logging_steps: int = 20
@@ -81,7 +81,7 @@ class RunConfig:
     save_total_limit: int = 2
     """Checkpoints kept while training; a finished run keeps its model only."""
     sample_steps: int = 200
-    """Texts, and reconstructions, of fixed held-out pictures after every so many steps."""
+    """Texts, and reconstructions, of fixed held-out images after every so many steps."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where the log goes beside log.jsonl and the terminal; wandb and trackio are packages of their own."""
 
@@ -99,7 +99,7 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.feature_cache is not None and self.augment != "none" and self.data not in ("scenes", "easy-vqa"):
-            raise ValueError("feature_cache keeps the features of whole pictures; with it, set --augment none")
+            raise ValueError("feature_cache keeps the features of whole images; with it, set --augment none")
         for name in ("learning_rate", "save_minutes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -145,8 +145,8 @@ class Stage2Config(RunConfig):
     """What is learned to be said: captions alone, as in the paper (questions are then zero-shot), or answers."""
     instruction_aware: bool = True
     """With --text questions: the queries read the question, too, as in InstructBLIP (the paper's do not)."""
-    questions_per_picture: int = 4
-    """With --text questions: how many on each picture; of a source of your own at most so many, drawn anew each time."""
+    questions_per_image: int = 4
+    """With --text questions: how many on each image; of a source of your own at most so many, drawn anew each time."""
     chat_template: bool = False
     """Speak to the language model by its chat template (for instruct models)."""
     lora_rank: int = 0
@@ -156,7 +156,7 @@ class Stage2Config(RunConfig):
     steps: int = 800
     """Optimiser steps; the cosine schedule ends there."""
     batch_size: int = 24
-    """Pictures per step and device, each encoded once and with all its questions."""
+    """Images per step and device, each encoded once and with all its questions."""
     learning_rate: float = 6e-4
     """Peak, after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -164,8 +164,8 @@ class Stage2Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.questions_per_picture < 1:
-            raise ValueError(f"questions_per_picture must be at least 1, not {self.questions_per_picture}")
+        if self.questions_per_image < 1:
+            raise ValueError(f"questions_per_image must be at least 1, not {self.questions_per_image}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must not be negative, but is {self.lora_rank}")
 

@@ -1,11 +1,11 @@
-"""What the frozen encoders make of unaugmented pictures, kept on disk: encoded once, not in every epoch and run.
+"""What the frozen encoders make of unaugmented images, kept on disk: encoded once, not in every epoch and run.
 
     DIR/3f0c.../about.json              what the folder's name is the hash of: source, encoders' weights, sizes, precision
-    DIR/3f0c.../00000000-0.safetensors  "clip" [P, layers, N, D_clip] and "mae" [P, 1+L, D_mae] of some hundred pictures P
+    DIR/3f0c.../00000000-0.safetensors  "clip" [P, layers, N, D_clip] and "mae" [P, 1+L, D_mae] of some hundred images P
     DIR/3f0c.../00000000-0.json         their ids
-    DIR/3f0c.../filled-5000-clip.json   that all of so many pictures are there, and which ones are broken
+    DIR/3f0c.../filled-5000-clip.json   that all of so many images are there, and which ones are broken
 
-Only what nothing trained lies before can be kept: CLIP's tokens always, M where no part of the picture is masked (not in
+Only what nothing trained lies before can be kept: CLIP's tokens always, M where no part of the image is masked (not in
 stage 1 with the reconstruction loss, whose MAE sees other patches each time). Every file is written whole or not at all:
 what an interrupted filling has written is not encoded again.
 """
@@ -26,32 +26,32 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 
-from xformer_mllm.data.json_files import read_json, write_whole
+from xformer_mllm.files import read_json, write_whole
 from xformer_mllm.train import freeze
 
-SHARD, BATCH = 512, 64  # pictures on disk, and at a time
+SHARD, BATCH = 512, 64  # images on disk, and at a time
 LISTINGS = "[0-9]*-[0-9]*.json"
 
 
-def picture_id(item: dict[str, Any] | list[dict[str, Any]]) -> str:
-    """The name of the picture of an item: of a caption, or of one picture's questions."""
+def image_id(item: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """The name of the image of an item: of a caption, or of one image's questions."""
     return item[0]["image_id"] if isinstance(item, list) else item["id"]
 
 
 class FeatureCache:
-    """The features of pictures by their ids.
+    """The features of images by their ids.
 
     Args:
-        folder: DIR; what other encoders have made of the pictures lies in another folder inside.
+        folder: DIR; what other encoders have made of the images lies in another folder inside.
         model: with its encoders frozen.
-        masked: whether training masks a part of each picture anew, so that M cannot be kept.
-        source: what names the pictures' source; in it, an id names a picture.
-        picture_size: of the square that the pictures are resized to.
+        masked: whether training masks a part of each image anew, so that M cannot be kept.
+        source: what names the images' source; in it, an id names an image.
+        image_size: of the square that the images are resized to.
         bf16: whether training runs under bf16 autocast; the encoders do here, too.
     """
 
-    def __init__(self, folder: Path, model: Any, masked: bool, source: str, picture_size: int, bf16: bool):
-        self.about = _about(model, source, picture_size, bf16)
+    def __init__(self, folder: Path, model: Any, masked: bool, source: str, image_size: int, bf16: bool):
+        self.about = _about(model, source, image_size, bf16)
         self.folder = folder / _hash(self.about)
         self.masked, self.bf16 = masked, bf16
         self.names = ["clip"] if masked or model.xformer.mae_encoder is None else ["clip", "mae"]
@@ -61,7 +61,7 @@ class FeatureCache:
     # ---- reading
 
     def read(self, ids: list[str]) -> dict[str, torch.Tensor]:
-        """{"clip": [B, layers, N, D], "mae": [B, 1+L, D]} of pictures. Raises ValueError for one that is not there."""
+        """{"clip": [B, layers, N, D], "mae": [B, 1+L, D]} of images. Raises ValueError for one that is not there."""
         for name in ids:
             if name not in self._places:
                 raise ValueError(f"{self.folder}: has no features of {name}; delete that folder to fill it anew")
@@ -76,7 +76,7 @@ class FeatureCache:
         return {**vars(self), "_open": {}}  # a worker process maps the files itself
 
     def look(self) -> None:
-        """Find out which pictures are there; a shard without M counts only where M is not needed."""
+        """Find out which images are there; a shard without M counts only where M is not needed."""
         self._places = {}
         for listing in sorted(self.folder.glob(LISTINGS)):
             held = read_json(listing)
@@ -87,11 +87,11 @@ class FeatureCache:
     # ---- filling
 
     def fill(self, model: Any, dataset: Any, collator: Callable, workers: int = 0) -> dict[str, str]:
-        """Encode what is missing of a data set, each process a part; returns its broken pictures, id -> why.
+        """Encode what is missing of a data set, each process a part; returns its broken images, id -> why.
 
         Args:
             model: with its encoders on the device that is to encode.
-            dataset: whole pictures, of known number.
+            dataset: whole images, of known number.
             collator: items -> a batch with pixel_values.
             workers: processes that prepare batches.
         """
@@ -135,9 +135,7 @@ class FeatureCache:
             self._write(held, number)
         if encoded:
             seconds = time.perf_counter() - started
-            process.print(
-                f"{self.folder}: encoded {encoded:,} pictures in {seconds:.0f} s, {self._size():,} bytes each"
-            )
+            process.print(f"{self.folder}: encoded {encoded:,} images in {seconds:.0f} s, {self._size():,} bytes each")
         return {name: why for of_one in gather_object([broken]) for name, why in of_one.items()}
 
     def _features(self, model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -157,43 +155,43 @@ class FeatureCache:
         return number + 1
 
     def _size(self) -> int:
-        """Bytes for each picture, of the newest shard."""
+        """Bytes for each image, of the newest shard."""
         listing = max(self.folder.glob(LISTINGS))
         return listing.with_suffix(".safetensors").stat().st_size // len(read_json(listing)["ids"])
 
 
 class WithFeatures:
-    """A collator whose batches also hold "features", from a cache; and no pictures, where they are not needed any more."""
+    """A collator whose batches also hold "features", from a cache; and no images, where they are not needed any more."""
 
     def __init__(self, collator: Callable, cache: FeatureCache, pixels_needed: bool):
         self.collator, self.cache, self.pixels_needed = collator, cache, pixels_needed
 
     def __call__(self, items: list) -> dict[str, Any]:
-        batch = self.collator(items) | {"features": self.cache.read([picture_id(item) for item in items])}
+        batch = self.collator(items) | {"features": self.cache.read([image_id(item) for item in items])}
         return batch if self.pixels_needed else batch | {"pixel_values": None}
 
 
 class _Missing:
-    """A collator for filling: ids and pixels of the pictures that are not there yet, and what was broken so far."""
+    """A collator for filling: ids and pixels of the images that are not there yet, and what was broken so far."""
 
     def __init__(self, collator: Callable, dataset: Any, there: set[str]):
         self.collator, self.there = collator, there
         self.dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
 
     def __call__(self, items: list) -> tuple[list[str], torch.Tensor | None, dict[str, str]]:
-        missing = {picture_id(item): item for item in items if picture_id(item) not in self.there}
+        missing = {image_id(item): item for item in items if image_id(item) not in self.there}
         pixels = self.collator(list(missing.values()))["pixel_values"] if missing else None
         return list(missing), pixels, dict(getattr(self.dataset, "broken", {}))
 
 
-def _about(model: Any, source: str, picture_size: int, bf16: bool) -> dict[str, Any]:
-    """All that the features depend on but the pictures themselves."""
+def _about(model: Any, source: str, image_size: int, bf16: bool) -> dict[str, Any]:
+    """All that the features depend on but the images themselves."""
     config = model.config
     weights = {part.name: part.sha256 for part in freeze.freeze_table(model.xformer)}
     about: dict[str, Any] = {
         "source": source,
-        "picture_size": picture_size,
-        "transform": "the whole picture, bicubic, to a square",
+        "image_size": image_size,
+        "transform": "the whole image, bicubic, to a square",
         "bf16_autocast": bf16,
         "clip": {
             "sha256": weights["clip_encoder"],

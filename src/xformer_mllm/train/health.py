@@ -8,12 +8,12 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED = 0.98  # mean cosine of two queries of one picture
+COLLAPSED = 0.98  # mean cosine of two queries of one image
 LOGS_UNTIL_ALARM = 5
 
 
 def query_similarity(queries: torch.Tensor) -> torch.Tensor:
-    """The mean cosine of two different queries of one picture, [B, Q, D] -> a scalar in [-1, 1]; nan for one query."""
+    """The mean cosine of two different queries of one image, [B, Q, D] -> a scalar in [-1, 1]; nan for one query."""
     unit = normalize(queries.detach().float(), dim=-1)
     count = unit.shape[1]
     # The squared length of the sum holds every cosine twice, and the ones of the queries with themselves.
@@ -37,7 +37,7 @@ class CollapseAlarm(TrainerCallback):
         self.above = self.above + 1 if similarity > COLLAPSED else 0
         if self.above == LOGS_UNTIL_ALARM and state.is_world_process_zero:
             logger.warning(
-                "step %d: the queries have collapsed: two of one picture have a cosine of %.3f, above %.2f for %d logs; "
+                "step %d: the queries have collapsed: two of one image have a cosine of %.3f, above %.2f for %d logs; "
                 "see docs/training.md (equal initial queries? learning rate too high? wrong normalisation?)",
                 state.global_step, similarity, COLLAPSED, LOGS_UNTIL_ALARM,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """The two stages of training, from a configuration to a finished run folder.
 
 A run's folder: config.json (the resolved configuration), freeze.json, log.jsonl, samples.jsonl with samples/ (the
-held-out pictures), tensorboard/, checkpoint-N/ while it runs; and when it is finished summary.json and model/.
+held-out images), tensorboard/, checkpoint-N/ while it runs; and when it is finished summary.json and model/.
 """
 
 import importlib.util
@@ -22,13 +22,14 @@ from torch.utils.data import Dataset, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import set_seed
 
-from xformer_mllm.checkpoints import continue_pretraining, embedded_config, start_generation, start_pretraining
+from xformer_mllm import defaults, processes
+from xformer_mllm.checkpoints import continue_pretraining, start_generation
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.language_models import check_on_hub, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.model.painting import reconstructions, rows_of_panels, sheet
-from xformer_mllm.train import data_sets, freeze, processes, run_checkpoints
+from xformer_mllm.report.reconstructions import reconstructions, rows_of_panels, sheet
+from xformer_mllm.train import datasets, freeze, run_checkpoints
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
 from xformer_mllm.train.callbacks import LOG, SAMPLES, HeldOut, Progress, RunLog, SaveByTheClock
 from xformer_mllm.train.config import (
@@ -40,16 +41,16 @@ from xformer_mllm.train.config import (
     read_config,
     write_config,
 )
-from xformer_mllm.train.data_sets import Records
+from xformer_mllm.train.datasets import Records
 from xformer_mllm.train.feature_cache import FeatureCache, WithFeatures
 from xformer_mllm.train.health import CollapseAlarm
 from xformer_mllm.train.trainer import XFormerTrainer, uses_bf16
 from xformer_mllm.variants import variant_config
 
-STANDARDISED_OVER = 256  # pictures, whose tokens' statistics the fresh layer norms start with
+STANDARDISED_OVER = 256  # images, whose tokens' statistics the fresh layer norms start with
 SAMPLE_TOKENS = 20
 
-Write = Callable[[nn.Module, torch.Tensor], list[str]]  # model, pixels of the held-out pictures -> a text for each
+Write = Callable[[nn.Module, torch.Tensor], list[str]]  # model, pixels of the held-out images -> a text for each
 Ask = Callable[[nn.Module], Records]
 Draw = Callable[[nn.Module], Image.Image]
 
@@ -66,13 +67,13 @@ def run_stage1(config: Stage1Config) -> Path:
     set_seed(config.seed)
     processor: Any
     model, processor = processes.together(lambda: _start(config))
-    train, held_out = processes.together(lambda: data_sets.captions(config, _picture_size(processor)))
+    train, held_out = processes.together(lambda: datasets.captions(config, _image_size(processor)))
     collator = Stage1Collator(processor, config.max_text_tokens)
     model.to(process.device)
     if config.start_from is None:  # a converted model's norms were trained
-        pixels = collator(data_sets.records_of(train, STANDARDISED_OVER))["pixel_values"]
+        pixels = collator(datasets.records_of(train, STANDARDISED_OVER))["pixel_values"]
         model.xformer.standardise(pixels.to(process.device))
-    processes.take_weights_of_first(model)  # of a stream, each process has seen other pictures
+    processes.take_weights_of_first(model)  # of a stream, each process has seen other images
     tokenizer = processor.qformer_tokenizer
 
     def write(model: nn.Module, pixels: torch.Tensor) -> list[str]:
@@ -87,12 +88,12 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
         return continue_pretraining(config.start_from, config.variant)
     name = config.second_encoder
     if name is None:
-        return start_pretraining(config.variant, config.seed)
+        return defaults.start_pretraining(config.variant, config.seed)
     if not Path(name).exists():
         check_on_hub("--second-encoder", name)
-    variant_config(config.variant, embedded_config())  # an unknown variant is not the encoder's fault
+    variant_config(config.variant, defaults.config())  # an unknown variant is not the encoder's fault
     try:
-        return start_pretraining(config.variant, config.seed, name)
+        return defaults.start_pretraining(config.variant, config.seed, name)
     except AttributeError as error:  # a language model lacks the settings of a tower
         raise ValueError(f"--second-encoder {name}: is no vision tower ({error})") from error
     except (ValueError, OSError) as error:
@@ -116,8 +117,8 @@ def run_stage2(config: Stage2Config) -> Path:
             config.lora_rank,
         )
     )
-    open_data = data_sets.questions if config.text == "questions" else data_sets.captions
-    train, held_out = processes.together(lambda: open_data(config, _picture_size(processor)))
+    open_data = datasets.questions if config.text == "questions" else datasets.captions
+    train, held_out = processes.together(lambda: open_data(config, _image_size(processor)))
     end = model.generation_config.eos_token_id
     collator = Stage2Collator(processor, end if isinstance(end, int) else end[0], config.max_text_tokens)
     asked = [QUESTION_PROMPT.format_map(r) if "question" in r else CAPTION_PROMPT for r in held_out]
@@ -165,7 +166,7 @@ def _with_language_model(config: Stage2Config, folder: Path) -> Path:
     return folder
 
 
-def _picture_size(processor: Any) -> int:
+def _image_size(processor: Any) -> int:
     return processor.image_processor.size["height"]
 
 
@@ -219,7 +220,7 @@ def _run(
     checkpoint = processes.on_first(lambda: _begin(config, command, model, train))
     start = run_checkpoints.step_of(checkpoint) if checkpoint else 0
     if config.feature_cache is not None:
-        train, collator = _cached(config, model, train, collator, _picture_size(processor))
+        train, collator = _cached(config, model, train, collator, _image_size(processor))
     pixels = processor(images=[record["image"] for record in held_out])["pixel_values"]
     texts, draw = _texts(folder, pixels, held_out, write), _draw(model, pixels)
     tensorboard = None
@@ -247,16 +248,14 @@ def _begin(config: RunConfig, command: str, model: Any, train: Dataset) -> Path 
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--report-to {name}: that package is not installed; pip install {name}")
     if config.feature_cache is not None and isinstance(train, IterableDataset):
-        raise ValueError(
-            f"--feature-cache: {config.data} is a stream, whose pictures nobody has counted; leave it out"
-        )
+        raise ValueError(f"--feature-cache: {config.data} is a stream, whose images nobody has counted; leave it out")
     folder = config.output_dir
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     for path in folder.glob("stopped*.json"):
         path.unlink()
     table = freeze.freeze_table(model)
     print(freeze.show(table))
-    print(f"{data_sets.described(train)} of {config.data}, {config.steps:,} steps of {config.batch_size}")
+    print(f"{datasets.described(train)} of {config.data}, {config.steps:,} steps of {config.batch_size}")
     print(processes.described())
     for line in _doubts(config):
         print(line)
@@ -283,34 +282,34 @@ def _doubts(config: RunConfig) -> list[str]:
 
 
 def _cached(
-    config: RunConfig, model: Any, train: Any, collator: Callable, picture_size: int
+    config: RunConfig, model: Any, train: Any, collator: Callable, image_size: int
 ) -> tuple[Dataset, Callable]:
     """The data set and the collator of a run that takes what the frozen encoders say from a cache, which is filled first."""
     assert config.feature_cache is not None
     masked, source = _reconstructs(model), f"{config.data} {config.images or ''}"
     model.xformer.to(PartialState().device)
-    cache = FeatureCache(config.feature_cache, model, masked, source, picture_size, uses_bf16(config))
+    cache = FeatureCache(config.feature_cache, model, masked, source, image_size, uses_bf16(config))
     broken = cache.fill(model, train, collator, config.num_workers)
-    train = train if masked else data_sets.undecoded(train, broken)
+    train = train if masked else datasets.undecoded(train, broken)
     return train, WithFeatures(collator, cache, pixels_needed=masked)
 
 
 def _reconstructs(model: Any) -> bool:
-    """Whether this stage hides a part of every picture and has it reconstructed."""
+    """Whether this stage hides a part of every image and has it reconstructed."""
     stage1 = isinstance(model, XFormerForPreTraining)
     return model.config.reconstruction if stage1 else model.config.reconstruction_in_stage2
 
 
 def _texts(folder: Path, pixels: torch.Tensor, held_out: Records, write: Write) -> Ask:
-    """What HeldOut calls: a record with the model's text for each held-out picture. Saves the pictures."""
+    """What HeldOut calls: a record with the model's text for each held-out image. Saves the images."""
     shown = []
     for number, record in enumerate(held_out):
-        picture = f"samples/{number}.png"
+        image = f"samples/{number}.png"
         if processes.is_first():
-            record["image"].save(folder / picture)
+            record["image"].save(folder / image)
         question = {"question": record["question"]} if "question" in record else {}
         reference = record["answer"] if question else record["caption"]
-        shown.append({"id": record["id"], "picture": picture, **question, "reference": reference})
+        shown.append({"id": record["id"], "image": image, **question, "reference": reference})
 
     def texts(model: nn.Module) -> Records:
         written = write(model, pixels.to(next(model.parameters()).device))
@@ -320,7 +319,7 @@ def _texts(folder: Path, pixels: torch.Tensor, held_out: Records, write: Write) 
 
 
 def _draw(model: Any, pixels: torch.Tensor) -> Draw | None:
-    """What HeldOut calls, where this training reconstructs: the held-out pictures, half hidden, as painted."""
+    """What HeldOut calls, where this training reconstructs: the held-out images, half hidden, as painted."""
     if not _reconstructs(model):
         return None
 

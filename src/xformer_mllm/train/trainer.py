@@ -15,7 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.streams import Positioned, Stream
-from xformer_mllm.train import run_checkpoints, sharding, state
+from xformer_mllm.train import fsdp as sharding
+from xformer_mllm.train import run_checkpoints, state
 from xformer_mllm.train.config import RunConfig
 from xformer_mllm.train.health import query_similarity
 
@@ -208,13 +209,13 @@ class XFormerTrainer(Trainer):
         return {} if temperature is None else {"temperature": float(state.whole(temperature.detach()))}
 
     def _speed(self) -> dict[str, float]:
-        """Pictures per second of all processes since the last log, and how long the rest will take at that pace."""
+        """Images per second of all processes since the last log, and how long the rest will take at that pace."""
         now, (step, then) = time.perf_counter(), self._logged
         self._logged = (self.state.global_step, now)
         steps_per_second = (self.state.global_step - step) / (now - then)
-        pictures = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        images = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         left = (self.state.max_steps - self.state.global_step) / steps_per_second
-        return dict(zip(SPEED, (steps_per_second * pictures, left), strict=True))
+        return dict(zip(SPEED, (steps_per_second * images, left), strict=True))
 
     # ---- checkpoints
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import permutations
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.data.world import COLOURS, SHAPES, TEXTURES, Scene, SceneObject
+from xformer_mllm.embedded.world import COLOURS, SHAPES, TEXTURES, Scene, SceneObject
 
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
@@ -43,137 +43,137 @@ def _single_by(scene: Scene, attribute: str) -> list[SceneObject]:
     return [thing for thing in scene.objects if counts[getattr(thing, attribute)] == 1]
 
 
-def _absent(scene: Scene, lot: random.Random) -> str:
+def _absent(scene: Scene, rng: random.Random) -> str:
     """A colour and shape that no object has."""
     there = {name(thing) for thing in scene.objects}
-    while (words := f"{lot.choice(_COLOUR_NAMES)} {lot.choice(SHAPES)}") in there:
+    while (words := f"{rng.choice(_COLOUR_NAMES)} {rng.choice(SHAPES)}") in there:
         pass
     return words
 
 
-def _present(scene: Scene, lot: random.Random) -> str:
-    return lot.choice(sorted({name(thing) for thing in scene.objects}))
+def _present(scene: Scene, rng: random.Random) -> str:
+    return rng.choice(sorted({name(thing) for thing in scene.objects}))
 
 
-def _count_of(attribute: str, scene: Scene, lot: random.Random) -> tuple[str, int] | None:
+def _count_of(attribute: str, scene: Scene, rng: random.Random) -> tuple[str, int] | None:
     """A value of the attribute and its number of objects; None where no value has the number that was drawn."""
-    number = lot.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
+    number = rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
     counts = Counter(getattr(thing, attribute) for thing in scene.objects)
     values = [value for value, n in counts.items() if n == number]
-    return (lot.choice(values), number) if values else None
+    return (rng.choice(values), number) if values else None
 
 
-def count_all(scene: Scene, lot: random.Random) -> Asked:
+def count_all(scene: Scene, rng: random.Random) -> Asked:
     return "How many objects are there in the image?", str(len(scene.objects))
 
 
-def count(scene: Scene, lot: random.Random) -> Asked:
-    picked = _count_of("shape", scene, lot)
+def count(scene: Scene, rng: random.Random) -> Asked:
+    picked = _count_of("shape", scene, rng)
     return picked and (f"How many {PLURALS[picked[0]]} are there in the image?", str(picked[1]))
 
 
-def count_texture(scene: Scene, lot: random.Random) -> Asked:
-    picked = _count_of("texture", scene, lot)
+def count_texture(scene: Scene, rng: random.Random) -> Asked:
+    picked = _count_of("texture", scene, rng)
     return picked and (f"How many {picked[0]} objects are there in the image?", str(picked[1]))
 
 
-def exists(scene: Scene, lot: random.Random) -> Asked:
-    answer = lot.choice(("yes", "no"))
-    words = _present(scene, lot) if answer == "yes" else _absent(scene, lot)
+def exists(scene: Scene, rng: random.Random) -> Asked:
+    answer = rng.choice(("yes", "no"))
+    words = _present(scene, rng) if answer == "yes" else _absent(scene, rng)
     return f"Does a {words} exist in the image?", answer
 
 
-def exists_texture(scene: Scene, lot: random.Random) -> Asked:
+def exists_texture(scene: Scene, rng: random.Random) -> Asked:
     """The thing is always there: only its texture decides."""
     if not (single := _single(scene)):
         return None
-    thing = lot.choice(single)
-    answer = lot.choice(("yes", "no"))
-    texture = thing.texture if answer == "yes" else lot.choice([t for t in TEXTURES if t != thing.texture])
+    thing = rng.choice(single)
+    answer = rng.choice(("yes", "no"))
+    texture = thing.texture if answer == "yes" else rng.choice([t for t in TEXTURES if t != thing.texture])
     return f"Does a {texture} {name(thing)} exist in the image?", answer
 
 
-def texture(scene: Scene, lot: random.Random) -> Asked:
+def texture(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single(scene)):
         return None
-    thing = lot.choice(single)
+    thing = rng.choice(single)
     return f"What texture does the {name(thing)} have?", thing.texture
 
 
-def colour(scene: Scene, lot: random.Random) -> Asked:
+def colour(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single_by(scene, "shape")):
         return None
-    thing = lot.choice(single)
+    thing = rng.choice(single)
     return f"What colour is the {thing.shape}?", thing.colour
 
 
-def shape(scene: Scene, lot: random.Random) -> Asked:
+def shape(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single_by(scene, "colour")):
         return None
-    thing = lot.choice(single)
+    thing = rng.choice(single)
     return f"What shape is the {thing.colour} object?", thing.shape
 
 
-def size(scene: Scene, lot: random.Random) -> Asked:
+def size(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single(scene)):
         return None
-    thing = lot.choice(single)
+    thing = rng.choice(single)
     return f"Is the {name(thing)} small or large?", thing.size
 
 
-def left_right(scene: Scene, lot: random.Random) -> Asked:
+def left_right(scene: Scene, rng: random.Random) -> Asked:
     pairs = [(a, b) for a, b in permutations(_single(scene), 2) if a.column != b.column]
     if not pairs:
         return None
-    a, b = lot.choice(pairs)
+    a, b = rng.choice(pairs)
     return f"Is the {name(a)} left or right of the {name(b)}?", "left" if a.column < b.column else "right"
 
 
-def above(scene: Scene, lot: random.Random) -> Asked:
+def above(scene: Scene, rng: random.Random) -> Asked:
     pairs = [(a, b) for a, b in permutations(_single(scene), 2) if a.row != b.row]
     if not pairs:
         return None
-    a, b = lot.choice(pairs)
+    a, b = rng.choice(pairs)
     return f"Is the {name(a)} above the {name(b)}?", "yes" if a.row < b.row else "no"
 
 
-def compare(scene: Scene, lot: random.Random) -> Asked:
+def compare(scene: Scene, rng: random.Random) -> Asked:
     counts = Counter(thing.shape for thing in scene.objects)
     pairs = [(a, b) for a, b in permutations(sorted(counts), 2) if counts[a] != counts[b]]
     if not pairs:
         return None
-    a, b = lot.choice(pairs)
+    a, b = rng.choice(pairs)
     return f"Are there more {PLURALS[a]} than {PLURALS[b]}?", "yes" if counts[a] > counts[b] else "no"
 
 
-def compare_texture(scene: Scene, lot: random.Random) -> Asked:
+def compare_texture(scene: Scene, rng: random.Random) -> Asked:
     # Two things differ in texture more often than not: "yes" is drawn more often, and dropped where it cannot be.
-    answer = lot.choices(("yes", "no"), (0.6, 0.4))[0]
+    answer = rng.choices(("yes", "no"), (0.6, 0.4))[0]
     pairs = [(a, b) for a, b in permutations(_single(scene), 2) if (a.texture == b.texture) == (answer == "yes")]
     if not pairs:
         return None
-    a, b = lot.choice(pairs)
+    a, b = rng.choice(pairs)
     return f"Do the {name(a)} and the {name(b)} have the same texture?", answer
 
 
-def logical(scene: Scene, lot: random.Random) -> Asked:
+def logical(scene: Scene, rng: random.Random) -> Asked:
     """ "and" needs both, "or" one of two; each answer is as likely as the other for both words."""
     names = sorted({name(thing) for thing in scene.objects})
-    word = lot.choice(("and", "or")) if len(names) > 1 else "or"  # one name cannot make "and" true
-    answer = lot.choice(("yes", "no"))
+    word = rng.choice(("and", "or")) if len(names) > 1 else "or"  # one name cannot make "and" true
+    answer = rng.choice(("yes", "no"))
     if word == "and" and answer == "yes":
-        words = lot.sample(names, 2)
+        words = rng.sample(names, 2)
     elif word == "or" and answer == "no":
-        words = [_absent(scene, lot), _absent(scene, lot)]
+        words = [_absent(scene, rng), _absent(scene, rng)]
     else:
-        words = [lot.choice(names), _absent(scene, lot)]
-        lot.shuffle(words)
+        words = [rng.choice(names), _absent(scene, rng)]
+        rng.shuffle(words)
     if words[0] == words[1]:
         return None
     return f"Is there a {words[0]} {word} a {words[1]} in the image?", answer
 
 
-def ground(scene: Scene, lot: random.Random) -> Asked:
+def ground(scene: Scene, rng: random.Random) -> Asked:
     return "What is the ground like?", scene.ground
 
 
@@ -204,13 +204,13 @@ def ask(scene: Scene, count: int) -> list[Question]:
 
     Their types differ as long as the scene has more types to offer; then types come again.
     """
-    lot = random.Random(scene.key + "/questions")
+    rng = random.Random(scene.key + "/questions")
     asked: dict[str, Question] = {}
     while True:
         types: set[str] = set()
-        for question_type in lot.sample(_LOTS, len(_LOTS)):
+        for question_type in rng.sample(_LOTS, len(_LOTS)):
             form, structural, semantic = QUESTION_TYPES[question_type]
-            if question_type in types or not (pair := form(scene, lot)) or pair[0] in asked:
+            if question_type in types or not (pair := form(scene, rng)) or pair[0] in asked:
                 continue
             types.add(question_type)
             identity = f"{scene.key}/{len(asked)}"

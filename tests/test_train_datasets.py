@@ -1,4 +1,4 @@
-"""Sources of pictures as a run takes them: augmented, cut to a size, streamed, and resumed."""
+"""Sources of images as a run takes them: augmented, cut to a size, streamed, and resumed."""
 
 import io
 import json
@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from xformer_mllm import processes
 from xformer_mllm.cli import main
-from xformer_mllm.train import data_sets, processes, run_checkpoints
+from xformer_mllm.train import datasets, run_checkpoints
 from xformer_mllm.train.batches import Stage1Collator
 from xformer_mllm.train.config import Stage1Config, Stage2Config
 
@@ -20,7 +21,7 @@ RUN += ["--save-steps", "2", "--sample-steps", "8", "--warmup-steps", "2"]
 COLOURS = ("red", "green", "blue")
 
 
-def picture(number: int) -> Image.Image:
+def make_image(number: int) -> Image.Image:
     """Its left half is of another colour than its right one."""
     image = Image.new("RGB", (60 + number, 50), COLOURS[number % 3])
     image.paste((10 * number, 255 - 10 * number, 99), (0, 0, 30, 50))
@@ -29,16 +30,16 @@ def picture(number: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for number in range(24):
-        picture(number).save(folder / f"{number:02}.png")
+        make_image(number).save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"a {COLOURS[number % 3]} circle\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def mixture(folder, tmp_path_factory) -> Path:
-    """Two lists, one with several captions a picture, the other with questions as well."""
+    """Two lists, one with several captions an image, the other with questions as well."""
     place = tmp_path_factory.mktemp("lists")
     captions = [
         {"image": f"{number:02}.png", "caption": [f"a {colour} square", f"{colour} things"]}
@@ -63,7 +64,7 @@ def shards(tmp_path_factory) -> Path:
         with tarfile.open(place / f"{shard:05}.tar", "w") as tar:
             for number in range(120 * shard, 120 * shard + 120):
                 content = io.BytesIO()
-                picture(number % 24).save(content, format="PNG")
+                make_image(number % 24).save(content, format="PNG")
                 for suffix, data in (("png", content.getvalue()), ("txt", f"{COLOURS[number % 3]} dots".encode())):
                     info = tarfile.TarInfo(f"{number:09}.{suffix}")
                     info.size = len(data)
@@ -80,8 +81,8 @@ def config(kind=Stage1Config, **fields):
     return kind(output_dir=Path("unused"), **fields)
 
 
-def test_own_pictures_are_cropped_and_flipped_anew_in_every_epoch(folder):
-    train, held_out = data_sets.captions(config(data=str(folder)), 32)
+def test_own_images_are_cropped_and_flipped_anew_in_every_epoch(folder):
+    train, held_out = datasets.captions(config(data=str(folder)), 32)
     assert len(held_out) + len(train) <= 24
     assert all(record["image"].convert("L").getextrema() != (0, 0) for record in held_out)  # open, and to be seen
     first = train[0]["image"]
@@ -91,8 +92,8 @@ def test_own_pictures_are_cropped_and_flipped_anew_in_every_epoch(folder):
     assert not torch.equal(train[0]["image"], first)
 
 
-def test_without_augmentation_a_picture_is_what_the_processor_makes_of_it(folder):
-    train, _ = data_sets.captions(config(data=str(folder), augment="none"), 32)
+def test_without_augmentation_a_image_is_what_the_processor_makes_of_it(folder):
+    train, _ = datasets.captions(config(data=str(folder), augment="none"), 32)
     record = train[3]
     train.set_epoch(1)
     assert torch.equal(train[3]["image"], record["image"])
@@ -100,21 +101,21 @@ def test_without_augmentation_a_picture_is_what_the_processor_makes_of_it(folder
     assert bytes(record["image"].permute(1, 2, 0).flatten().tolist()) == resized.tobytes()
 
 
-def test_captions_are_cleaned_in_training_and_of_the_held_out_pictures(tmp_path):
+def test_captions_are_cleaned_in_training_and_of_the_held_out_images(tmp_path):
     for number in range(24):
-        picture(number).save(tmp_path / f"{number:02}.png")
+        make_image(number).save(tmp_path / f"{number:02}.png")
         (tmp_path / f"{number:02}.txt").write_text(f"A #{number} Circle!\n")
     for cleaned, text in ((True, "a {} circle"), (False, "A #{} Circle!")):
-        train, held_out = data_sets.captions(config(data=str(tmp_path), clean_captions=cleaned), 32)
+        train, held_out = datasets.captions(config(data=str(tmp_path), clean_captions=cleaned), 32)
         for record in (train[0], held_out[0]):
             assert record["caption"] == text.format(int(record["id"][:2]))
 
 
 def test_crops_alone_are_not_flipped(folder):
-    """The colour of the whole picture's left edge is at the crop's left edge, too; flipped, it is at its right one."""
-    whole, _ = data_sets.captions(config(data=str(folder), augment="none"), 32)
+    """The colour of the whole image's left edge is at the crop's left edge, too; flipped, it is at its right one."""
+    whole, _ = datasets.captions(config(data=str(folder), augment="none"), 32)
     for augment, expected in (("crop", {False}), ("crop+flip", {True, False})):
-        train, _ = data_sets.captions(config(data=str(folder), augment=augment), 32)
+        train, _ = datasets.captions(config(data=str(folder), augment=augment), 32)
         flipped = set()
         for place in range(len(train)):
             colour = whole[place]["image"][:, :, 0].float().mean(1)
@@ -123,26 +124,26 @@ def test_crops_alone_are_not_flipped(folder):
         assert flipped == expected, augment
 
 
-def test_at_most_so_many_pictures_and_they_still_change(folder, shards):
-    train, _ = data_sets.captions(config(data=str(folder), train_size=5), 32)
+def test_at_most_so_many_images_and_they_still_change(folder, shards):
+    train, _ = datasets.captions(config(data=str(folder), train_size=5), 32)
     assert len(train) == 5
     first = train[0]["image"]
     train.set_epoch(1)
     assert not torch.equal(train[0]["image"], first)
     with pytest.raises(ValueError, match=r"--train-size: .* is a stream"):
-        data_sets.captions(config(data=str(shards), train_size=5), 32)
+        datasets.captions(config(data=str(shards), train_size=5), 32)
 
 
 def test_scenes_have_a_number_of_their_own_and_others_are_taken_whole():
     assert config().train_size == 24_000
-    assert config(data="pictures").train_size is None
+    assert config(data="images").train_size is None
     with pytest.raises(ValueError, match="train_size must be at least 1"):
         config(train_size=0)
 
 
-def test_questions_on_own_pictures(folder, mixture):
+def test_questions_on_own_images(folder, mixture):
     fields = {"data": str(mixture / "questions.jsonl"), "images": folder, "text": "questions"}
-    train, held_out = data_sets.questions(config(Stage2Config, **fields), 32)
+    train, held_out = datasets.questions(config(Stage2Config, **fields), 32)
     assert held_out[0]["question"] == "what colour is it"
     assert isinstance(held_out[0]["image"], Image.Image)
     (asked,) = train[0]
@@ -152,7 +153,7 @@ def test_questions_on_own_pictures(folder, mixture):
 
 def test_a_source_without_questions_says_so(folder):
     with pytest.raises(ValueError, match=r"no questions; it has captions \(--text captions\)"):
-        data_sets.questions(config(Stage2Config, data=str(folder), text="questions"), 32)
+        datasets.questions(config(Stage2Config, data=str(folder), text="questions"), 32)
 
 
 def stopped_and_resumed(run: Path, monkeypatch, *arguments: str) -> str:
@@ -174,7 +175,7 @@ def stopped_and_resumed(run: Path, monkeypatch, *arguments: str) -> str:
 
 @pytest.mark.parametrize(("name", "workers"), [("folder", 0), ("mixture", 2)])
 def test_a_resumed_run_sees_what_an_undisturbed_one_sees(folder, mixture, tmp_path, monkeypatch, name, workers):
-    """Bit for bit: the same pictures, captions, crops and masks, from lists and from a mixture of lists (a stream)."""
+    """Bit for bit: the same images, captions, crops and masks, from lists and from a mixture of lists (a stream)."""
     data = str(folder if name == "folder" else mixture / "mixture.json")
     arguments = ["--data", data, "--num-workers", str(workers)]
     assert main([*RUN, *arguments, "--output-dir", str(tmp_path / "undisturbed")]) == 0
@@ -185,7 +186,7 @@ def test_a_resumed_run_sees_what_an_undisturbed_one_sees(folder, mixture, tmp_pa
 def test_shards_train_and_go_on_behind_what_was_seen(shards, tmp_path, monkeypatch):
     """No sample is seen twice in the two sessions, which are less than a pass; a smaller buffer lets others be seen."""
     seen, batches = [], Stage1Collator.__call__
-    monkeypatch.setattr(data_sets, "open_captions", partial(data_sets.open_captions, buffer=4))
+    monkeypatch.setattr(datasets, "open_captions", partial(datasets.open_captions, buffer=4))
     monkeypatch.setattr(
         Stage1Collator,
         "__call__",
@@ -200,11 +201,11 @@ def test_shards_train_and_go_on_behind_what_was_seen(shards, tmp_path, monkeypat
     assert all(name.startswith("0000") for name in kept)
 
 
-def test_too_many_broken_pictures_stop_the_run_in_one_line_from_a_worker_too(folder, tmp_path, capsys):
+def test_too_many_broken_images_stop_the_run_in_one_line_from_a_worker_too(folder, tmp_path, capsys):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for number in range(0, 24, 2):
-        (tmp_path / f"{number:02}.png").write_bytes(b"no picture")
+        (tmp_path / f"{number:02}.png").write_bytes(b"no image")
     for workers in ("0", "1"):
         arguments = [
             "--data",
@@ -217,4 +218,4 @@ def test_too_many_broken_pictures_stop_the_run_in_one_line_from_a_worker_too(fol
         assert main([*RUN, *arguments]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith(f"xformer: {tmp_path}: 1 of ")
-        assert "pictures cannot be read, more than 1%" in said
+        assert "images cannot be read, more than 1%" in said

@@ -6,14 +6,15 @@ import shutil
 import pytest
 
 from xformer_mllm.cli import main
-from xformer_mllm.data.json_files import read_json, read_json_lines
 from xformer_mllm.data.questions import Question
-from xformer_mllm.data.scenes import SceneQuestions
-from xformer_mllm.evaluate import run, scenes
+from xformer_mllm.embedded import benchmarks as scenes
+from xformer_mllm.embedded.benchmarks import Scenes
+from xformer_mllm.embedded.scenes import SceneQuestions
+from xformer_mllm.evaluate import evaluation as run
 from xformer_mllm.evaluate.benchmark import Settings
-from xformer_mllm.evaluate.scenes import Scenes
+from xformer_mllm.files import read_json, read_json_lines
 
-SIZE = ["--size", "6", "--questions-per-picture", "2"]
+SIZE = ["--size", "6", "--questions-per-image", "2"]
 
 
 def refusal(capsys, *words):
@@ -61,7 +62,7 @@ def test_score_knows_a_right_answer(tmp_path, capsys):
     records = Scenes("test", 3, 2).records
     rows = [{"id": record.id, "answer": record.answer.upper()} for record in records]
     (tmp_path / "mine.json").write_text(json.dumps(rows))
-    metrics = run.score(run.ScoreConfig(answers=tmp_path / "mine.json", size=3, questions_per_picture=2))
+    metrics = run.score(run.ScoreConfig(answers=tmp_path / "mine.json", size=3, questions_per_image=2))
     assert metrics["scores"]["all"]["accuracy"] == 1.0
 
 
@@ -69,10 +70,10 @@ def test_ids_that_do_not_match_are_counted_and_named(tmp_path, capsys):
     ids = [record.id for record in Scenes("test", 3, 2).records]
     rows = [{"id": name, "answer": "yes"} for name in [*ids[1:], ids[1], "nobody"]]
     (tmp_path / "mine.json").write_text(json.dumps(rows))
-    line = refusal(capsys, "score", tmp_path / "mine.json", "--size", "3", "--questions-per-picture", "2")
+    line = refusal(capsys, "score", tmp_path / "mine.json", "--size", "3", "--questions-per-image", "2")
     assert f"1 repeated ({ids[1]}); 1 unknown (nobody); 1 missing ({ids[0]})" in line
     (tmp_path / "mine.json").write_text(json.dumps(rows[:-2]))
-    words = ("score", tmp_path / "mine.json", "--size", "3", "--questions-per-picture", "2")
+    words = ("score", tmp_path / "mine.json", "--size", "3", "--questions-per-image", "2")
     assert refusal(capsys, *words).endswith("--partial scores those that are there")
     assert main([*map(str, words), "--partial"]) == 0
     assert "5 of 6 records answered" in capsys.readouterr().out
@@ -109,7 +110,7 @@ def test_what_does_not_exist_is_refused_before_a_model_is_loaded(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "name", ["size", "questions-per-picture", "batch-size", "num-beams", "max-new-tokens", "k-test"]
+    "name", ["size", "questions-per-image", "batch-size", "num-beams", "max-new-tokens", "k-test"]
 )
 def test_a_number_that_cannot_be_is_one_line(name, tmp_path, capsys):
     line = refusal(capsys, "evaluate", tmp_path / "none", f"--{name}", "0")
@@ -152,8 +153,8 @@ def test_without_any_answer_there_are_no_results(runs, tmp_path, capsys):
     (data / "images").rename(data / "elsewhere")
     line = refusal(capsys, *evaluate)
     assert "records has an answer, e.g. " in line
-    assert "n1.jpg: no such picture" in line
-    assert line.endswith("; --images names the folder of the pictures")
+    assert "n1.jpg: no such image" in line
+    assert line.endswith("; --images names the folder of the images")
     assert not list(output.iterdir())
     (data / "elsewhere").rename(data / "images")
     assert main(evaluate) == 0  # and what could not be read then is not remembered
@@ -193,7 +194,7 @@ def test_models_side_by_side_keep_their_evaluations_apart(runs, tmp_path):
 def test_a_prompt_that_the_language_model_cannot_read_is_one_line(runs, tmp_path, capsys):
     words = [*SIZE, "--prompt", "{question} " + "what " * 300, "--output-dir", tmp_path / "out"]
     line = refusal(capsys, "evaluate", runs / "stage2", *words)
-    assert "tokens with the picture's, the language model reads at most 256" in line
+    assert "tokens with the image's, the language model reads at most 256" in line
 
 
 def test_a_file_that_is_not_the_results_names_the_one_that_is(runs, tmp_path, capsys):

@@ -1,8 +1,8 @@
-"""easy-VQA (PyPI `easy-vqa`, github.com/vzhou842/easy-VQA): pictures of one shape, with questions nobody here made.
+"""easy-VQA (PyPI `easy-vqa`, github.com/vzhou842/easy-VQA): images of one shape, with questions nobody here made.
 
-5,000 pictures of 64 x 64 pixels, each with one of three shapes in one of eight colours; 38,575 questions on the 4,000
-pictures for training and 9,673 on the 1,000 for testing, about 13 answers. The pictures come with the package.
-Validation is every tenth of the training pictures; the test questions are the score.
+5,000 images of 64 x 64 pixels, each with one of three shapes in one of eight colours; 38,575 questions on the 4,000
+images for training and 9,673 on the 1,000 for testing, about 13 answers. The images come with the package.
+Validation is every tenth of the training images; the test questions are the score.
 """
 
 import re
@@ -19,11 +19,11 @@ Split = Literal["train", "validation", "test"]
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
-VALIDATION_EVERY = 10  # of the training pictures, by number
+VALIDATION_EVERY = 10  # of the training images, by number
 
 
 class EasyVqaQuestions(Dataset):
-    """The questions of a split, in the package's order: items as data/questions.py's record with its picture.
+    """The questions of a split, in the package's order: items as data/questions.py's record with its image.
 
     question_type: "colour", "shape" (what ...?), "exists_colour", "exists_shape" (yes/no, half of them negated).
     """
@@ -38,18 +38,18 @@ class EasyVqaQuestions(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         question = self.questions[index]
-        return question.item(self.picture(question.image_id))
+        return question.item(self.image(question.image_id))
 
-    def picture(self, image_id: str) -> Image.Image:
+    def image(self, image_id: str) -> Image.Image:
         """64x64 RGB."""
         return _open(self._paths[image_id])
 
 
 class EasyVqaCaptions(Dataset):
-    """One caption for each picture of a training split, derived from its questions and their answers alone.
+    """One caption for each image of a training split, derived from its questions and their answers alone.
 
     "what color is the shape?" blue, "is there a circle?" yes -> "a blue circle"; where they tell only one of the two,
-    "a blue shape" or "a circle"; pictures whose questions tell neither (39 of 4,000) are left out. Items {"id",
+    "a blue shape" or "a circle"; images whose questions tell neither (39 of 4,000) are left out. Items {"id",
     "image", "caption"}.
     """
 
@@ -73,7 +73,7 @@ class EasyVqaCaptions(Dataset):
 
 
 def caption_from(questions: Iterable[Question]) -> str | None:
-    """What the questions and answers on one picture tell of its shape and colour; None if nothing."""
+    """What the questions and answers on one image tell of its shape and colour; None if nothing."""
     told = {word for question in questions for word in _told_by(question)}
     colour, shape = next(iter(told & COLOURS), None), next(iter(told & SHAPES), None)
     if colour is None and shape is None:
@@ -82,7 +82,7 @@ def caption_from(questions: Iterable[Question]) -> str | None:
 
 
 def _told_by(question: Question) -> set[str]:
-    """The words for shape and colour that the question with its answer says are true of the picture."""
+    """The words for shape and colour that the question with its answer says are true of the image."""
     words = set(_words(question.question))
     named = words & (SHAPES | COLOURS)
     if question.structural == "query":  # "what color is the circle?" blue: both are true
@@ -120,7 +120,7 @@ def _image_paths(split: Split) -> dict[str, str]:
 
 
 def _open(path: str) -> Image.Image:
-    """The package's pictures are all 8-bit RGB PNG."""
+    """The package's images are all 8-bit RGB PNG."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
@@ -133,5 +133,5 @@ def _package() -> ModuleType:
     try:
         import easy_vqa
     except ImportError as error:
-        raise ValueError("easy-VQA's pictures are not installed: pip install easy-vqa") from error
+        raise ValueError("easy-VQA's images are not installed: pip install easy-vqa") from error
     return easy_vqa

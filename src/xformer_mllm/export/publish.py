@@ -6,13 +6,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..checkpoints import model_folder
-from ..data.json_files import write_whole
-from .card import model_card
-from .facts import Facts, evaluations, lineage, made_from, title_of
-from .folder import check_whole, dtype_of, new_config, write_code, write_settings, write_weights
-from .settings import ExportConfig
-from .source import kind_of, open_processor, open_weights
+from xformer_mllm.checkpoints import model_folder
+from xformer_mllm.export.card import model_card
+from xformer_mllm.export.facts import Facts, evaluations, lineage, made_from, title_of
+from xformer_mllm.export.folder import check_whole, dtype_of, new_config, write_code, write_settings, write_weights
+from xformer_mllm.export.settings import ExportConfig
+from xformer_mllm.export.source import kind_of, open_processor, open_weights
+from xformer_mllm.files import write_whole
 
 
 def export(settings: ExportConfig) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from xformer_mllm.data.scene_questions import PLURALS, ask
-from xformer_mllm.data.world import Scene, draw_scene, render
+from xformer_mllm.embedded.scene_questions import PLURALS, ask
+from xformer_mllm.embedded.world import Scene, draw_scene, render
 
 # How often a caption's phrase says what web alt-text mostly leaves out.
 TEXTURE_NAMED = 0.10
@@ -25,21 +25,21 @@ COLUMNS = ("left", "centre", "right")
 
 def caption(scene: Scene) -> str:
     """What web alt-text would say: one or two main groups by colour and shape, seldom more."""
-    lot = random.Random(scene.key + "/caption")
+    rng = random.Random(scene.key + "/caption")
     groups: dict[tuple[str, str], list] = {}
     for thing in scene.objects:
         groups.setdefault((thing.colour, thing.shape), []).append(thing)
-    largest_first = sorted(groups.values(), key=lambda group: (-len(group), lot.random()))
-    main = largest_first[: lot.choice((1, 2))]
-    text = lot.choice(OPENINGS) + lot.choice(JOINTS).join(_phrase(group, lot) for group in main)
-    return text + f" on a {scene.ground} ground" if lot.random() < GROUND_NAMED else text
+    largest_first = sorted(groups.values(), key=lambda group: (-len(group), rng.random()))
+    main = largest_first[: rng.choice((1, 2))]
+    text = rng.choice(OPENINGS) + rng.choice(JOINTS).join(_phrase(group, rng) for group in main)
+    return text + f" on a {scene.ground} ground" if rng.random() < GROUND_NAMED else text
 
 
-def _phrase(group: list, lot: random.Random) -> str:
+def _phrase(group: list, rng: random.Random) -> str:
     words = [group[0].colour, group[0].shape if len(group) == 1 else PLURALS[group[0].shape]]
-    if lot.random() < TEXTURE_NAMED and len({thing.texture for thing in group}) == 1:
+    if rng.random() < TEXTURE_NAMED and len({thing.texture for thing in group}) == 1:
         words.insert(0, group[0].texture)
-    detailed = lot.random() < SIZE_OR_NUMBER_NAMED
+    detailed = rng.random() < SIZE_OR_NUMBER_NAMED
     if detailed and len({thing.size for thing in group}) == 1:
         words.insert(0, group[0].size)
     if len(group) == 1:
@@ -49,27 +49,27 @@ def _phrase(group: list, lot: random.Random) -> str:
     return " ".join(words)
 
 
-def description(scene: Scene, lot: random.Random | None = None) -> str:
+def description(scene: Scene, rng: random.Random | None = None) -> str:
     """Everything there is to say about the scene, in text; for the language model only.
 
-    The objects come in the scene's order, or in an order drawn from `lot`.
+    The objects come in the scene's order, or in an order drawn from `rng`.
     """
     things = list(scene.objects)
-    if lot is not None:
-        lot.shuffle(things)
+    if rng is not None:
+        rng.shuffle(things)
     phrases = [f"{t.size} {t.texture} {t.colour} {t.shape} {ROWS[t.row]} {COLUMNS[t.column]}" for t in things]
     return " , ".join([*phrases, f"{scene.ground} ground"])
 
 
 @lru_cache(maxsize=4096)
-def picture_of(scene: Scene) -> Image.Image:
-    """The scene, 48x48 RGB. Kept for a while: the questions of a scene stand side by side and share their picture."""
+def image_of(scene: Scene) -> Image.Image:
+    """The scene, 48x48 RGB. Kept for a while: the questions of a scene stand side by side and share their image."""
     return Image.fromarray(render(scene))
 
 
 @lru_cache(maxsize=4096)
 def _asked(scene: Scene, questions: int) -> list:
-    """Kept for a while, as the picture is."""
+    """Kept for a while, as the image is."""
     return ask(scene, questions)
 
 
@@ -94,13 +94,13 @@ class SceneCaptions(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)
-        return {"id": scene.key, "image": picture_of(scene), "caption": caption(scene)}
+        return {"id": scene.key, "image": image_of(scene), "caption": caption(scene)}
 
 
 class SceneQuestions(Dataset):
     """`questions_per_scene` questions, of different types, on each of `size` scenes; a scene's questions are adjacent.
 
-    Item: data/questions.py's record with its picture. `len` is size * questions_per_scene.
+    Item: data/questions.py's record with its image. `len` is size * questions_per_scene.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, questions_per_scene: int = 4):
@@ -116,7 +116,7 @@ class SceneQuestions(Dataset):
             raise IndexError(index)
         scene_index, which = divmod(index, self.questions_per_scene)
         scene = draw_scene(self.split, scene_index, self.seed)
-        return _asked(scene, self.questions_per_scene)[which].item(picture_of(scene))
+        return _asked(scene, self.questions_per_scene)[which].item(image_of(scene))
 
 
 def answer_counts(questions: SceneQuestions) -> dict[str, Counter]:

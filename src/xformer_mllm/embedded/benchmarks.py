@@ -1,4 +1,4 @@
-"""The embedded world's own questions on held-out scenes."""
+"""The questions that the package brings: on held-out scenes, and easy-VQA's."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -8,9 +8,10 @@ from typing import Any
 from PIL import Image
 
 from xformer_mllm.data.questions import QUESTION_PROMPT, Question
-from xformer_mllm.data.scene_questions import ask
-from xformer_mllm.data.scenes import picture_of
-from xformer_mllm.data.world import draw_scene
+from xformer_mllm.embedded.easy_vqa import EasyVqaQuestions
+from xformer_mllm.embedded.scene_questions import ask
+from xformer_mllm.embedded.scenes import image_of
+from xformer_mllm.embedded.world import draw_scene
 from xformer_mllm.evaluate import exact_match
 from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
 
@@ -25,10 +26,10 @@ class OwnQuestions(Benchmark[Question]):
 
     settings = {"greedy": Settings(prompt=QUESTION_PROMPT, num_beams=1, length_penalty=0.0, max_new_tokens=8)}
     normalisation = exact_match.NORMALISATION
-    files = "nothing: its pictures come with the package"
+    files = "nothing: its images come with the package"
 
     def image_file(self, record: Question) -> Path:
-        raise ValueError(f"{record.image_id}: this picture is in no file")
+        raise ValueError(f"{record.image_id}: this image is in no file")
 
     @abstractmethod
     def training_questions(self) -> Iterable[Question]:
@@ -50,20 +51,40 @@ class OwnQuestions(Benchmark[Question]):
 
 
 class Scenes(OwnQuestions):
-    """`size` scenes of a split, with `questions_per_picture` questions on each."""
+    """`size` scenes of a split, with `questions_per_image` questions on each."""
 
     name = "scenes"
     splits = ("test", "validation")
 
-    def __init__(self, split: str, size: int, questions_per_picture: int = 4, seed: int = 0):
-        self.seed, self.questions_per_picture = seed, questions_per_picture
+    def __init__(self, split: str, size: int, questions_per_image: int = 4, seed: int = 0):
+        self.seed, self.questions_per_image = seed, questions_per_image
         scenes = [draw_scene(split, index, seed) for index in range(size)]
         self._scenes = {scene.key: scene for scene in scenes}
-        self.records = [question for scene in scenes for question in ask(scene, questions_per_picture)]
+        self.records = [question for scene in scenes for question in ask(scene, questions_per_image)]
 
     def load(self, record: Question) -> Image.Image:
-        return picture_of(self._scenes[record.image_id])
+        return image_of(self._scenes[record.image_id])
 
     def training_questions(self) -> Iterable[Question]:
         for index in range(TRAINING_SCENES):
-            yield from ask(draw_scene("train", index, self.seed), self.questions_per_picture)
+            yield from ask(draw_scene("train", index, self.seed), self.questions_per_image)
+
+
+class EasyVqa(OwnQuestions):
+    """The questions of a split of the package easy-vqa. Raises ValueError if it is not installed."""
+
+    name = "easy-vqa"
+    splits = ("test", "validation")
+
+    def __init__(self, split: str):
+        self._dataset = EasyVqaQuestions(split)  # type: ignore[arg-type]
+        self.records = self._dataset.questions
+
+    def load(self, record: Question) -> Image.Image:
+        return self._dataset.image(record.image_id)
+
+    def training_questions(self) -> Iterable[Question]:
+        return EasyVqaQuestions("train").questions
+
+
+BENCHMARKS: dict[str, Any] = {kind.name: kind for kind in (Scenes, EasyVqa)}

@@ -1,11 +1,11 @@
-"""The embedded world: what a scene is, how it is drawn by lot, and how it becomes pixels.
+"""The embedded world: what a scene is, how it is drawn at random, and how it becomes pixels.
 
 A scene is one to six objects on a jittered 3x3 grid over a patterned, noisy ground, 48x48 pixels. Everything follows
 from (seed, split, index) through Python's ``random.Random``, so that any scene can be made alone, in any order, on any
 machine.
 
 Textures are the fine detail of this world: they have the same mean colour, stripes and checks have the same contrast,
-their phase and direction are drawn by lot, and the contrast is close to the noise. A pooled colour or brightness says
+their phase and direction are drawn at random, and the contrast is close to the noise. A pooled colour or brightness says
 nothing about them. docs/decisions/embedded-world.md says how these values were chosen.
 """
 
@@ -73,60 +73,60 @@ def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     key = f"{seed}/{split}/{index}"
-    lot = random.Random(key)
-    count = lot.randint(1, 6)
-    cells = lot.sample(range(GRID * GRID), count)
+    rng = random.Random(key)
+    count = rng.randint(1, 6)
+    cells = rng.sample(range(GRID * GRID), count)
     objects: list[SceneObject] = []
     while len(objects) < count:
         # Objects come in groups of one colour and shape, as captions speak of them ("two red circles").
-        shape, colour = lot.choice(SHAPES), lot.choice(_COLOUR_NAMES)
-        for _ in range(min(lot.choice((1, 1, 1, 2, 2, 3)), count - len(objects))):
-            texture = lot.choice(TEXTURES)
+        shape, colour = rng.choice(SHAPES), rng.choice(_COLOUR_NAMES)
+        for _ in range(min(rng.choice((1, 1, 1, 2, 2, 3)), count - len(objects))):
+            texture = rng.choice(TEXTURES)
             while split == "train" and (colour, shape, texture) in HELD_OUT:
-                texture = lot.choice(TEXTURES)
+                texture = rng.choice(TEXTURES)
             row, column = divmod(cells[len(objects)], GRID)
-            objects.append(SceneObject(shape, colour, lot.choice(_SIZE_NAMES), texture, row, column))
-    return Scene(key, tuple(objects), lot.choice(GROUNDS))
+            objects.append(SceneObject(shape, colour, rng.choice(_SIZE_NAMES), texture, row, column))
+    return Scene(key, tuple(objects), rng.choice(GROUNDS))
 
 
 def render(scene: Scene) -> np.ndarray:
     """The scene as uint8[48, 48, 3], RGB."""
-    lot = random.Random(scene.key + "/render")
+    rng = random.Random(scene.key + "/render")
     image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
-    image[:] = [lot.uniform(95, 150)] * 3
-    image += [lot.uniform(-12, 12) for _ in range(3)]
-    image += _ground(scene.ground, lot)[:, :, None]
+    image[:] = [rng.uniform(95, 150)] * 3
+    image += [rng.uniform(-12, 12) for _ in range(3)]
+    image += _ground(scene.ground, rng)[:, :, None]
     for thing in scene.objects:
-        _paint(image, thing, lot)
-    noise = np.frombuffer(lot.randbytes(image.size), np.uint8).reshape(image.shape)
+        _paint(image, thing, rng)
+    noise = np.frombuffer(rng.randbytes(image.size), np.uint8).reshape(image.shape)
     image += noise * np.float32(2 * NOISE / 255) - np.float32(NOISE)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _ground(kind: str, lot: random.Random) -> np.ndarray:
+def _ground(kind: str, rng: random.Random) -> np.ndarray:
     """float32[48, 48] of mean about zero: a slope (smooth), blotches (rough) or broad waves (wavy)."""
     if kind == "rough":
-        blotches = np.frombuffer(lot.randbytes(24 * 24), np.uint8).reshape(24, 24)
+        blotches = np.frombuffer(rng.randbytes(24 * 24), np.uint8).reshape(24, 24)
         field = blotches * np.float32(2 / 255) - 1
         return field.repeat(2, 0).repeat(2, 1) * np.float32(GROUND_CONTRAST)
-    angle, phase = lot.uniform(0, 2 * np.pi), lot.uniform(0, 2 * np.pi)
+    angle, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi)
     across = np.float32(np.cos(angle)) * _COLUMNS + np.float32(np.sin(angle)) * _ROWS
     if kind == "wavy":
-        return np.sin(across * np.float32(2 * np.pi / lot.uniform(7, 11)) + np.float32(phase)) * np.float32(
+        return np.sin(across * np.float32(2 * np.pi / rng.uniform(7, 11)) + np.float32(phase)) * np.float32(
             GROUND_CONTRAST
         )
     return (across - across.mean()) * np.float32(GROUND_CONTRAST / IMAGE_SIZE)
 
 
-def _paint(image: np.ndarray, thing: SceneObject, lot: random.Random) -> None:
+def _paint(image: np.ndarray, thing: SceneObject, rng: random.Random) -> None:
     """Draws one object into `image` (float32[48, 48, 3]) in place."""
     size = SIZES[thing.size]
     slack = CELL - size
-    top = thing.row * CELL + lot.randint(0, slack)
-    left = thing.column * CELL + lot.randint(0, slack)
-    colour = np.array([level + lot.uniform(-15, 15) for level in COLOURS[thing.colour]], np.float32)
-    pattern = lot.choice(_PATTERNS[thing.texture])
-    up, aside = lot.randrange(PERIOD), lot.randrange(PERIOD)
+    top = thing.row * CELL + rng.randint(0, slack)
+    left = thing.column * CELL + rng.randint(0, slack)
+    colour = np.array([level + rng.uniform(-15, 15) for level in COLOURS[thing.colour]], np.float32)
+    pattern = rng.choice(_PATTERNS[thing.texture])
+    up, aside = rng.randrange(PERIOD), rng.randrange(PERIOD)
     surface = colour + pattern[up : up + size, aside : aside + size, None]
     area = image[top : top + size, left : left + size]
     area += _MASKS[thing.shape, size] * (surface - area)

@@ -1,4 +1,4 @@
-"""Pictures with half of their patches hidden, and what the MAE and X-Former paint there: tensors -> a sheet of panels."""
+"""Images with half of their patches hidden, and what the MAE and X-Former paint there: tensors -> a sheet of panels."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .reconstruction import patch_statistics, patchify, unpatchify
+from xformer_mllm.model.reconstruction import patch_statistics, patchify, unpatchify
 
 PANEL_PIXELS = 192  # panels are enlarged to about this width
 MASKED_GREY = 0.5
@@ -22,7 +22,7 @@ def reconstructions(model: Any, pixel_values: torch.Tensor, mask_ratio: float, s
         model: any X-Former with a MAE decoder (`model.xformer.mae_decoder`).
         pixel_values: as in the model's forward.
         mask_ratio: share of the patches to hide, in (0, 1).
-        seed: of the patches; the same ones in every picture.
+        seed: of the patches; the same ones in every image.
     """
     base, config = model.xformer, model.config
     size, patches = config.mae_config.patch_size, base.mae_encoder.embeddings.patch_embeddings.num_patches
@@ -42,30 +42,29 @@ def reconstructions(model: Any, pixel_values: torch.Tensor, mask_ratio: float, s
         torch.tensor(values, device=original.device).view(1, 3, 1, 1) for values in (config.mae_mean, config.mae_std)
     )
 
-    def picture(prediction: torch.Tensor) -> torch.Tensor:
+    def blend(prediction: torch.Tensor) -> torch.Tensor:
         return (unpatchify(prediction * hidden + original * (1 - hidden), size) * std + mean).clamp(0, 1)
 
     hidden_pixels = unpatchify(hidden.expand_as(original), size)
-    whole = picture(original)
+    whole = blend(original)
     masked = whole * (1 - hidden_pixels) + MASKED_GREY * hidden_pixels
     return {
         "original": whole,
         "masked": masked,
-        **{label: picture(prediction) for label, prediction in painted.items()},
+        **{label: blend(prediction) for label, prediction in painted.items()},
         "hidden": hidden_pixels,
     }
 
 
-def rows_of_panels(pictures: dict[str, torch.Tensor]) -> list[dict[str, Image.Image]]:
-    """Batches float[B, 3, S, S] in [0, 1] by label -> for each picture its panels by label."""
+def rows_of_panels(images: dict[str, torch.Tensor]) -> list[dict[str, Image.Image]]:
+    """Batches float[B, 3, S, S] in [0, 1] by label -> for each image its panels by label."""
     return [
-        {label: _to_image(batch[place]) for label, batch in pictures.items()}
-        for place in range(len(pictures["original"]))
+        {label: _to_image(batch[place]) for label, batch in images.items()} for place in range(len(images["original"]))
     ]
 
 
 def sheet(rows: list[dict[str, Image.Image]]) -> Image.Image:
-    """A row for each picture, a labelled column for each stage; pixels enlarged without smoothing."""
+    """A row for each image, a labelled column for each stage; pixels enlarged without smoothing."""
     size = rows[0]["original"].width
     size *= max(1, round(PANEL_PIXELS / size))
     gap, header, font = 8, 28, ImageFont.load_default(size=16)
@@ -73,9 +72,9 @@ def sheet(rows: list[dict[str, Image.Image]]) -> Image.Image:
     draw = ImageDraw.Draw(whole)
     for column, label in enumerate(rows[0]):
         draw.text((gap + column * (size + gap), gap // 2), label, fill="black", font=font)
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures.values()):
-            enlarged = picture.resize((size, size), Image.Resampling.NEAREST)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images.values()):
+            enlarged = image.resize((size, size), Image.Resampling.NEAREST)
             whole.paste(enlarged, (gap + column * (size + gap), header + row * (size + gap)))
     return whole
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.data.scene_questions import QUESTION_TYPES, ask, name
-from xformer_mllm.data.world import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene
+from xformer_mllm.embedded.scene_questions import QUESTION_TYPES, ask, name
+from xformer_mllm.embedded.world import COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene
 
 GQA_SEMANTIC = {"object": "obj", "attribute": "attr", "category": "cat", "relation": "rel", "global": "global"}
 

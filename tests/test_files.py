@@ -2,7 +2,7 @@
 
 import pytest
 
-from xformer_mllm.data.json_files import read_json, read_json_lines, write_whole
+from xformer_mllm.files import read_json, read_json_lines, write_whole
 
 
 def test_what_is_wrong_is_named_by_line_and_column(tmp_path):

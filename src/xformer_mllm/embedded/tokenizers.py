@@ -3,9 +3,9 @@
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from xformer_mllm.data.scene_questions import ask
-from xformer_mllm.data.scenes import caption, description
-from xformer_mllm.data.world import draw_scene
+from xformer_mllm.embedded.scene_questions import ask
+from xformer_mllm.embedded.scenes import caption, description
+from xformer_mllm.embedded.world import draw_scene
 
 # Words of easy-VQA, and of questions in general, that scenes may lack: in the vocabularies, to stay one token.
 OTHER_WORDS = (

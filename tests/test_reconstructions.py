@@ -1,11 +1,11 @@
-"""Half-hidden pictures and what is painted there."""
+"""Half-hidden images and what is painted there."""
 
 import pytest
 import torch
 from conftest import randomise, tiny_config
 
 from xformer_mllm import XFormerForPreTraining
-from xformer_mllm.model.painting import reconstructions, rows_of_panels, sheet
+from xformer_mllm.report.reconstructions import reconstructions, rows_of_panels, sheet
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def test_only_what_is_hidden_is_painted(model, images):
     hidden = found.pop("hidden").bool()
     assert hidden.float().mean() == 0.5
     torch.testing.assert_close(found["original"], images / 255, atol=1e-6, rtol=0)
-    for label, pictures in found.items():
-        assert torch.equal(pictures[~hidden], found["original"][~hidden])
-        assert label == "original" or not torch.equal(pictures[hidden], found["original"][hidden])
+    for label, images in found.items():
+        assert torch.equal(images[~hidden], found["original"][~hidden])
+        assert label == "original" or not torch.equal(images[hidden], found["original"][hidden])
     assert (found["masked"][hidden] == 0.5).all()
 
 
@@ -32,11 +32,11 @@ def test_a_fresh_fusion_paints_as_the_mae_does(model, images):
     torch.testing.assert_close(found["X-Former"], found["MAE"])
 
 
-def test_the_sheet_has_a_row_for_each_picture(model, images):
+def test_the_sheet_has_a_row_for_each_image(model, images):
     with torch.no_grad():
         found = reconstructions(model, images[:3], 0.5, seed=0)
     del found["hidden"]
-    picture = sheet(rows_of_panels(found))
-    assert picture.size == (8 + 4 * (192 + 8), 28 + 3 * (192 + 8))
-    corner = picture.crop((8, 28, 8 + 192, 28 + 192)).resize((32, 32), 0)
+    image = sheet(rows_of_panels(found))
+    assert image.size == (8 + 4 * (192 + 8), 28 + 3 * (192 + 8))
+    corner = image.crop((8, 28, 8 + 192, 28 + 192)).resize((32, 32), 0)
     assert corner.tobytes() == bytes(images[0].permute(1, 2, 0).flatten().tolist())

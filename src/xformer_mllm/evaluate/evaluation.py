@@ -12,21 +12,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from xformer_mllm import report
+from xformer_mllm import defaults, report
 from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
-from xformer_mllm.data.exports import EXPORT_FILE
-from xformer_mllm.data.json_files import read_json, write_whole
-from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.evaluate.benchmark import EXPORT_FILE, Benchmark, Scores, Settings
 from xformer_mllm.evaluate.coco_captions import CocoCaptions
-from xformer_mllm.evaluate.easy_vqa import EasyVqa
 from xformer_mllm.evaluate.gqa import Gqa
 from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
 from xformer_mllm.evaluate.nocaps import NoCaps
 from xformer_mllm.evaluate.ok_vqa import OkVqa
 from xformer_mllm.evaluate.prediction import Answers, forget, predict, processes
 from xformer_mllm.evaluate.retrieval import CocoRetrieval, FlickrRetrieval, Retrieval, retrieve
-from xformer_mllm.evaluate.scenes import Scenes
 from xformer_mllm.evaluate.vqav2 import Vqav2
+from xformer_mllm.files import read_json, write_whole
 from xformer_mllm.model.modeling_xformer import (
     XFormerForConditionalGeneration,
     XFormerForImageTextRetrieval,
@@ -36,7 +33,7 @@ from xformer_mllm.model.modeling_xformer import (
 BENCHMARKS: dict[str, Any] = {
     kind.name: kind
     for kind in (
-        *(Scenes, EasyVqa, Vqav2, OkVqa, Gqa, GvtCounting, GvtIdentification),
+        *(Vqav2, OkVqa, Gqa, GvtCounting, GvtIdentification),
         *(CocoCaptions, NoCaps, CocoRetrieval, FlickrRetrieval),
     )
 }
@@ -55,12 +52,12 @@ class BenchmarkConfig:
     data: Path | None = None
     """Folder of the benchmark's files in their official names (docs/evaluation.md); scenes and easy-vqa need none."""
     images: Path | None = None
-    """Folder of its pictures, if they are not in the usual place in --data."""
+    """Folder of its images, if they are not in the usual place in --data."""
     split: str | None = None
     """Which part of it; by default the one that the paper reports, test for scenes and easy-vqa."""
     size: int = 2_000
     """How many scenes (scenes only)."""
-    questions_per_picture: int = 4
+    questions_per_image: int = 4
     """How many questions about each scene (scenes only)."""
     seed: int = 0
     """Of the scenes (scenes only)."""
@@ -89,9 +86,9 @@ class EvaluateConfig(BenchmarkConfig):
     k_test: int = 128
     """How many of ITC's best ITM scores again (retrieval only)."""
     batch_size: int = 32
-    """Questions or pictures per batch."""
+    """Questions or images per batch."""
     workers: int = 0
-    """Processes that read pictures ahead; 4 or more beside a GPU."""
+    """Processes that read images ahead; 4 or more beside a GPU."""
     output_dir: Path | None = None
     """Where the results go; by default in evaluation/, in the folder of the run, or of a model without a run."""
 
@@ -131,11 +128,11 @@ def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
     if not processes().is_main_process:
         return {}
     if not found.answers:
-        forget(folder)  # the pictures may be there the next time
+        forget(folder)  # the images may be there the next time
         why = next(iter(found.problems.values()), "there are none")
         raise ValueError(
             f"none of the {len(benchmark.records):,} records has an answer, e.g. {why}; "
-            "--images names the folder of the pictures"
+            "--images names the folder of the images"
         )
     metrics = describe(benchmark, found) | {"settings": asdict(settings)} | _about(config, start)
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, found.answers)]
@@ -155,14 +152,14 @@ def _rank(config: EvaluateConfig, benchmark: Retrieval) -> dict[str, Any]:
     )
     if not processes().is_main_process:
         return {}
-    problems = ranking["unreadable_pictures"]
+    problems = ranking["unreadable_images"]
     metrics = {
         "benchmark": benchmark.name,
         "scores": scores,
         "records": len(benchmark.records),
         "answered": len(benchmark.records) - len(problems),
         "empty_answers": 0,
-        "unreadable_pictures": problems,
+        "unreadable_images": problems,
         "normalisation": benchmark.normalisation,
         "not_computed": dict(benchmark.not_computed),
         "notes": list(benchmark.notes),
@@ -244,19 +241,25 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     return metrics
 
 
+def benchmark_class(name: str) -> Any:
+    """The class of a benchmark. Raises ValueError for an unknown name."""
+    known = defaults.benchmarks() | BENCHMARKS
+    if name not in known:
+        raise ValueError(f"unknown benchmark {name!r}; there are {', '.join(known)}")
+    return known[name]
+
+
 def open_benchmark(config: BenchmarkConfig) -> Any:
     """A `Benchmark` or a `Retrieval`, its files read. Raises FileNotFoundError or ValueError in one line."""
-    kind = BENCHMARKS.get(config.benchmark)
-    if kind is None:
-        raise ValueError(f"unknown benchmark {config.benchmark!r}; there are {', '.join(BENCHMARKS)}")
-    _check_numbers(config, "size", "questions_per_picture")
+    kind = benchmark_class(config.benchmark)
+    _check_numbers(config, "size", "questions_per_image")
     split = _split(config)
     if split not in kind.splits:
         raise ValueError(f"{kind.name} has the splits {', '.join(kind.splits)}, not {split!r}")
-    if kind is Scenes:
-        return Scenes(split, config.size, config.questions_per_picture, config.seed)
-    if kind is EasyVqa:
-        return EasyVqa(split)
+    if config.benchmark == "scenes":
+        return kind(split, config.size, config.questions_per_image, config.seed)
+    if config.benchmark == "easy-vqa":
+        return kind(split)
     if config.data is None:
         raise ValueError(f"{kind.name} needs --data DIR, a folder with {kind.files}")
     try:
@@ -283,7 +286,7 @@ def _check_numbers(config: BenchmarkConfig, *names: str) -> None:
 
 
 def _split(config: BenchmarkConfig) -> str:
-    return config.split or BENCHMARKS[config.benchmark].splits[0]
+    return config.split or benchmark_class(config.benchmark).splits[0]
 
 
 def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> Settings:
@@ -333,7 +336,7 @@ def describe(benchmark: Benchmark, answers: Answers) -> dict[str, Any]:
         "records": len(benchmark.records),
         "answered": len(answers.answers),
         "empty_answers": sum(not answer for answer in answers.answers.values()),
-        "unreadable_pictures": dict(answers.problems),
+        "unreadable_images": dict(answers.problems),
         "normalisation": benchmark.normalisation,
         "not_computed": dict(benchmark.not_computed),
         "notes": list(benchmark.notes),
@@ -345,7 +348,7 @@ def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Ex
     answered = [record for record in benchmark.records if record.id in answers]
     return [
         report.Example(
-            picture=benchmark.load(record),
+            image=benchmark.load(record),
             question=getattr(record, "question", ""),
             truth=benchmark.truth(record),
             prediction=answers[record.id],
@@ -377,9 +380,9 @@ def summary(metrics: Mapping[str, Any]) -> str:
     lines += [f"not computed: {name} ({why})" for name, why in metrics["not_computed"].items()]
     if metrics["empty_answers"]:
         lines.append(f"empty answers: {metrics['empty_answers']:,}")
-    problems = list(metrics["unreadable_pictures"].values())
+    problems = list(metrics["unreadable_images"].values())
     if problems:
-        lines.append(f"pictures that could not be read: {len(problems):,}, so the scores leave their records out")
+        lines.append(f"images that could not be read: {len(problems):,}, so the scores leave their records out")
         lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     return "\n".join(lines)
 

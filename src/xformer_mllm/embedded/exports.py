@@ -1,7 +1,7 @@
 """`xformer data export`: the embedded scenes in the official files of a benchmark, so that it can be tried without its data.
 
 One function per format; what GQA's files say about a question is made in `gqa_export.py`. File names, folders, keys, types
-and the names of pictures are the official ones; pictures, questions, answers and captions are the scenes' own, so that a
+and the names of images are the official ones; images, questions, answers and captions are the scenes' own, so that a
 model that was trained on scenes can answer them. (GVT has templates instead of questions, and keeps them.) What a format
 asks for and scenes do not have is left empty as the format leaves it empty, or is the nearest thing there is; the
 functions say where.
@@ -27,19 +27,19 @@ import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
-from xformer_mllm.data.gqa_export import gqa_choices, gqa_entries, gqa_look
-from xformer_mllm.data.json_files import read_json, write_whole
 from xformer_mllm.data.questions import Question
-from xformer_mllm.data.scene_questions import PLURALS, ask, name
-from xformer_mllm.data.scenes import caption
-from xformer_mllm.data.world import COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Scene, draw_scene, render
+from xformer_mllm.embedded.gqa_export import gqa_choices, gqa_entries, gqa_look
+from xformer_mllm.embedded.scene_questions import PLURALS, ask, name
+from xformer_mllm.embedded.scenes import caption
+from xformer_mllm.embedded.world import COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Scene, draw_scene, render
+from xformer_mllm.evaluate.benchmark import EXPORT_FILE
+from xformer_mllm.files import read_json, write_whole
 
-QUESTIONS_PER_PICTURE = 4
+QUESTIONS_PER_IMAGE = 4
 ANNOTATORS = 10
 COCO_CAPTIONS = 5
 NOCAPS_CAPTIONS = 10
 DOMAINS = ("in-domain", "near-domain", "out-domain")
-EXPORT_FILE = "export.json"
 
 JPEG_QUALITY = 100  # less would lose a scene's textures, which are 4 pixels wide and close to the noise
 
@@ -58,7 +58,7 @@ Name = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class SceneExportConfig:
     """The embedded scenes in a benchmark's official files, so that the benchmark can be tried without its data."""
 
     name: Annotated[Name, tyro.conf.Positional]
@@ -78,7 +78,7 @@ class ExportConfig:
             raise ValueError(f"size must be at least 1, not {self.size}")
 
 
-def export(config: ExportConfig) -> Path:
+def export(config: SceneExportConfig) -> Path:
     """Run `xformer data export` and return the folder, which is there whole or not at all.
 
     Raises ValueError if the folder holds anything but the same export.
@@ -115,15 +115,15 @@ def _is_there(folder: Path, about: dict[str, Any]) -> bool:
 # --------------------------------------------------------------------------------------------------- what formats share
 
 
-def _write_pictures(draw: Draw, places: range, path: Callable[[int], Path]) -> Iterator[tuple[int, Scene]]:
-    """Write the picture of each scene at `places` to path(image id); yields (image id, scene). Ids count from 1."""
-    for place in tqdm(places, unit="picture"):
+def _write_images(draw: Draw, places: range, path: Callable[[int], Path]) -> Iterator[tuple[int, Scene]]:
+    """Write the image of each scene at `places` to path(image id); yields (image id, scene). Ids count from 1."""
+    for place in tqdm(places, unit="image"):
         scene = draw(place)
-        _write_picture(scene, path(place + 1))
+        _write_image(scene, path(place + 1))
         yield place + 1, scene
 
 
-def _write_picture(scene: Scene, path: Path) -> None:
+def _write_image(scene: Scene, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(render(scene)).save(path, quality=JPEG_QUALITY, subsampling=0)
 
@@ -167,8 +167,8 @@ def vqav2(folder: Path, draw: Draw, size: int) -> None:
     Of ten annotators three write numbers in words.
     """
     questions, annotations = [], []
-    for image_id, scene in _write_pictures(draw, range(size), _coco_path(folder, "val2014")):
-        for number, asked in enumerate(ask(scene, QUESTIONS_PER_PICTURE)):
+    for image_id, scene in _write_images(draw, range(size), _coco_path(folder, "val2014")):
+        for number, asked in enumerate(ask(scene, QUESTIONS_PER_IMAGE)):
             entry = {"image_id": image_id, "question": asked.question, "question_id": image_id * 1000 + number}
             questions.append(entry)
             annotations.append(_vqa_annotation(entry, asked))
@@ -176,8 +176,8 @@ def vqav2(folder: Path, draw: Draw, size: int) -> None:
     _write_json(folder / "v2_mscoco_val2014_annotations.json", _vqa_file("val2014", annotations=annotations))
     unanswered = [
         {"image_id": image_id, "question": asked.question, "question_id": image_id * 1000 + number}
-        for image_id, scene in _write_pictures(draw, range(size, 2 * size), _coco_path(folder, "test2015"))
-        for number, asked in enumerate(ask(scene, QUESTIONS_PER_PICTURE))
+        for image_id, scene in _write_images(draw, range(size, 2 * size), _coco_path(folder, "test2015"))
+        for number, asked in enumerate(ask(scene, QUESTIONS_PER_IMAGE))
     ]
     file = _vqa_file("test-dev2015", questions=unanswered)
     _write_json(folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json", file)
@@ -232,8 +232,8 @@ def ok_vqa(folder: Path, draw: Draw, size: int) -> None:
     Scenes need no outside knowledge: every question is of the category "other".
     """
     questions, annotations = [], []
-    for image_id, scene in _write_pictures(draw, range(size), _coco_path(folder, "val2014")):
-        for number, asked in enumerate(ask(scene, QUESTIONS_PER_PICTURE)):
+    for image_id, scene in _write_images(draw, range(size), _coco_path(folder, "val2014")):
+        for number, asked in enumerate(ask(scene, QUESTIONS_PER_IMAGE)):
             ids = {"image_id": image_id, "question_id": image_id * 10 + number}
             questions.append({"image_id": image_id, "question": asked.question, "question_id": ids["question_id"]})
             annotations.append(ids | _ok_vqa_annotation(str(asked.answer)))
@@ -257,16 +257,16 @@ def _ok_vqa_annotation(truth: str) -> dict[str, Any]:
 def gqa(folder: Path, draw: Draw, size: int) -> None:
     """testdev_balanced_questions.json, testdev_all_questions.json (with the entailed questions) and the choices.
 
-    GQA does not count, so counting is left out. Pictures have no scene graph: `annotations` are empty, as they are for
+    GQA does not count, so counting is left out. Images have no scene graph: `annotations` are empty, as they are for
     GQA's questions about whole scenes. Program and detailed type of a question are as near to GQA's as scenes come ("more"
     and "query: ground" are not in GQA).
     """
     every: dict[str, dict[str, Any]] = {}
     asked_by_id: dict[str, Question] = {}
     seen: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for image_id, scene in _write_pictures(draw, range(size), lambda number: folder / "images" / f"n{number}.jpg"):
+    for image_id, scene in _write_images(draw, range(size), lambda number: folder / "images" / f"n{number}.jpg"):
         gqa_look(scene, seen)
-        for question_id, question, entry in gqa_entries(scene, image_id, QUESTIONS_PER_PICTURE):
+        for question_id, question, entry in gqa_entries(scene, image_id, QUESTIONS_PER_IMAGE):
             every[question_id] = entry
             asked_by_id[question_id] = question
     balanced = {question_id: entry for question_id, entry in every.items() if entry["isBalanced"]}
@@ -282,7 +282,7 @@ def gqa(folder: Path, draw: Draw, size: int) -> None:
 def coco_captions(folder: Path, draw: Draw, size: int) -> None:
     """Karpathy's dataset_coco.json: the scenes as its test split, and the next ones as its val split."""
     images = []
-    for image_id, scene in _write_pictures(draw, range(2 * size), _coco_path(folder, "val2014")):
+    for image_id, scene in _write_images(draw, range(2 * size), _coco_path(folder, "val2014")):
         split = "test" if image_id <= size else "val"
         record = {"filepath": "val2014", "filename": _coco_path(folder, "val2014")(image_id).name, "cocoid": image_id}
         images.append(record | _karpathy_record(scene, image_id - 1, split))
@@ -292,7 +292,7 @@ def coco_captions(folder: Path, draw: Draw, size: int) -> None:
 def flickr_retrieval(folder: Path, draw: Draw, size: int) -> None:
     """Karpathy's dataset_flickr30k.json, as `coco_captions`; no folder and no COCO id in its records."""
     images = []
-    for image_id, scene in _write_pictures(
+    for image_id, scene in _write_images(
         draw, range(2 * size), lambda number: folder / "flickr30k-images" / f"{number}.jpg"
     ):
         split = "test" if image_id <= size else "val"
@@ -310,19 +310,19 @@ def _karpathy_record(scene: Scene, imgid: int, split: str) -> dict[str, Any]:
 
 
 def nocaps(folder: Path, draw: Draw, size: int) -> None:
-    """nocaps_val_4500_captions.json, a third of the pictures for each domain.
+    """nocaps_val_4500_captions.json, a third of the images for each domain.
 
     A novel object, as NoCaps calls what COCO does not have, is one whose colour, shape and texture never occur together
-    in training scenes: in-domain pictures have none, out-domain ones nothing else, near-domain ones both.
+    in training scenes: in-domain images have none, out-domain ones nothing else, near-domain ones both.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     streams = {domain: _scenes_of(domain, draw) for domain in DOMAINS}
-    for image_id in tqdm(range(size), unit="picture"):
+    for image_id in tqdm(range(size), unit="image"):
         domain = DOMAINS[image_id % len(DOMAINS)]
         scene = next(streams[domain])
         open_images_id = f"{image_id:016x}"
-        _write_picture(scene, folder / "images" / f"{open_images_id}.jpg")
+        _write_image(scene, folder / "images" / f"{open_images_id}.jpg")
         images.append(_nocaps_image(image_id, open_images_id, domain))
         for text in _captions(scene, NOCAPS_CAPTIONS):
             annotations.append({"image_id": image_id, "id": len(annotations), "caption": text})
@@ -378,17 +378,17 @@ def gvt_identification(folder: Path, draw: Draw, size: int) -> None:
 def _gvt_lists(
     folder: Path, task: str, question_of: Callable[[Scene], tuple[str, str]], draw: Draw, size: int
 ) -> None:
-    """One question a picture. COCO's pictures have numbers, VCR's a path inside vcr1images."""
+    """One question an image. COCO's images have numbers, VCR's a path inside vcr1images."""
     coco = [
         {"image_id": image_id} | _gvt_entry(scene, question_of)
-        for image_id, scene in _write_pictures(
+        for image_id, scene in _write_images(
             draw, range(size), lambda number: folder / "val2017" / f"{number:012d}.jpg"
         )
     ]
     _write_json(folder / f"coco_{task}.json", coco)
     vcr = [
         {"image_id": _vcr_name(image_id)} | _gvt_entry(scene, question_of)
-        for image_id, scene in _write_pictures(
+        for image_id, scene in _write_images(
             draw, range(size, 2 * size), lambda number: folder / "vcr1images" / _vcr_name(number)
         )
     ]
@@ -411,11 +411,11 @@ def _counted(scene: Scene) -> tuple[str, str]:
 
 
 def _identified(scene: Scene) -> tuple[str, str]:
-    lot = random.Random(scene.key + "/gvt")
+    rng = random.Random(scene.key + "/gvt")
     there = sorted({name(thing) for thing in scene.objects})
     absent = [thing for thing in _every_name() if thing not in there]
-    answer = lot.choice(("Yes.", "No."))
-    return f"Does {lot.choice(there if answer == 'Yes.' else absent)} exist in the image?", answer
+    answer = rng.choice(("Yes.", "No."))
+    return f"Does {rng.choice(there if answer == 'Yes.' else absent)} exist in the image?", answer
 
 
 def _every_name() -> Iterable[str]:

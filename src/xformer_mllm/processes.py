@@ -18,7 +18,7 @@ from torch import distributed, nn
 
 T = TypeVar("T")
 
-# The others wait while the first one hashes frozen weights, reads a checkpoint or describes held-out pictures.
+# The others wait while the first one hashes frozen weights, reads a checkpoint or describes held-out images.
 TIMEOUT = timedelta(minutes=30)
 
 

@@ -11,16 +11,16 @@ from transformers import AutoConfig, OPTConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from xformer_mllm.checkpoints import model_folder
-from xformer_mllm.data.json_files import read_json
 from xformer_mllm.estimate.costs import GPUS, Work, costs, memory, step_seconds, tokens_of
 from xformer_mllm.estimate.operations import total
 from xformer_mllm.estimate.sizes import Sizes, empty_model, sizes_of
 from xformer_mllm.estimate.tables import show
+from xformer_mllm.files import read_json
 from xformer_mllm.language_models import check_on_hub, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.variants import VARIANTS, variant_config
 
-MOST_PICTURES = 2**20  # a larger batch is not looked for
+MOST_IMAGES = 2**20  # a larger batch is not looked for
 OPT_SIZES = {"facebook/opt-2.7b": (2560, 32, 32), "facebook/opt-6.7b": (4096, 32, 32)}  # width, layers, heads
 
 
@@ -45,7 +45,7 @@ class EstimateConfig:
     batch_size: int | None = None
     """In place of the recipe's."""
     epoch: int = 14_000_000
-    """Pictures of an epoch, where the recipe has no train_size: those of the paper."""
+    """Images of an epoch, where the recipe has no train_size: those of the paper."""
     variant: str | None = None
     """In place of the recipe's (stage 2: that of its stage-1 model)."""
     model: Path | None = None
@@ -91,7 +91,7 @@ def work_of(recipe: dict[str, Any], batch_size: int, gpus: int) -> Work:
         return Work(1, batch_size, tokens, gpus)
     if recipe.get("text", "captions") == "captions":
         return Work(2, batch_size, tokens, gpus)
-    aware, texts = recipe.get("instruction_aware", True), recipe.get("questions_per_picture", 1)
+    aware, texts = recipe.get("instruction_aware", True), recipe.get("questions_per_image", 1)
     return Work(2, batch_size, tokens, gpus, texts, 1 + tokens, aware)
 
 
@@ -164,9 +164,9 @@ def _run(settings: EstimateConfig, recipe: dict[str, Any], config: XFormerConfig
     seconds = step_seconds(config, sizes, work, gpu, settings.utilisation, passes)
     held = memory(config, sizes, work)
     needed = round(sum(held.values()) * (1 + settings.reserve))
-    pictures = work.pictures * work.gpus * passes
+    images = work.images * work.gpus * passes
     hours = recipe["steps"] * seconds / 3600
-    of_picture = total(list(parts.values()))
+    of_image = total(list(parts.values()))
     return {
         "recipe": str(settings.recipe),
         "variant": settings.variant or recipe.get("variant") or "xformer",
@@ -174,24 +174,24 @@ def _run(settings: EstimateConfig, recipe: dict[str, Any], config: XFormerConfig
         "assumed": {"utilisation": settings.utilisation, "reserve": settings.reserve},
         "work": asdict(work),
         "parameters": {name: [number, sizes.trained[name]] for name, number in sizes.parameters.items()},
-        "per_picture": {name: asdict(cost) for name, cost in parts.items()},
-        "tokens_per_picture": {
+        "per_image": {name: asdict(cost) for name, cost in parts.items()},
+        "tokens_per_image": {
             "clip": tokens.clip,
             "second_encoder": tokens.mae,
             "queries": config.num_query_tokens,
             "text": work.text_tokens * work.texts,
         },
         "step": {
-            "pictures": pictures,
-            "flops_per_gpu": passes * work.pictures * (of_picture.forward + of_picture.backward),
+            "images": images,
+            "flops_per_gpu": passes * work.images * (of_image.forward + of_image.backward),
             "seconds": seconds,
-            "pictures_per_second": pictures / seconds,
+            "images_per_second": images / seconds,
         },
         "run": {
             "steps": recipe["steps"],
-            "pictures": recipe["steps"] * pictures,
-            "epochs": recipe["steps"] * pictures / (recipe.get("train_size") or settings.epoch),
-            "text_tokens": recipe["steps"] * pictures * work.texts * work.text_tokens,
+            "images": recipe["steps"] * images,
+            "epochs": recipe["steps"] * images / (recipe.get("train_size") or settings.epoch),
+            "text_tokens": recipe["steps"] * images * work.texts * work.text_tokens,
             "hours": hours,
             "gpu_hours": hours * work.gpus,
         },
@@ -205,22 +205,22 @@ def _run(settings: EstimateConfig, recipe: dict[str, Any], config: XFormerConfig
 
 
 def _largest(config: XFormerConfig, sizes: Sizes, work: Work, room: float) -> int:
-    """The most pictures whose pass fits; 0 if not even one does."""
+    """The most images whose pass fits; 0 if not even one does."""
     return bisect_right(
-        range(1, MOST_PICTURES), room, key=lambda n: sum(memory(config, sizes, replace(work, pictures=n)).values())
+        range(1, MOST_IMAGES), room, key=lambda n: sum(memory(config, sizes, replace(work, images=n)).values())
     )
 
 
 def _variants(settings: EstimateConfig, recipe: dict[str, Any], work: Work) -> dict[str, Any]:
-    """Of each variant: FLOPs of a picture, seconds of a pass, bytes on a GPU, trained parameters."""
+    """Of each variant: FLOPs of an image, seconds of a pass, bytes on a GPU, trained parameters."""
     rows = {}
     for name in VARIANTS:
         config = model_config(recipe, name, settings.model)
         sizes = sizes_of(empty_model(config, work.stage))
-        of_picture = total(list(costs(config, sizes, work).values()))
+        of_image = total(list(costs(config, sizes, work).values()))
         rows[name] = {
             "trained": sum(sizes.trained.values()),
-            "flops_per_picture": of_picture.forward + of_picture.backward,
+            "flops_per_image": of_image.forward + of_image.backward,
             "seconds": step_seconds(config, sizes, work, GPUS[settings.gpu], settings.utilisation),
             "memory": round(sum(memory(config, sizes, work).values()) * (1 + settings.reserve)),
         }

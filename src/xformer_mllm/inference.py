@@ -1,9 +1,9 @@
-"""Using a trained model on pictures: `xformer caption`, `ask`, `features` and `reconstruct`.
+"""Using a trained model on images: `xformer caption`, `ask`, `features` and `reconstruct`.
 
-A picture is a path, or `scene:SPLIT:INDEX` (e.g. scene:test:3) for a scene of the embedded world. Each command prints
+An image is a path, or `scene:SPLIT:INDEX` (e.g. scene:test:3) for a scene of the embedded world. Each command prints
 what it found, and returns it; `--json` prints it as JSON for programs.
 
-B pictures, L MAE patches, P values of a patch, as in model/.
+B images, L MAE patches, P values of a patch, as in model/.
 """
 
 import json
@@ -19,19 +19,18 @@ import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
+from xformer_mllm import defaults
 from xformer_mllm.checkpoints import load_model, model_folder
-from xformer_mllm.data.json_files import read_json
 from xformer_mllm.data.questions import QUESTION_PROMPT
-from xformer_mllm.data.scenes import SceneCaptions
 from xformer_mllm.evaluate.benchmark import most_new_tokens
-from xformer_mllm.evaluate.scenes import OwnQuestions
+from xformer_mllm.files import read_json
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.modeling_xformer import (
     XFormerForConditionalGeneration,
     XFormerForPreTraining,
     XFormerModelOutput,
 )
-from xformer_mllm.model.painting import reconstructions, rows_of_panels, sheet
+from xformer_mllm.report.reconstructions import reconstructions, rows_of_panels, sheet
 
 STAGE1 = Path("runs/demo/xformer/stage1/model")
 STAGE2 = Path("runs/demo/xformer/stage2/model")
@@ -49,14 +48,14 @@ class InferenceConfig:
     model: Path = STAGE2
     """Folder of a trained model, or of the run that trained it."""
     batch_size: int = 32
-    """Pictures (or questions) at a time."""
+    """Images (or questions) at a time."""
     json: bool = False
     """Print JSON, for programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(InferenceConfig):
-    """Describe pictures. A stage-2 model answers through its language model, a stage-1 model by its Q-Former alone."""
+    """Describe images. A stage-2 model answers through its language model, a stage-1 model by its Q-Former alone."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
@@ -66,34 +65,34 @@ class CaptionConfig(InferenceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AskConfig(InferenceConfig):
-    """Ask questions about a picture."""
+    """Ask questions about an image."""
 
     image: Annotated[str, tyro.conf.Positional]
     """A path, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
     questions: Annotated[tuple[str, ...], tyro.conf.Positional]
     """One or more, each in quotes."""
-    max_new_tokens: int = OwnQuestions.settings["greedy"].max_new_tokens
+    max_new_tokens: int = 8
     """Longest answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(InferenceConfig):
-    """Write what every part of the model makes of pictures: C, M, Z_q, Z', M' of the paper's figure."""
+    """Write what every part of the model makes of images: C, M, Z_q, Z', M' of the paper's figure."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
     output: Path = Path("features.safetensors")
-    """One tensor a feature, its first dimension the pictures; their names are in the file's metadata."""
+    """One tensor a feature, its first dimension the images; their names are in the file's metadata."""
     attention: bool = False
     """Also the queries' attention maps: over C in each Q-Former layer that reads it, over M' in each fusion block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(InferenceConfig):
-    """Hide patches of pictures from the MAE and paint what it and X-Former put there, side by side in a PNG.
+    """Hide patches of images from the MAE and paint what it and X-Former put there, side by side in a PNG.
 
     The MAE's own decoder paints both: once from M, once from M', which has read the queries; and they have read CLIP's
-    view of the whole picture.
+    view of the whole image.
     """
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -101,11 +100,11 @@ class ReconstructConfig(InferenceConfig):
     model: Path = STAGE1
     """Folder of a trained model with reconstruction, or of its run; by default stage 1, which trains it."""
     output: Path = Path("reconstruction.png")
-    """A row for each picture."""
+    """A row for each image."""
     mask_ratio: float = 0.5
     """Share of the patches that are hidden; 0.5 in training."""
     seed: int = 0
-    """Which patches; the same ones in every picture."""
+    """Which patches; the same ones in every image."""
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -114,7 +113,7 @@ class ReconstructConfig(InferenceConfig):
 @torch.inference_mode()
 def caption(config: CaptionConfig) -> list[dict[str, str]]:
     """Run `xformer caption`: [{"image", "caption"}]. Raises ValueError or FileNotFoundError in one line."""
-    _check_pictures(config.images)
+    _check_images(config.images)
     model, processor = load_model(config.model, KINDS)
     if isinstance(model, XFormerForConditionalGeneration) and _learned_answers(config.model):
         print(f"{config.model}: has learned answers; {BETTER_CAPTIONS}", file=sys.stderr)
@@ -168,7 +167,7 @@ def ask(config: AskConfig) -> list[dict[str, str]]:
 @torch.inference_mode()
 def features(config: FeaturesConfig) -> dict[str, Any]:
     """Run `xformer features`: {"file", "images", "shapes": {feature: shape}}; the tensors are in the file."""
-    _check_pictures(config.images)
+    _check_images(config.images)
     _check_output(config.output, "features.safetensors")
     attention = "eager" if config.attention else None  # no other implementation keeps the maps
     model, processor = load_model(config.model, KINDS, attention)
@@ -193,7 +192,7 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
 
     The errors are mean squared errors over the hidden pixels, which lie in [0, 1].
     """
-    _check_pictures(config.images)
+    _check_images(config.images)
     if not 0 < config.mask_ratio < 1:
         raise ValueError(f"mask_ratio is {config.mask_ratio}; it must be above 0 and below 1")
     _check_output(config.output, "reconstruction.png")
@@ -205,13 +204,13 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     rows: list[dict[str, Image.Image]] = []
     for names, pixels in _batches(config, config.images, model, processor):
-        pictures = reconstructions(model, pixels, config.mask_ratio, config.seed)
-        hidden = pictures.pop("hidden")
+        images = reconstructions(model, pixels, config.mask_ratio, config.seed)
+        hidden = images.pop("hidden")
         errors = {
-            key: ((pictures[label] - pictures["original"]).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))
+            key: ((images[label] - images["original"]).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))
             for key, label in (("mae_error", "MAE"), ("xformer_error", "X-Former"))
         }
-        rows += rows_of_panels(pictures)
+        rows += rows_of_panels(images)
         for place, name in enumerate(names):
             measured = {key: error[place].item() for key, error in errors.items()}
             found.append({"image": name, "file": str(config.output), **measured})
@@ -227,12 +226,12 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- models and pictures
+# ------------------------------------------------------------------------------------------------- models and images
 
 
-def _check_pictures(images: Sequence[str]) -> None:
+def _check_images(images: Sequence[str]) -> None:
     if not images:
-        raise ValueError("name at least one picture: a path, or scene:test:0 for a scene of the embedded world")
+        raise ValueError("name at least one image: a path, or scene:test:0 for a scene of the embedded world")
 
 
 def _check_output(path: Path, name: str) -> None:
@@ -248,22 +247,17 @@ def _learned_answers(model: Path) -> bool:
     return folder.name == "model" and run.is_file() and read_json(run).get("text") == "questions"
 
 
-def open_picture(name: str) -> Image.Image:
+def open_image(name: str) -> Image.Image:
     """A path or scene:SPLIT:INDEX -> RGB. Raises ValueError or FileNotFoundError, in one line, if there is none."""
-    if not name.startswith("scene:"):
-        return load_image(name)
-    split, _, index = name.removeprefix("scene:").partition(":")
-    if not index.isdecimal():
-        raise ValueError(f"{name}: a scene is named scene:SPLIT:INDEX, e.g. scene:test:3")
-    return SceneCaptions(split, int(index) + 1)[int(index)]["image"]
+    return defaults.scene(name) if name.startswith("scene:") else load_image(name)
 
 
 def _batches(
     config: InferenceConfig, images: Sequence[str], model: Any, processor: Any
 ) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
-    """Names and pixels uint8[B, 3, S, S] of `batch_size` pictures at a time."""
+    """Names and pixels uint8[B, 3, S, S] of `batch_size` images at a time."""
     for names in _chunks(images, config.batch_size):
-        pixels = processor(images=[open_picture(name) for name in names])["pixel_values"]
+        pixels = processor(images=[open_image(name) for name in names])["pixel_values"]
         yield names, pixels.to(model.device)
 
 

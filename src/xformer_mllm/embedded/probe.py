@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel, ViTMAEConfig, ViTMAEForPreTraining
 
-from xformer_mllm.data.scene_questions import QUESTION_TYPES
-from xformer_mllm.data.world import IMAGE_SIZE, Scene, draw_scene, render
+from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
+from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import encode_mae, scaled
 
@@ -38,7 +38,7 @@ TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("c
 class ProbeConfig:
     """What is probed, and how long."""
 
-    weights: Path = Path(__file__).parent.parent / "weights"
+    weights: Path = Path(__file__).parent / "weights"
     """The folder of the encoders, clip/ and mae/; by default those that ship with the package."""
     train: int = 8000
     """Scenes that the probes are trained on."""
@@ -61,7 +61,7 @@ class ProbeConfig:
 class AttentiveProbe(nn.Module):
     """Question words ask the tokens: one cross-attention of H heads, one MLP, one linear read-out.
 
-    With one query a picture, keys and values need not be made for every token: the query goes through the key matrix
+    With one query an image, keys and values need not be made for every token: the query goes through the key matrix
     and the attended mean through the value matrix. The result is the same and the cost a fraction.
     """
 
@@ -152,9 +152,9 @@ def _questions(attribute: str, scenes: list[Scene]) -> list[tuple[int, str, str]
     form = QUESTION_TYPES[attribute][0]
     asked = []
     for number, scene in enumerate(scenes):
-        # A scene may lack the answer that the lot names (a count of four): a few lots, then it is left out.
-        lot = random.Random(f"{scene.key}/probe/{attribute}")
-        pair = next((p for _ in range(4) if (p := form(scene, lot))), None)
+        # A scene may lack the answer that the rng names (a count of four): a few lots, then it is left out.
+        rng = random.Random(f"{scene.key}/probe/{attribute}")
+        pair = next((p for _ in range(4) if (p := form(scene, rng))), None)
         if pair:
             asked.append((number, *pair))
     return asked

@@ -26,30 +26,43 @@ from typing import Any, Literal
 from PIL import Image
 
 from xformer_mllm import report
-from xformer_mllm.data.json_files import read_json_lines, write_whole
+from xformer_mllm.embedded.lanes import Lane, Part, clock, cores, read_json, read_rows, run_lanes
 from xformer_mllm.evaluate.benchmark import Benchmark
+from xformer_mllm.evaluate.evaluation import BenchmarkConfig, open_benchmark
 from xformer_mllm.evaluate.exact_match import compare
-from xformer_mllm.evaluate.inference import ReconstructConfig, reconstruct
 from xformer_mllm.evaluate.query_analysis import analyse
-from xformer_mllm.evaluate.run import BenchmarkConfig, open_benchmark
-from xformer_mllm.lanes import Lane, Part, clock, cores, read_json, read_rows, run_lanes
+from xformer_mllm.files import read_json_lines, write_whole
+from xformer_mllm.inference import ReconstructConfig, reconstruct
 
 # A finished part stays valid as long as the code and weights that made it are the same.
-TRAINING_SOURCES = ("model", "data", "train", "weights", "variants.py", "checkpoints.py", "language_models.py")
-QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate")
+WORLD = ("world", "scenes", "scene_questions", "easy_vqa", "start")
+TRAINING_SOURCES = (
+    *(
+        "model",
+        "data",
+        "train",
+        "variants.py",
+        "checkpoints.py",
+        "language_models.py",
+        "defaults.py",
+        "embedded/weights",
+    ),
+    *(f"embedded/{name}.py" for name in WORLD),
+)
+QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate", "inference.py", "embedded/benchmarks.py")
 
-PICTURES_TO_TRY = 4
-RECONSTRUCTED_PICTURES = 3
-ANALYSED_PICTURES = 200
+IMAGES_TO_TRY = 4
+RECONSTRUCTED_IMAGES = 3
+ANALYSED_IMAGES = 200
 QUERY_OVERLAYS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train X-Former and the Q-Former baseline with equal budgets and compare them on held-out pictures."""
+    """Train X-Former and the Q-Former baseline with equal budgets and compare them on held-out images."""
 
     data: Literal["scenes", "easy-vqa"] = "scenes"
-    """The embedded world, or easy-VQA's pictures and questions."""
+    """The embedded world, or easy-VQA's images and questions."""
     llm: str = "opt"
     """The frozen language model: opt (tiny, shipped), smollm2, or a folder or hub name of a causal model."""
     variants: tuple[str, ...] = ("qformer", "xformer")
@@ -63,7 +76,7 @@ class DemoConfig:
     stage2_steps: int | None = None
     """Steps of stage 2, for each variant; by default 800, and 250 with another language model than opt."""
     train_size: int = 24_000
-    """At most this many training pictures."""
+    """At most this many training images."""
     test_size: int = 2_000
     """Held-out scenes to ask about; easy-VQA's test questions are always asked all."""
     zero_shot: bool = False
@@ -92,9 +105,9 @@ def run_demo(config: DemoConfig) -> Path:
     for name, setting in settings.items():
         write_whole(config.output_dir / name, json.dumps(setting.metrics, indent=2) + "\n")
         print(f"\n{setting.name}\n\n{table(setting, config.variants)}\n\n{sentence(setting, config.variants)}")
-    pictures = write_pictures(config)
-    page = write_page(config, list(settings.values()), lanes, pictures, time.time() - began)
-    print(f"\n{what_next(config, page, pictures)}")
+    images = write_images(config)
+    page = write_page(config, list(settings.values()), lanes, images, time.time() - began)
+    print(f"\n{what_next(config, page, images)}")
     return page
 
 
@@ -145,7 +158,7 @@ def gather(config: DemoConfig) -> dict[str, report.Setting]:
         "questions": (
             "metrics.json",
             "with questions in stage 2",
-            "Stage 2 learned from questions about training pictures. (The paper's stage 2 sees captions alone.)",
+            "Stage 2 learned from questions about training images. (The paper's stage 2 sees captions alone.)",
         ),
         "captions": (
             "metrics_zero_shot.json",
@@ -201,24 +214,24 @@ def sentence(setting: report.Setting, variants: Sequence[str]) -> str:
     return textwrap.fill(f"{overall} One training run each: another seed moves these numbers too.", 100)
 
 
-def write_pictures(config: DemoConfig) -> dict[Path, str]:
-    """A few held-out pictures to try the models on: path -> a question that is asked about it."""
-    folder = config.output_dir / "pictures"
+def write_images(config: DemoConfig) -> dict[Path, str]:
+    """A few held-out images to try the models on: path -> a question that is asked about it."""
+    folder = config.output_dir / "images"
     folder.mkdir(exist_ok=True)
     benchmark = held_out_questions(config)
     first: dict[str, Any] = {}
     for record in benchmark.records:
         first.setdefault(record.image_id, record)
     written = {}
-    for number, record in enumerate(list(first.values())[:PICTURES_TO_TRY]):
+    for number, record in enumerate(list(first.values())[:IMAGES_TO_TRY]):
         path = folder / f"{number}.png"
         benchmark.load(record).save(path)
         written[path] = record.question
     return written
 
 
-def reconstructions(lanes: Sequence[Lane], pictures: Sequence[Path]) -> list[report.Strip]:
-    """What the variants that learned to reconstruct make of pictures with half of their patches hidden."""
+def reconstructions(lanes: Sequence[Lane], images: Sequence[Path]) -> list[report.Strip]:
+    """What the variants that learned to reconstruct make of images with half of their patches hidden."""
     strips = []
     for lane in lanes:
         stage1 = lane.parts[0].folder
@@ -226,7 +239,7 @@ def reconstructions(lanes: Sequence[Lane], pictures: Sequence[Path]) -> list[rep
             continue
         sheet = stage1.with_name("reconstructions.png")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            found = reconstruct(ReconstructConfig(images=tuple(map(str, pictures)), model=stage1, output=sheet))
+            found = reconstruct(ReconstructConfig(images=tuple(map(str, images)), model=stage1, output=sheet))
         alone, fused = (sum(row[key] for row in found) / len(found) for key in ("mae_error", "xformer_error"))
         label = (
             "From left to right: original, masked, painted by the MAE alone, painted by it from M' of "
@@ -241,17 +254,17 @@ def queries_of(config: DemoConfig, lanes: Sequence[Lane]) -> str:
     """Where the queries look after stage 1, as a section of the report."""
     benchmark = held_out_questions(config)
     first = {record.image_id: record for record in reversed(benchmark.records)}
-    chosen = list(reversed(first.values()))[:ANALYSED_PICTURES]
-    pictures = {record.image_id: benchmark.load(record) for record in chosen}
+    chosen = list(reversed(first.values()))[:ANALYSED_IMAGES]
+    images = {record.image_id: benchmark.load(record) for record in chosen}
     models = {lane.variant: lane.parts[0].folder for lane in lanes}
-    return report.query_section(analyse(models, pictures, overlays=QUERY_OVERLAYS))
+    return report.query_section(analyse(models, images, overlays=QUERY_OVERLAYS))
 
 
 def write_page(
     config: DemoConfig,
     settings: Sequence[report.Setting],
     lanes: Sequence[Lane],
-    pictures: Mapping[Path, str],
+    images: Mapping[Path, str],
     seconds: float,
 ) -> Path:
     """runs/demo/report.html."""
@@ -263,16 +276,16 @@ def write_page(
         variants=config.variants,
         introduction=(
             f"Trained with equal budgets ({config.stage1_steps:,} steps of stage 1, {steps:,} of stage 2, the same "
-            f"pictures in the same order, language model {config.llm}, frozen) and asked the same {asked:,} questions "
-            "about pictures that were not trained on."
+            f"images in the same order, language model {config.llm}, frozen) and asked the same {asked:,} questions "
+            "about images that were not trained on."
         ),
         settings=settings,
         runs=[run for lane in lanes for run in runs_of(lane)],
-        reconstructions=reconstructions(lanes, list(pictures)[:RECONSTRUCTED_PICTURES]),
+        reconstructions=reconstructions(lanes, list(images)[:RECONSTRUCTED_IMAGES]),
         sections=[queries_of(config, lanes)],
         configuration=asdict(config),
         provenance=provenance(config, lanes, seconds),
-        pictures=pictures_of(config, lanes),
+        images=images_of(config, lanes),
         seed=config.seed,
     )
     return report.write_report(config.output_dir / "report.html", page)
@@ -298,24 +311,24 @@ def runs_of(lane: Lane) -> list[report.Run]:
     return runs
 
 
-def pictures_of(config: DemoConfig, lanes: Sequence[Lane]) -> Any:
-    """A function from the id of a picture, held out for testing or for samples, to the picture."""
+def images_of(config: DemoConfig, lanes: Sequence[Lane]) -> Any:
+    """A function from the id of an image, held out for testing or for samples, to the image."""
     benchmark = held_out_questions(config)
     records = {record.image_id: record for record in benchmark.records}
     sampled = {
-        row["id"]: part.folder / row["picture"]
+        row["id"]: part.folder / row["image"]
         for lane in lanes
         for part in lane.parts
         for row in read_rows(part.folder / "samples.jsonl")
     }
 
-    def picture(identity: str) -> Image.Image | None:
+    def image(identity: str) -> Image.Image | None:
         if identity in records:
             return benchmark.load(records[identity])
         path = sampled.get(identity)
         return Image.open(path) if path is not None and path.is_file() else None
 
-    return picture
+    return image
 
 
 def provenance(config: DemoConfig, lanes: Sequence[Lane], seconds: float) -> dict[str, str]:
@@ -333,16 +346,16 @@ def provenance(config: DemoConfig, lanes: Sequence[Lane], seconds: float) -> dic
     }
 
 
-def what_next(config: DemoConfig, page: Path, pictures: Mapping[Path, str]) -> str:
+def what_next(config: DemoConfig, page: Path, images: Mapping[Path, str]) -> str:
     """The report, and commands to try on what was trained."""
     variant = "xformer" if "xformer" in config.variants else config.variants[-1]
-    lane, (picture, question) = config.output_dir / variant, next(iter(pictures.items()))
+    lane, (image, question) = config.output_dir / variant, next(iter(images.items()))
     is_default = lane == DemoConfig.output_dir / "xformer"  # what the commands take when no model is named
     stage1 = ["--model", str(lane / "stage1")]
     commands = {
-        "ask": ["ask", str(picture), question, *([] if is_default else ["--model", str(lane / "stage2")])],
-        "caption": ["caption", str(picture), *stage1],
-        "reconstruct": ["reconstruct", str(picture), *([] if is_default else stage1)],
+        "ask": ["ask", str(image), question, *([] if is_default else ["--model", str(lane / "stage2")])],
+        "caption": ["caption", str(image), *stage1],
+        "reconstruct": ["reconstruct", str(image), *([] if is_default else stage1)],
     }
     # `make demo` does not activate its environment, so there the command has to be named with its place.
     place = "" if shutil.which("xformer") else os.path.relpath(Path(sys.executable).parent) + "/"

@@ -38,12 +38,12 @@ from transformers import (
 )
 
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
-from xformer_mllm.data.scene_questions import ask
-from xformer_mllm.data.scenes import caption, description
-from xformer_mllm.data.world import IMAGE_SIZE, draw_scene, render
+from xformer_mllm.embedded.scene_questions import ask
+from xformer_mllm.embedded.scenes import caption, description
+from xformer_mllm.embedded.tokenizers import lm_tokenizer, qformer_tokenizer
+from xformer_mllm.embedded.world import IMAGE_SIZE, draw_scene, render
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import scaled
-from xformer_mllm.train.tokenizers import lm_tokenizer, qformer_tokenizer
 
 
 @dataclass
@@ -292,7 +292,7 @@ def train_lm(config: LmConfig) -> dict[str, float]:
     A sequence is one description, then segments "</s> Question: ... Answer: ... <end>" and one "</s> caption <end>".
     Each segment sees the description and itself only, and counts its positions from the description's end: the model
     learns [description][</s> text <end>], the layout that stage 2 has with soft prompts in the description's place. The
-    loss is on captions and answers: descriptions and questions are drawn by lot, there is little to learn in them.
+    loss is on captions and answers: descriptions and questions are drawn at random, there is little to learn in them.
     """
     torch.set_num_threads(1)
     started = time.time()
@@ -323,10 +323,10 @@ def train_lm(config: LmConfig) -> dict[str, float]:
 def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
     """Token ids of a training scene: the description, then its segments; each with how many of its last are learned."""
     scene = draw_scene("train", index)
-    lot = random.Random(f"{scene.key}/lm/{config.seed}")
-    words = description(scene, lot).split()
-    if lot.random() < 0.1:  # soft prompts will not be complete either
-        words = [word for word in words if lot.random() > 0.1]
+    rng = random.Random(f"{scene.key}/lm/{config.seed}")
+    words = description(scene, rng).split()
+    if rng.random() < 0.1:  # soft prompts will not be complete either
+        words = [word for word in words if rng.random() > 0.1]
     pairs = [
         (QUESTION_PROMPT.format(question=q.question), str(q.answer)) for q in ask(scene, config.questions_per_scene)
     ]

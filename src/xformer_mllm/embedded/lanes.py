@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.data.json_files import write_whole
+from xformer_mllm.files import write_whole
 
-PACKAGE = Path(__file__).parent
-COMMAND = (sys.executable, "-m", "xformer_mllm.cli")
+PACKAGE = Path(__file__).parents[1]
+COMMAND = (sys.executable, "-m", "xformer_mllm")
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 30  # where the output is no terminal

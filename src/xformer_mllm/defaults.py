@@ -1,0 +1,86 @@
+"""What the commands take when nothing else is named: the embedded world's data, encoders and language model.
+
+This is the one module outside `embedded/` that knows it; each part is imported when it is asked for.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+
+DATA = ("scenes", "easy-vqa")
+"""The data sets that come with the package, or with its extra."""
+
+OPT = Path(__file__).parent / "embedded" / "weights" / "opt"
+"""The shipped language model."""
+
+
+def config() -> XFormerConfig:
+    """X-Former of the shipped encoders' sizes, before any variant."""
+    from xformer_mllm.embedded.start import embedded_config
+
+    return embedded_config()
+
+
+def start_pretraining(variant: str, seed: int, second_encoder: str | None = None) -> tuple[Any, Any]:
+    """Model and processor at the start of stage 1; see `embedded.start.start_pretraining`."""
+    from xformer_mllm.embedded import start
+
+    return start.start_pretraining(variant, seed, second_encoder)
+
+
+def captions(data: str, split: str, size: int) -> Dataset:
+    """Images with captions of one of `DATA`; `size` is the number of scenes."""
+    if data == "easy-vqa":
+        from xformer_mllm.embedded.easy_vqa import EasyVqaCaptions
+
+        return EasyVqaCaptions(split)  # type: ignore[arg-type]
+    from xformer_mllm.embedded.scenes import SceneCaptions
+
+    return SceneCaptions(split, size)
+
+
+def questions(data: str, split: str, size: int, questions_per_image: int) -> Dataset:
+    """Questions of one of `DATA`, image by image; easy-VQA has its own number of questions per image."""
+    from xformer_mllm.data.questions import ByImage
+
+    if data == "easy-vqa":
+        from xformer_mllm.embedded.easy_vqa import EasyVqaQuestions
+
+        return ByImage.of(EasyVqaQuestions(split))  # type: ignore[arg-type]
+    from xformer_mllm.embedded.scenes import SceneQuestions
+
+    scenes = SceneQuestions(split, size, questions_per_scene=questions_per_image)
+    firsts = range(0, len(scenes), questions_per_image)
+    return ByImage(scenes, [list(range(first, first + questions_per_image)) for first in firsts])
+
+
+def benchmarks() -> dict[str, Any]:
+    """Name -> class of the benchmarks on `DATA`."""
+    from xformer_mllm.embedded.benchmarks import BENCHMARKS
+
+    return BENCHMARKS
+
+
+def test_images(data: str, count: int) -> dict[str, Image.Image]:
+    """The first `count` test images of one of `DATA`, by name."""
+    if data == "easy-vqa":
+        from xformer_mllm.embedded.easy_vqa import EasyVqaQuestions
+
+        dataset = EasyVqaQuestions("test")
+        ids = list(dict.fromkeys(question.image_id for question in dataset.questions))[:count]
+        return {image_id: dataset.image(image_id) for image_id in ids}
+    return {name: scene(name) for name in (f"scene:test:{number}" for number in range(count))}
+
+
+def scene(name: str) -> Image.Image:
+    """The image of scene:SPLIT:INDEX. Raises ValueError for any other name."""
+    from xformer_mllm.embedded.scenes import SceneCaptions
+
+    split, _, index = name.removeprefix("scene:").partition(":")
+    if not index.isdecimal():
+        raise ValueError(f"{name}: a scene is named scene:SPLIT:INDEX, e.g. scene:test:3")
+    return SceneCaptions(split, int(index) + 1)[int(index)]["image"]

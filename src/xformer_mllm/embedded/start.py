@@ -1,0 +1,73 @@
+"""The start of stage 1 on the embedded scenes: the shipped encoders with a Q-Former of their width."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, Blip2QFormerConfig, CLIPVisionModel, ViTMAEForPreTraining
+
+from xformer_mllm.checkpoints import attention_for_device, copy_weights, load_second_encoder
+from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import XFormerForPreTraining
+from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
+from xformer_mllm.variants import variant_config, with_second_encoder
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""What ships with the package: clip, mae, opt, qformer_tokenizer."""
+
+
+def embedded_config() -> XFormerConfig:
+    """X-Former for the embedded scenes: the shipped encoders with a Q-Former of their width, before any variant."""
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
+    clip = CLIPVisionModel.config_class.from_pretrained(WEIGHTS / "clip")
+    return XFormerConfig(
+        clip_config=clip,
+        clip_feature_layer=-2,
+        mae_config=ViTMAEForPreTraining.config_class.from_pretrained(WEIGHTS / "mae"),
+        qformer_config=Blip2QFormerConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=512,
+            encoder_hidden_size=clip.hidden_size,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            use_qformer_text_input=True,
+        ),
+        num_query_tokens=12,
+        image_text_hidden_size=64,
+        text_start_token_id=tokenizer.bos_token_id,
+    )
+
+
+def start_pretraining(
+    variant: str = "xformer", seed: int = 0, second_encoder: str | None = None
+) -> tuple[XFormerForPreTraining, XFormerProcessor]:
+    """A variant at the start of stage 1 on the embedded scenes: shipped frozen encoders, the rest initialised by `seed`.
+
+    Args:
+        variant: a name in `VARIANTS`.
+        seed: of what is initialised.
+        second_encoder: folder or hub id of another MAE, or of any vision tower, in place of the shipped MAE.
+
+    Raises:
+        ValueError: for an unknown variant, or one that the second encoder does not go with.
+    """
+    base = embedded_config()
+    if second_encoder is not None:
+        base = with_second_encoder(base, AutoConfig.from_pretrained(second_encoder))
+    elif variant == "dinov2":
+        raise ValueError(
+            "variant dinov2 needs --second-encoder, folder or hub id of a DINOv2: none ships with the package"
+        )
+    config = variant_config(variant, base)
+    torch.manual_seed(seed)
+    model = XFormerForPreTraining._from_config(config, attn_implementation=attention_for_device())
+    clip = CLIPVisionModel.from_pretrained(WEIGHTS / "clip")
+    copy_weights(clip.state_dict(), model.xformer.clip_encoder.tower, "CLIP")
+    if model.xformer.mae_encoder is not None and variant != "random_mae":
+        load_second_encoder(model.xformer, second_encoder or WEIGHTS / "mae")
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
+    processor = XFormerProcessor(image_processor(config.clip_config.image_size), tokenizer, tokenizer)
+    return model, processor
