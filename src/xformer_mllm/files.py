@@ -1,7 +1,10 @@
-"""JSON files: read with an error that names the place, written whole or not at all."""
+"""Files and folders written whole or not at all, and JSON read with errors that name the line."""
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +29,36 @@ def read_json_lines(path: Path) -> list[Any]:
     return rows
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path` first, and then put it there: the file is whole, or as it was."""
-    partial = path.with_name(path.name + ".partial")
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder to; it replaces `path` when the block ends without an error.
+
+    After an error `path` is as it was and nothing else is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    _remove(partial)
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
+        if partial.is_dir():
+            _remove(path)
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        _remove(partial)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8; the file is whole, or as it was."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _text(path: Path) -> str:
