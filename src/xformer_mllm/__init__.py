@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from xformer_mllm.attach import attach_xformer, detach_xformer
+from xformer_mllm.defaults import shipped_model
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import (
     XFormerForConditionalGeneration,
@@ -41,4 +42,5 @@ __all__ = [
     "XFormerProcessor",
     "attach_xformer",
     "detach_xformer",
+    "shipped_model",
 ]

@@ -18,6 +18,30 @@ OPT = Path(__file__).parent / "embedded" / "weights" / "opt"
 """The shipped language model."""
 
 
+MODELS = ("xformer", "qformer", "xformer-stage1")
+"""The trained models that ship with the package."""
+
+
+def shipped_model(name: str = "xformer") -> Path:
+    """Folder of a model trained on the embedded scenes, for `from_pretrained`.
+
+    Args:
+        name: "xformer" or "qformer", which answer questions (stage 2), or "xformer-stage1", which captions and
+            reconstructs.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no shipped model {name!r}; choose one of {', '.join(MODELS)}")
+    return Path(__file__).parent / "embedded" / "models" / name
+
+
+def example_images() -> list[Path]:
+    """Two held-out scenes to try a model on, PNG files of 48x48 pixels."""
+    return sorted((Path(__file__).parent / "embedded" / "examples").glob("*.png"))
+
+
 def config() -> XFormerConfig:
     """X-Former of the shipped encoders' sizes, before any variant."""
     from xformer_mllm.embedded.start import embedded_config
