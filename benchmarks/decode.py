@@ -70,12 +70,12 @@ def ways(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], 
         return Image.open(io.BytesIO(files[turns[way] % len(files)]))
 
     train, evaluation = TrainTransform(size), EvalTransform(size)
-    items = iter(open_captions(shard(folder, files), "train", load_image, transform=train, buffer=32))
+    items = iter(open_captions(shard(folder, files), "train", transform=train, buffer=32))
     return {
         "bare": lambda: opened("bare").load(),
         "decoded": lambda: load_image(opened("decoded")),
-        "train": lambda: train(opened("train"), load_image, rng),
-        "evaluation": lambda: evaluation(opened("evaluation"), load_image, rng),
+        "train": lambda: train(opened("train"), rng),
+        "evaluation": lambda: evaluation(opened("evaluation"), rng),
         "from shards": lambda: next(items),
     }
 

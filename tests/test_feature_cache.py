@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from xformer_mllm import XFormerForPreTraining, processes
 from xformer_mllm.cli import main
+from xformer_mllm.data import records, transforms
+from xformer_mllm.model.images import load_image
 from xformer_mllm.train import datasets, feature_cache
 from xformer_mllm.train.config import Stage1Config
 from xformer_mllm.train.feature_cache import FeatureCache
@@ -182,8 +184,9 @@ def test_stage_2_has_the_same_losses_without_a_look_at_the_images(stage1, folder
     assert main([*cached, "--output-dir", str(tmp_path / "first")]) == 0
     assert_same_losses(tmp_path / "plain", tmp_path / "first")
 
-    asked, load = [], datasets.load_image
-    monkeypatch.setattr(datasets, "load_image", lambda image: (asked.append(image), load(image))[1])
+    asked = []
+    for module in (records, transforms):
+        monkeypatch.setattr(module, "load_image", lambda image: (asked.append(image), load_image(image))[1])
     capsys.readouterr()
     assert main([*cached[:-1], "0", "--output-dir", str(tmp_path / "second")]) == 0
     assert "encoded" not in capsys.readouterr().out

@@ -11,13 +11,12 @@ from PIL import Image
 
 from xformer_mllm.data.inspect import SAMPLES, InspectConfig, contact_sheet, inspect
 from xformer_mllm.data.sources import open_captions
-from xformer_mllm.model.images import load_image
 
 
 def run(tmp_path, capsys, source, **settings):
     """(findings, the words printed)"""
     config = InspectConfig(source=str(source), sheet=tmp_path / "sheets" / "sheet.png", **settings)
-    findings = inspect(config, load_image)
+    findings = inspect(config)
     return findings, re.sub(r" +", " ", capsys.readouterr().out)
 
 
@@ -114,7 +113,7 @@ def test_whatever_share_is_broken_is_reported(tmp_path, capsys):
         assert findings.lost == 1
         assert 'neither "caption" nor "question"' in said
     with pytest.raises(ValueError, match="1 of 3 records cannot be read"):
-        open_captions(str(listed), "train", load_image)
+        open_captions(str(listed), "train")
 
 
 def test_rows_without_a_caption_are_broken_once(tmp_path, capsys):

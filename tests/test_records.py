@@ -37,7 +37,7 @@ def images(tmp_path, number, broken=(), **arguments):
     for place in range(number):
         (tmp_path / f"{place}.jpg").write_bytes(b"no image" if place in broken else jpeg(place))
     rows = Table(record_of(f"{place}", tmp_path / f"{place}.jpg", f"caption {place}") for place in range(number))
-    return Images("the source", rows, CaptionItems(load_image, None, 0), **arguments)
+    return Images("the source", rows, CaptionItems(None, 0), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -89,47 +89,47 @@ def test_answers(row, answers):
 
 
 def test_captions_are_drawn_anew_at_each_visit_and_the_same_again():
-    item = CaptionItems(load_image, None, seed=0)
+    item = CaptionItems(None, seed=0)
     drawn = [item(CAPTIONED, visit)["caption"] for visit in range(300)]
     assert set(Counter(drawn)) == {"one", "two", "three"}
     assert min(Counter(drawn).values()) > 70
     assert drawn == [item(CAPTIONED, visit)["caption"] for visit in range(300)]
-    assert drawn != [CaptionItems(load_image, None, seed=1)(CAPTIONED, visit)["caption"] for visit in range(300)]
+    assert drawn != [CaptionItems(None, seed=1)(CAPTIONED, visit)["caption"] for visit in range(300)]
 
 
 def test_captions_are_cleaned_where_that_is_wished():
     """`clean` itself is held against LAVIS's by test_retrieval.py."""
     record = record_of("a", Image.new("RGB", (4, 4)), 'A "Red" circle; and so on! ' + "word " * 60)
-    assert CaptionItems(load_image, None, 0)(record, 0)["caption"] == record["captions"][0]
-    said = CaptionItems(load_image, None, 0, cleaned=True)(record, 0)["caption"]
+    assert CaptionItems(None, 0)(record, 0)["caption"] == record["captions"][0]
+    said = CaptionItems(None, 0, cleaned=True)(record, 0)["caption"]
     assert said == " ".join(["a red circle and so on", *["word"] * 44])
     with pytest.raises(ValueError, match=r"b: no word is left of the caption '\*\*\*'"):
-        CaptionItems(load_image, None, 0, cleaned=True)(record_of("b", Image.new("RGB", (4, 4)), "***"), 0)
+        CaptionItems(None, 0, cleaned=True)(record_of("b", Image.new("RGB", (4, 4)), "***"), 0)
 
 
 def test_image_is_a_image_or_what_the_transform_makes_of_it():
-    image = CaptionItems(load_image, None, 0)(CAPTIONED, 0)["image"]
+    image = CaptionItems(None, 0)(CAPTIONED, 0)["image"]
     assert (image.mode, image.size) == ("RGB", (8, 8))
     assert image.getpixel((4, 4))[0] > 150
-    pixels = CaptionItems(load_image, TrainTransform(4), 0)(CAPTIONED, 0)["image"]
+    pixels = CaptionItems(TrainTransform(4), 0)(CAPTIONED, 0)["image"]
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 4, 4))
 
 
 def test_crop_depends_on_the_visit_and_on_nothing_else():
     record = record_of("a", Image.effect_noise((40, 30), 90).convert("RGB"), "noise")
-    item = CaptionItems(load_image, TrainTransform(16), 0)
+    item = CaptionItems(TrainTransform(16), 0)
     one, again, next_visit = (item(record, visit)["image"] for visit in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, next_visit)
 
 
 def test_questions_of_a_image():
-    items = QuestionItems(load_image, None, 0)(ASKED, 0)
+    items = QuestionItems(None, 0)(ASKED, 0)
     assert [item["id"] for item in items] == [f"q{number}" for number in range(6)]
     assert {item["image_id"] for item in items} == {"b"}
     assert len({id(item["image"]) for item in items}) == 1
     assert {item["answer"] for item in items} <= {"yes", "no"}
-    few = QuestionItems(load_image, None, 0, at_most=2)
+    few = QuestionItems(None, 0, at_most=2)
     drawn = [tuple(item["id"] for item in few(ASKED, visit)) for visit in range(20)]
     assert {len(ids) for ids in drawn} == {2}
     assert len(set(drawn)) > 5
@@ -137,7 +137,7 @@ def test_questions_of_a_image():
 
 def test_more_frequent_answers_are_learned_more_often():
     record = record_of("b", jpeg(), None, [{"id": "q", "question": "?", "answers": ["yes"] * 9 + ["no"]}])
-    answers = Counter(QuestionItems(load_image, None, 0)(record, visit)[0]["answer"] for visit in range(300))
+    answers = Counter(QuestionItems(None, 0)(record, visit)[0]["answer"] for visit in range(300))
     assert 15 <= answers["no"] <= 50
 
 
@@ -187,7 +187,7 @@ def test_what_was_already_broken_counts(tmp_path):
 def test_epoch_reaches_a_copy_in_shared_memory(tmp_path):
     rows = Table([record_of("a", str(tmp_path / "a.jpg"), [f"caption {number}" for number in range(50)])])
     (tmp_path / "a.jpg").write_bytes(jpeg())
-    dataset = Images("the source", rows, CaptionItems(load_image, None, 0))
+    dataset = Images("the source", rows, CaptionItems(None, 0))
     loader = torch.utils.data.DataLoader(
         dataset, 1, num_workers=1, persistent_workers=True, collate_fn=lambda items: items[0]["caption"]
     )

@@ -15,7 +15,6 @@ from xformer_mllm.data.records import Images
 from xformer_mllm.data.sources import Mixture, find_source, open_captions, open_questions
 from xformer_mllm.data.streams import HeldOut, Stream
 from xformer_mllm.data.transforms import TrainTransform
-from xformer_mllm.model.images import load_image
 
 
 def ids_of(items):
@@ -63,8 +62,8 @@ SOURCES = {
 @pytest.mark.parametrize("kind", SOURCES)
 def test_train_and_validation_are_disjoint_and_complete(tmp_path, kind):
     source = str(SOURCES[kind](tmp_path))
-    validation = ids_of(open_captions(source, "validation", load_image))
-    train = open_captions(source, "train", load_image, buffer=4)
+    validation = ids_of(open_captions(source, "validation"))
+    train = open_captions(source, "train", buffer=4)
     found = ids_of(islice(train, 30 - len(validation)))
     assert len({*found, *validation}) == 30
     assert not {*found} & {*validation}
@@ -76,26 +75,24 @@ def test_train_and_validation_are_disjoint_and_complete(tmp_path, kind):
 @pytest.mark.parametrize("kind", SOURCES)
 def test_items_and_transforms(tmp_path, kind):
     source = str(SOURCES[kind](tmp_path))
-    item = next(iter(open_captions(source, "train", load_image, buffer=1)))
+    item = next(iter(open_captions(source, "train", buffer=1)))
     assert set(item) == {"id", "image", "caption"}
     assert item["image"].mode == "RGB"
-    item = next(iter(open_captions(source, "train", load_image, transform=TrainTransform(6), buffer=1)))
+    item = next(iter(open_captions(source, "train", transform=TrainTransform(6), buffer=1)))
     assert (item["image"].dtype, item["image"].shape) == (torch.uint8, (3, 6, 6))
 
 
 def test_a_folder_is_split_as_caption_folder_does(tmp_path):
     folder = captioned(tmp_path)
     for split in ("train", "validation"):
-        assert ids_of(open_captions(str(folder), split, load_image)) == ids_of(
-            CaptionFolder(folder, load_image, split)
-        )
+        assert ids_of(open_captions(str(folder), split)) == ids_of(CaptionFolder(folder, split))
 
 
 def test_what_is_left_out_is_said_once(tmp_path, caplog):
     folder = captioned(tmp_path)
     write_image(tmp_path / "x.jpg")
-    open_captions(str(folder), "train", load_image)
-    open_captions(str(folder), "validation", load_image)
+    open_captions(str(folder), "train")
+    open_captions(str(folder), "validation")
     (line,) = caplog.messages
     assert "left out 1 without a .txt" in line
 
@@ -104,7 +101,7 @@ def test_broken_rows_are_named_and_count(tmp_path, caplog):
     file = blip(tmp_path, 150)
     rows = json.loads(file.read_text())
     write_json(file, [*rows, {"image": "0.jpg"}])
-    dataset = open_captions(str(file), "train", load_image)
+    dataset = open_captions(str(file), "train")
     assert 'left out 1 broken: row 150 (neither "caption" nor "question")' in caplog.text
     (tmp_path / "images" / "5.jpg").write_bytes(b"x")
     place = ids_of(dataset.rows[place] for place in dataset.places).index("5.jpg")
@@ -117,7 +114,7 @@ def test_seed_decides_captions(tmp_path):
     source = str(write_json(tmp_path / "a.json", rows))
 
     def captions(seed, epoch):
-        dataset = open_captions(source, "train", load_image, seed=seed)
+        dataset = open_captions(source, "train", seed=seed)
         dataset.set_epoch(epoch)
         return [item["caption"] for item in dataset]
 
@@ -134,8 +131,7 @@ def test_karpathy_uses_its_own_splits_and_never_test(tmp_path):
     ]
     source = str(write_json(tmp_path / "dataset_coco.json", {"images": images}))
     captions = {
-        split: Counter(item["caption"] for item in open_captions(source, split, load_image))
-        for split in ("train", "validation")
+        split: Counter(item["caption"] for item in open_captions(source, split)) for split in ("train", "validation")
     }
     assert captions == {"train": {"train": 3, "restval": 3}, "validation": {"val": 3}}
 
@@ -144,33 +140,33 @@ def test_only_a_test_split(tmp_path):
     images = [{"filename": write_image(tmp_path / "a.jpg").name, "split": "test", "sentences": [{"raw": "a"}]}]
     source = str(write_json(tmp_path / "dataset_coco.json", {"images": images}))
     with pytest.raises(ValueError, match="has no split to train on, only test"):
-        open_captions(source, "train", load_image)
+        open_captions(source, "train")
 
 
 def test_questions(tmp_path):
     source = str(questions(tmp_path))
-    dataset = open_questions(source, "train", load_image)
+    dataset = open_questions(source, "train")
     assert len(dataset) == 29
     items = dataset[0]
     assert [item["question"] for item in items] == ["0?", "1?", "2?"]
     assert {item["image_id"] for item in items} == {"0.jpg"}
     assert {item["answer"] for item in items} <= {"yes", "no"}
-    assert len(open_questions(source, "train", load_image, questions_per_image=2)[0]) == 2
-    (held_out,) = open_questions(source, "validation", load_image)
+    assert len(open_questions(source, "train", questions_per_image=2)[0]) == 2
+    (held_out,) = open_questions(source, "validation")
     assert len(held_out) == 3
 
 
 def test_questions_in_place_of_captions_and_the_other_way_round(tmp_path):
     with pytest.raises(ValueError, match=r"no captions; it has questions \(--text questions\)"):
-        open_captions(str(questions(tmp_path)), "train", load_image)
+        open_captions(str(questions(tmp_path)), "train")
     with pytest.raises(ValueError, match=r"no questions; it has captions \(--text captions\)"):
-        open_questions(str(blip(tmp_path)), "train", load_image)
+        open_questions(str(blip(tmp_path)), "train")
 
 
 def test_shards_in_place_of_questions_stop(tmp_path):
     source = str(shards(tmp_path, 2, 20))
     with pytest.raises(ValueError, match="11 of 1,000 samples"):
-        next(iter(open_questions(source, "train", load_image)))
+        next(iter(open_questions(source, "train")))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +182,7 @@ def test_what_is_no_source(tmp_path, name, message):
     (tmp_path / "notes.txt").write_text("a")
     (tmp_path / "empty").mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        open_captions(str(tmp_path / name), "train", load_image)
+        open_captions(str(tmp_path / name), "train")
     assert str(tmp_path / name) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -207,7 +203,7 @@ def both(tmp_path):
 
 
 def share_of_shards(source, number=600):
-    stream = open_captions(source, "train", load_image, buffer=1)
+    stream = open_captions(source, "train", buffer=1)
     return sum("/" in name for name in ids_of(islice(stream, number))) / number
 
 
@@ -217,7 +213,7 @@ def test_weights(both):
         mixture(both, blip_source | {"weight": 1}, {"source": "web", "weight": 3})
     ) == pytest.approx(0.75, abs=0.06)
     with pytest.raises(ValueError, match=r'give .*web a "weight"'):
-        open_captions(mixture(both, blip_source, {"source": "web"}), "train", load_image)
+        open_captions(mixture(both, blip_source, {"source": "web"}), "train")
     for place in range(3):
         write_json(both / "web" / f"{place:05}_stats.json", {"successes": 10})
     equal = share_of_shards(mixture(both, blip_source, {"source": "web"}))  # 29 captions, 30 samples
@@ -226,7 +222,7 @@ def test_weights(both):
 
 def test_a_mixture_is_a_stream_and_its_validation_in_turn(both):
     source = mixture(both, {"source": "images/blip.json", "images": "images"}, {"source": "web", "weight": 1})
-    train, validation = (open_captions(source, split, load_image) for split in ("train", "validation"))
+    train, validation = (open_captions(source, split) for split in ("train", "validation"))
     assert isinstance(train, Stream)
     assert isinstance(validation, HeldOut)
     assert isinstance(train, IterableDataset)
@@ -236,9 +232,9 @@ def test_a_mixture_is_a_stream_and_its_validation_in_turn(both):
 
 def test_sources_of_a_mixture_may_lie_elsewhere(both):
     source = write_json(both / "recipes" / "m.json", {"sources": [{"source": "images/blip.json", "images": "images"}]})
-    assert len({*ids_of(islice(open_captions(str(source), "train", load_image, images=both), 29))}) == 29
+    assert len({*ids_of(islice(open_captions(str(source), "train", images=both), 29))}) == 29
     with pytest.raises(FileNotFoundError, match=r"recipes/images/blip\.json: no such source"):
-        open_captions(str(source), "train", load_image)
+        open_captions(str(source), "train")
 
 
 @pytest.mark.parametrize(
@@ -283,6 +279,6 @@ def test_the_papers_recipe_with_a_little_of_each_set(tmp_path):
         shards(tmp_path / name, 1, 10)
         write_json(tmp_path / name / "00000_stats.json", {"successes": 10})
     recipe = str(Path(__file__).parent.parent / "recipes" / "data" / "paper-14m.json")
-    stream = open_captions(recipe, "train", load_image, images=tmp_path, buffer=1)
+    stream = open_captions(recipe, "train", images=tmp_path, buffer=1)
     assert [part.weight for part in stream.parts] == [8, 6, 10, 10, 10]
     assert len(ids_of(islice(stream, 50))) == 50

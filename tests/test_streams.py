@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 from xformer_mllm.data.records import CaptionItems, Table, hash_of, record_of
 from xformer_mllm.data.shards import find_shards
 from xformer_mllm.data.streams import HeldOut, InSplit, ListPart, Positioned, ShardPart, Stream
-from xformer_mllm.model.images import load_image
 
-ITEM = CaptionItems(load_image, None, 0)
+ITEM = CaptionItems(None, 0)
 
 
 @pytest.fixture(scope="module")

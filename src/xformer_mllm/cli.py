@@ -22,8 +22,6 @@ class Command:
     summary: str
     config: str
     run: str
-    reads_images: bool = False
-    """`data` does not know `model`: these are handed its `load_image`."""
 
 
 COMMANDS = {
@@ -44,13 +42,11 @@ COMMANDS = {
         "what a source of images holds, with a contact sheet, and what of it is broken",
         "data.inspect:InspectConfig",
         "data.inspect:inspect",
-        reads_images=True,
     ),
     "data shard": Command(
         "any source as webdataset shards",
         "data.shard_writer:ShardConfig",
         "data.shard_writer:shard",
-        reads_images=True,
     ),
     "train stage1": Command(
         "stage 1: image-text contrast, matching, generation and reconstruction",
@@ -195,12 +191,7 @@ def _run(name: str, command: Command, words: list[str]) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading and writing weights: a bar for each of five small files
-    if command.reads_images:
-        from xformer_mllm.model.images import load_image
-
-        run(config, load_image)
-    else:
-        run(config)
+    run(config)
 
 
 def _take_config_file(words: list[str]) -> tuple[list[str], Path | None]:

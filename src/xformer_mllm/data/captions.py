@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from xformer_mllm.data.records import CaptionItems, Images, Load, Record, Split, Table, places_of, record_of
+from xformer_mllm.data.records import CaptionItems, Images, Record, Split, Table, places_of, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,10 @@ class CaptionFolder(Images):
     def __init__(
         self,
         folder: str | os.PathLike,
-        loader: Load,
         split: Split | None = None,
         validation_share: float = FOLDER_VALIDATION_SHARE,
     ):
-        """loader: an opened image -> RGB, raising ValueError or OSError for one that cannot be read: `load_image` of
-        xformer_mllm.model.images. It is handed in because data/ and model/ do not know each other.
-
-        split: None for every image; else the images whose name's hash falls into that split: an image keeps its
+        """split: None for every image; else the images whose name's hash falls into that split: an image keeps its
         split when others are added or removed.
 
         Raises FileNotFoundError if there is no such folder, ValueError if it holds no image with a caption.
@@ -66,7 +62,7 @@ class CaptionFolder(Images):
         if not places:
             raise ValueError(f"{folder}: one image cannot be split into training and validation; add more")
         rows = Table(found.records[place] for place in places)
-        super().__init__(str(folder), rows, CaptionItems(loader, None, 0))
+        super().__init__(str(folder), rows, CaptionItems(None, 0))
 
 
 def find_captions(folder: Path) -> FoundCaptions:

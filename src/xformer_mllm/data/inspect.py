@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
 from xformer_mllm.data.formats import Listed
-from xformer_mllm.data.records import NAMED, Load, Record, open_image
+from xformer_mllm.data.records import NAMED, Record, open_image
 from xformer_mllm.data.shards import Sharded, TarShards
 from xformer_mllm.data.sources import Mixture, find_source
+from xformer_mllm.model.images import load_image
 
 SHARDS = 10  # that are looked into
 COLUMNS, SAMPLES = 6, 24  # of the contact sheet
@@ -66,14 +67,14 @@ class Findings:
     samples: dict[int, tuple[Image.Image, str]] = field(default_factory=dict)
 
 
-def inspect(config: InspectConfig, load: Load) -> list[Findings]:
-    """Run `xformer data inspect`. load: an opened image -> RGB. Returns what it printed, for each source.
+def inspect(config: InspectConfig) -> list[Findings]:
+    """Run `xformer data inspect`. Returns what it printed, for each source.
 
     Raises FileNotFoundError or ValueError as `find_source`.
     """
     found = find_source(config.source, config.images, any_share=True)
     sources = found.sources if isinstance(found, Mixture) else (found,)
-    every = [look(source, load, config.max_images, SAMPLES // len(sources) or 1) for source in sources]
+    every = [look(source, config.max_images, SAMPLES // len(sources) or 1) for source in sources]
     for findings in every:
         print("\n".join(_lines(findings)))
     samples = [sample for findings in every for _, sample in sorted(findings.samples.items())][:SAMPLES]
@@ -84,7 +85,7 @@ def inspect(config: InspectConfig, load: Load) -> list[Findings]:
     return every
 
 
-def look(source: Listed | Sharded, load: Load, images: int, samples: int) -> Findings:
+def look(source: Listed | Sharded, images: int, samples: int) -> Findings:
     """Look at up to `images` records (0: all) and keep `samples` of them for the contact sheet, drawn at random."""
     if isinstance(source, Listed):
         findings = Findings(source.name, source.format, {split: len(rows) for split, rows in source.rows.items()})
@@ -104,7 +105,7 @@ def look(source: Listed | Sharded, load: Load, images: int, samples: int) -> Fin
     rng = random.Random(0)
     for record in tqdm(records, total=total or None, unit="image", leave=False):
         findings.looked_at += 1
-        image = _note(findings, record, load)
+        image = _note(findings, record)
         if image is None:
             continue
         if len(findings.samples) >= samples:
@@ -138,7 +139,7 @@ def _from_shards(source: Sharded, images: int) -> Iterator[Record]:
     return islice(chain.from_iterable(islice(source.read(shard), -(-images // number)) for shard in chosen), images)
 
 
-def _note(findings: Findings, record: Record, load: Load) -> Image.Image | None:
+def _note(findings: Findings, record: Record) -> Image.Image | None:
     """Note what a record holds; returns its image."""
     if "broken" in record:
         findings.broken[record["id"]] = record["broken"]
@@ -147,7 +148,7 @@ def _note(findings: Findings, record: Record, load: Load) -> Image.Image | None:
     findings.captions += record["captions"]
     findings.questions += [question["question"] for question in record["questions"]]
     try:
-        image = load(open_image(record["image"], record["id"]))
+        image = load_image(open_image(record["image"], record["id"]))
     except (ValueError, OSError) as error:
         findings.broken[record["id"]] = str(error)
         findings.lost += 1

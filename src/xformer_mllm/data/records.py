@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from xformer_mllm.data.transforms import Transform
+from xformer_mllm.model.images import load_image
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ VALIDATION_SHARE = 0.01  # of a source that names no validation split
 
 Split = Literal["train", "validation"]
 Record = dict[str, Any]
-Load = Callable[[Image.Image], Image.Image]
-"""An opened image -> decoded, RGB, upright; ValueError or OSError if it is broken: `load_image` of model/images.py."""
 Item = Callable[[Record, int], Any]
 """A record and the number of the visit (the pass over the data, from 0) -> an item of a training set."""
 
@@ -107,18 +106,17 @@ def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Ima
         reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise ValueError(f"{place}: not an image that can be read ({reason})") from error
     if isinstance(source, bytes):
-        image.filename = name  # for `load` to name  # type: ignore[attr-defined]
+        image.filename = name  # for `load_image` to name  # type: ignore[attr-defined]
     return image
 
 
 @dataclass(frozen=True)
 class _Items:
-    """load: decodes. transform: what is made of the image; without one it stays a PIL image. seed: of what is random.
+    """transform: what is made of the image; without one it stays a PIL image. seed: of what is random.
 
     Everything random is drawn from the seed, the visit and the record's id: a resumed run sees the same caption and crop.
     """
 
-    load: Load
     transform: Transform | None
     seed: int
 
@@ -128,7 +126,7 @@ class _Items:
     def _image(self, record: Record, rng: random.Random) -> Image.Image | torch.Tensor:
         image = open_image(record["image"], record["id"])
         with nullcontext() if image is record["image"] else image:  # closes its file; `close` would drop its pixels
-            return self.load(image) if self.transform is None else self.transform(image, self.load, rng)
+            return load_image(image) if self.transform is None else self.transform(image, rng)
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from xformer_mllm.data.formats import Listed
-from xformer_mllm.data.records import GRACE, Load, Record, check_broken, open_image
+from xformer_mllm.data.records import GRACE, Record, check_broken, open_image
 from xformer_mllm.data.shards import Sharded, stats_file
 from xformer_mllm.data.sources import Mixture, find_source
 from xformer_mllm.files import read_json, write_whole
+from xformer_mllm.model.images import load_image
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class ShardConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-def shard(config: ShardConfig, load: Load) -> Path:
-    """Run `xformer data shard` and return the folder. load: an opened image -> RGB.
+def shard(config: ShardConfig) -> Path:
+    """Run `xformer data shard` and return the folder.
 
     Raises ValueError if the folder holds other shards, or once more than 1 % of what was read is broken.
     """
@@ -77,7 +78,7 @@ def shard(config: ShardConfig, load: Load) -> Path:
     with tqdm(records, total=total, unit="image") as bar:
         for samples in _chunks(iter(bar), config.samples_per_shard):
             path = config.output_dir / f"{shards:05}.tar"
-            stats = _stats(path) or _write_shard(path, samples, shards, config, load, names)
+            stats = _stats(path) or _write_shard(path, samples, shards, config, names)
             for _ in samples:  # of a shard that is there already
                 pass
             shards += 1
@@ -134,7 +135,7 @@ def _stats(path: Path) -> dict[str, int] | None:
 
 
 def _write_shard(
-    path: Path, samples: Iterator[Record], number: int, config: ShardConfig, load: Load, names: list[str]
+    path: Path, samples: Iterator[Record], number: int, config: ShardConfig, names: list[str]
 ) -> dict[str, int]:
     """Write a shard and its stats file. The names of what is broken go into `names`."""
     digits = len(str(config.samples_per_shard - 1))
@@ -145,7 +146,7 @@ def _write_shard(
             for place, record in enumerate(samples):
                 count += record.get("lost", 1)
                 try:
-                    files = _files(record, f"{number:05}{place:0{max(4, digits)}}", load, config.shortest_side)
+                    files = _files(record, f"{number:05}{place:0{max(4, digits)}}", config.shortest_side)
                 except BrokenError as error:
                     logger.warning("left out: %s", error)
                     names.append(record["id"])
@@ -169,12 +170,12 @@ class BrokenError(ValueError):
     """A sample that cannot be used; not a fault of what is being written."""
 
 
-def _files(record: Record, key: str, load: Load, shortest_side: int | None) -> dict[str, bytes]:
+def _files(record: Record, key: str, shortest_side: int | None) -> dict[str, bytes]:
     """A sample's files by name. Raises BrokenError."""
     if "broken" in record:
         raise BrokenError(f"{record['id']}: {record['broken']}")
     try:
-        suffix, content, about = _image(record, load, shortest_side)
+        suffix, content, about = _image(record, shortest_side)
     except (ValueError, OSError) as error:
         raise BrokenError(str(error)) from error
     texts = {"key": key, "id": record["id"], "status": "success"}
@@ -186,11 +187,11 @@ def _files(record: Record, key: str, load: Load, shortest_side: int | None) -> d
     return {**files, f"{key}.json": json.dumps({**texts, **about}, ensure_ascii=False).encode()}
 
 
-def _image(record: Record, load: Load, shortest_side: int | None) -> tuple[str, bytes, dict[str, int]]:
+def _image(record: Record, shortest_side: int | None) -> tuple[str, bytes, dict[str, int]]:
     """An image's suffix, file and sizes. It is decoded in any case, to see that it can be."""
     opened = open_image(record["image"], record["id"])
     kept = KEPT.get(opened.format or "")
-    image = load(opened)
+    image = load_image(opened)
     about = {"original_width": image.width, "original_height": image.height}
     side = min(image.size)
     if shortest_side and side > shortest_side:

@@ -26,7 +26,6 @@ from xformer_mllm.data.records import (
     CaptionItems,
     Images,
     Item,
-    Load,
     QuestionItems,
     Split,
     first_names,
@@ -65,7 +64,6 @@ class Mixture:
 def open_captions(
     source: str,
     split: Split,
-    load: Load,
     *,
     images: Path | None = None,
     transform: Transform | None = None,
@@ -81,7 +79,6 @@ def open_captions(
         source: see above.
         split: the source's own if it names one; else the images whose id's hash falls into it: 1 % for validation, of a
             folder 10 %. A test split is never used.
-        load: an opened image -> RGB: `load_image` of model/images.py.
         images: the folder of the images that a list names, or of the sources that a mixture names, if they are not
             beside the file.
         transform: "image" is then its uint8[3, S, S]; without one it is a PIL image.
@@ -97,15 +94,12 @@ def open_captions(
     Raises FileNotFoundError, ValueError: in one line, if the source is not there, is of no known format, has no captions,
     or more than 1 % of it is broken.
     """
-    return _open(
-        source, split, CaptionItems(load, transform, seed, cleaned), "captions", images, seed, rank, world, buffer
-    )
+    return _open(source, split, CaptionItems(transform, seed, cleaned), "captions", images, seed, rank, world, buffer)
 
 
 def open_questions(
     source: str,
     split: Split,
-    load: Load,
     *,
     images: Path | None = None,
     transform: Transform | None = None,
@@ -119,7 +113,7 @@ def open_questions(
 
     questions_per_image: at most so many, drawn anew at every visit; None for all. The rest is as in `open_captions`.
     """
-    item = QuestionItems(load, transform, seed, questions_per_image)
+    item = QuestionItems(transform, seed, questions_per_image)
     return _open(source, split, item, "questions", images, seed, rank, world, buffer)
 
 

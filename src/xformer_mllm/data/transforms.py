@@ -12,12 +12,13 @@ A flipped image no longer fits a caption that says left or right. BLIP-2 flips a
 
 import math
 import random
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+
+from xformer_mllm.model.images import load_image
 
 SCALE = (0.5, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -26,18 +27,16 @@ FINER = 2.0  # what a JPEG is decoded to has at least so many pixels a side for 
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112  # in EXIF
 
-Decode = Callable[[Image.Image], Image.Image]
-
 
 class Transform(Protocol):
     """An image as `Image.open` gives it, not decoded yet -> uint8[3, S, S].
 
-    decode: -> PIL RGB, upright; `load_image` of xformer_mllm.model.images. rng: what is random comes from it.
+    rng: the source of all randomness.
     """
 
     size: int
 
-    def __call__(self, image: Image.Image, decode: Decode, rng: random.Random) -> torch.Tensor: ...
+    def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor: ...
 
 
 class TrainTransform:
@@ -58,13 +57,13 @@ class TrainTransform:
             raise ValueError(f"a crop's share of the area must lie within 0 and 1, the smallest first, not {scale}")
         self.size, self.scale, self.flip = size, scale, flip
 
-    def __call__(self, image: Image.Image, decode: Decode, rng: random.Random) -> torch.Tensor:
+    def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
         width, height = _upright_size(image)
         left, top, right, bottom = draw_crop(width, height, self.scale, rng)
         factor = min(right - left, bottom - top) / (self.size * FINER)
         if factor >= 2:
             image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-        image = decode(image)
+        image = load_image(image)
         across, down = image.width / width, image.height / height  # 1, unless decoded at a part of its size
         crop = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
         # Pillow's bicubic resizing but for a grey level or two here and there, and several times as fast.
@@ -78,8 +77,8 @@ class EvalTransform:
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, image: Image.Image, decode: Decode, rng: random.Random) -> torch.Tensor:
-        return _tensor(decode(image).resize((self.size, self.size), Image.Resampling.BICUBIC)).contiguous()
+    def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
+        return _tensor(load_image(image).resize((self.size, self.size), Image.Resampling.BICUBIC)).contiguous()
 
 
 def draw_crop(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:

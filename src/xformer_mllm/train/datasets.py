@@ -5,7 +5,6 @@
 
 import dataclasses
 import random
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -19,7 +18,6 @@ from xformer_mllm.data.records import Images
 from xformer_mllm.data.sources import KNOWN, open_captions, open_questions, stands_for_something
 from xformer_mllm.data.streams import Stream
 from xformer_mllm.data.transforms import EvalTransform, TrainTransform
-from xformer_mllm.model.images import load_image
 from xformer_mllm.train.config import SCENES, RunConfig, Stage2Config
 
 HELD_OUT_IMAGES = 4
@@ -43,7 +41,7 @@ class NotDecoded:
 
     size = 0
 
-    def __call__(self, image: Image.Image, decode: Callable, rng: random.Random) -> torch.Tensor:
+    def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
 
 
@@ -61,8 +59,8 @@ def captions(config: RunConfig, image_size: int) -> tuple[Dataset, Records]:
         return _at_most(train, config), _first(defaults.captions(config.data, "validation", HELD_OUT_IMAGES))
     _check_name(config.data)
     cleaned = config.clean_captions
-    train = open_captions(config.data, "train", load_image, **_how(config, image_size), cleaned=cleaned)
-    held_out = open_captions(config.data, "validation", load_image, images=config.images, cleaned=cleaned)
+    train = open_captions(config.data, "train", **_how(config, image_size), cleaned=cleaned)
+    held_out = open_captions(config.data, "validation", images=config.images, cleaned=cleaned)
     return _at_most(train, config), _first(held_out)
 
 
@@ -74,8 +72,8 @@ def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
         held_out = defaults.questions(config.data, "validation", HELD_OUT_IMAGES, 1)
         return _at_most(train, config), [image[0] for image in _first(held_out)]
     _check_name(config.data)
-    train = open_questions(config.data, "train", load_image, **_how(config, image_size), questions_per_image=each)
-    held_out = open_questions(config.data, "validation", load_image, images=config.images)
+    train = open_questions(config.data, "train", **_how(config, image_size), questions_per_image=each)
+    held_out = open_questions(config.data, "validation", images=config.images)
     return _at_most(train, config), [image[0] for image in _first(held_out)]
 
 
