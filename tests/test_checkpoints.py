@@ -146,11 +146,20 @@ def test_batched_answers_equal_single_ones_and_the_pipeline_gives_them_too(image
     assert answer[0]["generated_text"].strip() == texts[0].strip()
 
 
-def test_where_there_is_no_model_the_runs_inside_are_named(runs, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no trained model there, but in qformer and stage1 and stage2 inside"):
-        model_folder(runs)
-    with pytest.raises(FileNotFoundError, match="no trained model there; `make demo` trains one, into runs/demo"):
+def test_a_folder_of_runs_names_them(tmp_path):
+    for run in ("one", "two/stage1", "two/stage2"):
+        (tmp_path / run / "model").mkdir(parents=True)
+        (tmp_path / run / "model" / "config.json").touch()
+    two = f"{tmp_path}/two/stage1, {tmp_path}/two/stage2"
+    with pytest.raises(
+        FileNotFoundError, match=f"not a model, but a folder of runs; name one: {tmp_path}/one, {two}$"
+    ):
         model_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"name one: {two}$"):
+        model_folder(tmp_path / "two")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty: no trained model; name the folder of a run"):
+        model_folder(tmp_path / "empty")
 
 
 def test_a_model_of_the_other_stage_is_named_in_words(runs):

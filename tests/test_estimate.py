@@ -452,7 +452,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         estimate(EstimateConfig(recipe=tmp_path / "none.json"))
     recipe = recipe_file(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no trained model there"):
+    with pytest.raises(FileNotFoundError, match="no trained model"):
         estimate(EstimateConfig(recipe=recipe, model=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         estimate(EstimateConfig(recipe=tmp_path))

@@ -11,8 +11,8 @@ from xformer_mllm.embedded import benchmarks as scenes
 from xformer_mllm.embedded.benchmarks import Scenes
 from xformer_mllm.embedded.scenes import SceneQuestions
 from xformer_mllm.evaluate import evaluation as run
-from xformer_mllm.evaluate.benchmark import Settings
 from xformer_mllm.files import read_json, read_json_lines
+from xformer_mllm.inference import GenerationSettings
 
 SIZE = ["--size", "6", "--questions-per-image", "2"]
 
@@ -101,7 +101,7 @@ def test_what_does_not_exist_is_refused_before_a_model_is_loaded(tmp_path, capsy
     assert "has the splits test, validation" in refusal(capsys, *evaluate, "--split", "train")
     assert "has the settings greedy" in refusal(capsys, *evaluate, "--settings", "lavis")
     assert "gqa needs --data DIR" in refusal(capsys, *evaluate, "--benchmark", "gqa")
-    assert "no trained model there" in refusal(capsys, *evaluate)
+    assert "no trained model" in refusal(capsys, *evaluate)
     gqa = tmp_path / "gqa"
     assert main(["data", "export", "gqa", "--size", "2", "--output-dir", str(gqa)]) == 0
     for prompt in ("Answer:", ""):
@@ -212,10 +212,10 @@ def test_settings_can_be_replaced_one_by_one(tmp_path):
 
 def test_a_question_as_lavis_asks_it():
     record = Question("1", "1", 'What is "this" (thing): a.b ' + "x " * 60 + "?", None, "")
-    settings = Settings(
+    settings = GenerationSettings(
         prompt="Q: {question} A:", num_beams=1, length_penalty=0.0, max_new_tokens=1, plain_question=True
     )
-    assert settings.text(record) == f"Q: what is this thing ab{' x' * 45} A:"
+    assert settings.prompt_for(record.question) == f"Q: what is this thing ab{' x' * 45} A:"
 
 
 def test_table_prints_shares_times_100_and_leaves_gaps():

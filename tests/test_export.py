@@ -365,7 +365,7 @@ def left_in(folder: Path) -> list[str]:
 
 
 def test_what_cannot_be_exported_is_said_in_one_line(runs, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no trained model there"):
+    with pytest.raises(FileNotFoundError, match="no trained model"):
         run(tmp_path / "nothing", tmp_path / "new")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from xformer_mllm import defaults, inference
+from xformer_mllm.checkpoints import load_model
 from xformer_mllm.cli import main
 from xformer_mllm.files import read_json_lines
-from xformer_mllm.inference import open_image
+from xformer_mllm.inference import KINDS, generate, open_image, readable
 
 
 @pytest.fixture
@@ -42,18 +44,22 @@ def test_caption(runs, photo, capsys, stage):
     assert isinstance(row["caption"], str)
     assert "<" not in row["caption"]  # no special tokens
     code, out, _ = run(capsys, "caption", photo, "--model", runs / stage / "model")
-    assert (code, out) == (0, row["caption"] + "\n")  # one image: the caption alone
+    assert code == 0
+    assert out.startswith(row["caption"] + "  (probability ")  # one image: the caption alone
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_captions_of_several_images_do_not_depend_on_the_batch(runs, photo, capsys, stage):
+def test_captions_do_not_depend_on_the_batch(runs, photo, capsys, stage, monkeypatch):
+    monkeypatch.setattr(inference, "bf16_is_fast", lambda: False)  # in bf16 another batch rounds differently
     images = [photo, "scene:test:0", "scene:test:1"]
     together = run_json(capsys, "caption", *images, "--model", runs / stage)
     alone = run_json(capsys, "caption", *images, "--model", runs / stage, "--batch-size", "1")
-    assert together == alone
+    assert [row["caption"] for row in together] == [row["caption"] for row in alone]
+    assert [row["probability"] for row in together] == pytest.approx([row["probability"] for row in alone], rel=1e-3)
     assert [row["image"] for row in together] == images
     _, out, _ = run(capsys, "caption", *images, "--model", runs / stage)
-    assert out.splitlines() == [f"{row['image']}: {row['caption']}" for row in together]
+    for line, row in zip(out.splitlines(), together, strict=True):
+        assert line.startswith(f"{row['image']}: {row['caption']}  (probability ")
 
 
 def test_max_new_tokens(runs, photo, capsys):
@@ -70,22 +76,56 @@ def test_ask(runs, capsys):
     rows = run_json(capsys, "ask", "scene:test:3", *questions, "--model", runs / "stage2")
     assert [(row["image"], row["question"]) for row in rows] == [("scene:test:3", question) for question in questions]
     code, out, _ = run(capsys, "ask", "scene:test:3", questions[0], "--model", runs / "stage2")
-    assert (code, out) == (0, rows[0]["answer"] + "\n")
+    assert code == 0
+    assert out.startswith(rows[0]["answer"] + "  (probability ")
 
 
-def test_ask_answers_as_the_evaluation_scores(runs, capsys, monkeypatch, tmp_path):
+def test_ask_answers_as_evaluate_does(runs, capsys, tmp_path):
     from xformer_mllm.evaluate import evaluation as run
-    from xformer_mllm.evaluate import prediction
 
-    # Commands compute in fp32; the evaluation in bf16 where that is fast, which can turn a narrow choice of a word.
-    monkeypatch.setattr(prediction, "bf16_is_fast", lambda: False)
-    config = run.EvaluateConfig(model=runs / "stage2", size=3, questions_per_image=2, output_dir=tmp_path / "out")
+    # A batch is the questions of one image in both, so that bf16 rounds the same way.
+    config = run.EvaluateConfig(
+        model=runs / "stage2", size=3, questions_per_image=2, batch_size=2, output_dir=tmp_path / "out"
+    )
     run.evaluate(config)
     capsys.readouterr()
-    for row in read_json_lines(tmp_path / "out" / "predictions.jsonl"):
-        split, index = row["image_id"].split("/")[-2:]
-        (asked,) = run_json(capsys, "ask", f"scene:{split}:{index}", row["question"], "--model", runs / "stage2")
-        assert asked["answer"] == row["prediction"]
+    rows = read_json_lines(tmp_path / "out" / "predictions.jsonl")
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        split, index = first["image_id"].split("/")[-2:]
+        questions = [first["question"], second["question"]]
+        asked = run_json(capsys, "ask", f"scene:{split}:{index}", *questions, "--model", runs / "stage2")
+        assert [row["answer"] for row in asked] == [readable(row["prediction"]) for row in (first, second)]
+
+
+def test_probability_is_that_of_the_answer(runs, monkeypatch):
+    monkeypatch.setattr(inference, "bf16_is_fast", lambda: False)
+    model, processor = load_model(runs / "stage2", KINDS)
+    pixels = processor(images=[open_image("scene:test:3")])["pixel_values"]
+    prompts = ["Question: What? Answer:", "Question: How many objects are there in the image? Answer:"]
+    index = torch.zeros(2, dtype=torch.long)
+    found = generate(model, processor, prompts, pixels, index, probabilities=True, max_new_tokens=4)
+    for prompt, answer in zip(prompts, found, strict=True):
+        text = processor(text=[prompt])
+        tokens = model.generate(pixels, **text, max_new_tokens=4, do_sample=False)
+        read = torch.cat([text["input_ids"], tokens], dim=1)
+        logits = model(pixel_values=pixels, input_ids=read, attention_mask=torch.ones_like(read)).logits
+        logs = logits[:, -tokens.shape[1] - 1 : -1].float().log_softmax(-1)
+        expected = logs.gather(-1, tokens[..., None]).sum().exp().item()
+        assert answer.probability == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" 6 6 6 6", "6"),
+        ("11", "11"),
+        ("a red red circle", "a red circle"),
+        ("is island", "is island"),
+        (" ", "(no text)"),
+    ],
+)
+def test_repeated_words_and_empty_texts(text, shown):
+    assert readable(text) == shown
 
 
 def tensors_of(file):
@@ -122,7 +162,7 @@ def test_attention_maps_are_distributions(runs, photo, tmp_path, capsys):
         torch.testing.assert_close(tensors[name].sum(-1), torch.ones(tensors[name].shape[:-1]))
 
 
-def test_features_of_a_model_without_a_second_encoder(runs, photo, tmp_path, capsys):
+def test_features_without_a_second_encoder(runs, photo, tmp_path, capsys):
     output = tmp_path / "features.safetensors"
     run_json(capsys, "features", photo, "--model", runs / "qformer", "--output", output)
     tensors, _ = tensors_of(output)
@@ -154,7 +194,7 @@ def test_reconstruct(runs, tmp_path, capsys, stage):
             assert same == (box not in hidden)
 
 
-def test_reconstruct_mask_depends_on_seed_and_ratio_alone(runs, tmp_path, capsys):
+def test_mask_depends_on_seed_and_ratio_alone(runs, tmp_path, capsys):
     def errors(*words):
         output = tmp_path / "panels.png"
         rows = run_json(capsys, "reconstruct", *words, "--model", runs / "stage1", "--output", output)
@@ -173,15 +213,18 @@ def test_reconstruct_mask_depends_on_seed_and_ratio_alone(runs, tmp_path, capsys
         (["caption", "--model", "stage2"], "at least one image"),
         (["caption", "scene:test", "--model", "stage2"], "scene:SPLIT:INDEX"),
         (["caption", "scene:moon:1", "--model", "stage2"], "unknown split 'moon'"),
-        (["caption", "scene:test:1", "--model", "nothing"], "no trained model there; `make demo` trains one"),
-        (["caption", "scene:test:1", "--model", "stage2", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["caption", "scene:test:1", "--model", "nothing"], "no trained model; name the folder of a run"),
+        (["caption", "scene:test:1", "--model", "stage2", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["ask", "scene:test:1", "--model", "stage2"], "ask a question"),
         (["ask", "scene:test:1", " ", "--model", "stage2"], "ask a question"),
         (["ask", "scene:test:1", "What?", "", "--model", "stage2"], "question 2 of 2 is empty"),
         (["ask", "scene:test:1", "what " * 300, "--model", "stage2"], "the language model reads at most 256"),
         (["ask", "scene:test:1", "What?", "--model", "stage1"], "a stage-1 model; this needs a stage-2 one"),
         (["reconstruct", "scene:test:1", "--model", "qformer"], "no reconstruction"),
-        (["reconstruct", "scene:test:1", "--model", "stage1", "--mask-ratio", "1"], "above 0 and below 1"),
+        (
+            ["reconstruct", "scene:test:1", "--model", "stage1", "--mask-ratio", "1"],
+            "--mask-ratio must be above 0 and below 1",
+        ),
     ],
 )
 def test_errors_are_one_line(runs, capsys, words, message):
@@ -193,7 +236,7 @@ def test_errors_are_one_line(runs, capsys, words, message):
 
 
 @pytest.mark.parametrize("command", ["features", "reconstruct"])
-def test_a_folder_as_the_output_is_refused_and_nothing_left(runs, tmp_path, capsys, command):
+def test_output_must_not_be_a_folder(runs, tmp_path, capsys, command):
     (tmp_path / "folder").mkdir()
     words = (command, "scene:test:0", "--model", runs / "stage1", "--output", tmp_path / "folder")
     code, _, err = run(capsys, *words)
@@ -203,7 +246,7 @@ def test_a_folder_as_the_output_is_refused_and_nothing_left(runs, tmp_path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_model_that_learned_answers_is_said_to_caption_worse(runs, photo, tmp_path, capsys):
+def test_caption_warns_of_a_model_trained_on_questions(runs, photo, tmp_path, capsys):
     shutil.copytree(runs / "stage2", tmp_path / "stage2")
     for text in ("captions", "questions"):
         (tmp_path / "stage2" / "config.json").write_text(json.dumps({"text": text}))
@@ -211,19 +254,34 @@ def test_a_model_that_learned_answers_is_said_to_caption_worse(runs, photo, tmp_
         code, out, err = run(capsys, *words)
         assert code == 0
         assert out
-        assert ("has learned answers" in err) == (text == "questions")
+        assert ("trained on questions" in err) == (text == "questions")
 
 
-def test_default_model_names_the_demo(tmp_path, monkeypatch, capsys):
+def test_the_shipped_models_are_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for command in (["caption", "scene:test:1"], ["ask", "scene:test:1", "What?"], ["reconstruct", "scene:test:1"]):
-        code, _, err = run(capsys, *command)
-        assert code == 2
-        assert "runs/demo/xformer/stage" in err
-        assert "make demo" in err
+    image = str(defaults.example_images()[0])
+    for command in (["caption", image], ["ask", image, "How many objects are there in the image?"]):
+        code, out, err = run(capsys, *command)
+        assert code == 0
+        assert "(probability " in out
+        assert "trained on" not in err
+    for command in ("features", "reconstruct"):
+        assert run(capsys, command, image)[0] == 0
 
 
-def test_a_process_of_its_own(runs, photo):
+def test_a_photo_is_no_scene(runs, photo, tmp_path, capsys):
+    warning = "photo.png: not a scene; "
+    assert warning in run(capsys, "ask", photo, "What?")[2]
+    assert warning not in run(capsys, "ask", photo, "What?", "--model", runs / "stage2")[2]  # of an unknown run
+    shutil.copytree(runs / "stage2", tmp_path / "stage2")
+    for data in ("scenes", "hf:someone/images"):
+        (tmp_path / "stage2" / "config.json").write_text(json.dumps({"data": data}))
+        code, _, err = run(capsys, "ask", photo, "What?", "--model", tmp_path / "stage2")
+        assert code == 0
+        assert (warning in err) == (data == "scenes")
+
+
+def test_caption_in_a_process(runs, photo):
     command = [sys.executable, "-m", "xformer_mllm", "caption", photo, "--model", str(runs / "stage2"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)[0]["image"] == photo

@@ -64,7 +64,7 @@ def models(adapter, runs, tmp_path_factory):
     for part in start_generation(runs / "stage1" / "model", instruction_aware=True):
         part.save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter, "bf16_is_fast", lambda: False)
+        patch.setattr("xformer_mllm.inference.bf16_is_fast", lambda: False)
         loaded = {"lm": adapter.XFormer(str(runs / "stage2"), batch_size="3", device="cpu")}
         loaded["aware"] = adapter.XFormer(str(folder), batch_size=3, device="cpu")
         for lm in loaded.values():
@@ -263,8 +263,8 @@ def test_answer_ends_where_the_language_models_positions_do(lm, monkeypatch):
 
     monkeypatch.setattr(lm._model, "generate", generate)
     lm.generate_until([asks("What?", {"max_new_tokens": 10 * positions}, 0)])
-    assert lengths == [positions]
-    with pytest.raises(ValueError, match=f"leaves no room in the language model's {positions}"):
+    assert lengths == [positions + 1]  # the last token is not read
+    with pytest.raises(ValueError, match=f"the language model reads at most {positions}"):
         lm.generate_until([asks("what " * positions, GREEDY, 0)])
 
 
@@ -456,9 +456,9 @@ def test_answers_reach_the_score_of_the_real_evaluator(lm, runs, tmp_path, proce
     write_task(tmp_path, "ours", "generate_until", rows, GENERATION)
     command = tmp_path / "command.py"  # lmms-eval's own, in 32 bits, where no answer depends on its batch
     command.write_text(
-        "import xformer_mllm.lmms_eval as adapter\n"
+        "from xformer_mllm import inference\n"
         "from lmms_eval.cli.dispatch import main\n"
-        "adapter.bf16_is_fast = lambda: False\n"
+        "inference.bf16_is_fast = lambda: False\n"
         "main()\n"
     )
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []

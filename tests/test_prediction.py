@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import Settings, most_new_tokens
 from xformer_mllm.evaluate.prediction import forget, predict
+from xformer_mllm.inference import GenerationSettings, most_new_tokens
 
-SETTINGS = Settings(prompt="{question}", num_beams=1, length_penalty=0.0, max_new_tokens=4)
+SETTINGS = GenerationSettings(prompt="{question}", num_beams=1, length_penalty=0.0, max_new_tokens=4)
 
 
 class Tokenizer:
@@ -52,13 +52,13 @@ class Model(torch.nn.Linear):
         self.encoded = self.batches = 0
         self.stop_after = stop_after
 
-    def generate(self, pixels, image_index, input_ids, attention_mask, **_):
+    def generate(self, pixel_values, image_index, input_ids, attention_mask, **_):
         if self.batches == self.stop_after:
             raise KeyboardInterrupt
         self.batches += 1
-        self.encoded += len(pixels)
+        self.encoded += len(pixel_values)
         assert len(image_index) == len(input_ids)
-        return pixels[image_index].long()
+        return pixel_values[image_index].long()
 
 
 class Images:

@@ -175,7 +175,7 @@ def test_names_of_models(folders, names):
     [
         ({"models": ()}, "name the folder of a trained model"),
         ({"models": ("qformer", "qformer")}, "named twice"),
-        ({"models": ("nothing",)}, "no trained model there"),
+        ({"models": ("nothing",)}, "no trained model"),
         ({"size": 0}, "size must be at least 1"),
         ({"images": ("missing.png",)}, "missing.png: no such image"),
         ({"images": ("scene:test:0",), "batch_size": 0}, "batch_size must be at least 1"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from xformer_mllm import inference
 from xformer_mllm.data.records import clean
 from xformer_mllm.embedded.scenes import SceneCaptions
 from xformer_mllm.embedded.start import start_pretraining
@@ -74,7 +75,7 @@ def model_and_processor():
 
 @pytest.fixture(autouse=True)
 def _fp32(monkeypatch):
-    monkeypatch.setattr(retrieval, "bf16_is_fast", lambda: False)
+    monkeypatch.setattr("xformer_mllm.inference.bf16_is_fast", lambda: False)
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking
@@ -261,7 +262,7 @@ def one_of_two(rank, port, data, output):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    retrieval.bf16_is_fast = lambda: False
+    inference.bf16_is_fast = lambda: False
     write, written = retrieval._write_block, []
     retrieval._write_block = lambda file, *rest: written.append(file.name) or write(file, *rest)
     scores, _ = retrieve(*model_and_processor(), CocoRetrieval(data, "test"), output, batch_size=3, k_test=5)

@@ -233,25 +233,28 @@ def model_folder(folder: Path) -> Path:
     """The folder of a model: the given one, or `model/` in the folder of a run.
 
     Raises:
-        FileNotFoundError: if there is no model.
+        FileNotFoundError: if there is no model; the message names the runs up to two levels below.
     """
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if (folder / "config.json").is_file():
         return folder
-    if inside := sorted(file.parents[1].name for file in folder.glob("*/model/config.json")):
+    below = [
+        file.parents[1] for pattern in ("*", "*/*") for file in sorted(folder.glob(f"{pattern}/model/config.json"))
+    ]
+    if below:
         raise FileNotFoundError(
-            f"{folder}: no trained model there, but in {' and '.join(inside[:3])} inside; name one"
+            f"{folder}: not a model, but a folder of runs; name one: {', '.join(map(str, below[:6]))}"
         )
-    raise FileNotFoundError(f"{folder}: no trained model there; `make demo` trains one, into runs/demo")
+    raise FileNotFoundError(
+        f"{folder}: no trained model; name the folder of a run (with model/ in it) or of a model (with config.json in it)"
+    )
 
 
 def evaluation_folder(folder: Path) -> Path:
-    """Where a model's evaluations are: in the folder of its run; in its own, if it is not `model/` of a run.
-
-    Two exported models may lie side by side.
+    """The folder of a model's evaluations: in its run's folder, or in its own where it is not `model/` of a run.
 
     Args:
-        folder: as `model_folder` gives it.
+        folder: as returned by `model_folder`.
     """
     if folder.name in ("", ".."):  # the current folder, or one above it
         folder = Path(os.path.abspath(folder))
@@ -261,16 +264,16 @@ def evaluation_folder(folder: Path) -> Path:
 def load_model(
     folder: Path, kinds: Sequence[type[XFormerPreTrainedModel]], attention: str | None = None
 ) -> tuple[Any, XFormerProcessor]:
-    """A trained model, for evaluation, on the GPU if there is one, and its processor.
+    """Load a trained model in evaluation mode, on the GPU if there is one, and its processor.
 
     Args:
         folder: of the model or of its run.
-        kinds: which classes will do.
+        kinds: accepted classes.
         attention: implementation; None for transformers' choice.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is none of `kinds`.
+        FileNotFoundError: if there is no model.
+        ValueError: if the model is none of `kinds`.
     """
     folder = model_folder(folder)
     names = {kind.__name__: kind for kind in kinds}

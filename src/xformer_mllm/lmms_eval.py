@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from xformer_mllm.checkpoints import bf16_is_fast, load_model
+from xformer_mllm.checkpoints import load_model
 from xformer_mllm.data.questions import QUESTION_PROMPT
+from xformer_mllm.inference import bf16_autocast, generate
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
 from xformer_mllm.model.processing_xformer import IMAGE_TOKEN
 
@@ -188,12 +189,8 @@ class XFormer(lmms):
             print(f"xformer: the first of {len(texts)} prompts: {texts[0]!r}", file=sys.stderr)
         return tqdm(total=len(texts), disable=self.rank != 0, desc="X-Former", unit="request")
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast())
-
     # --------------------------------------------------------------------------------------------- lmms-eval's interface
 
-    @torch.inference_mode()
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """One answer for each request, in their order.
 
@@ -206,7 +203,7 @@ class XFormer(lmms):
         different = dict(zip(groups, (kwargs for _, kwargs, *_ in asked), strict=True))
         decoding = {group: (generate_arguments(kwargs), stops(kwargs)) for group, kwargs in different.items()}
         answers = [""] * len(asked)
-        with self._precision(), self._progress(texts) as bar:
+        with self._progress(texts) as bar:
             for places in batches(self._lengths(texts), groups, self.batch_size):
                 arguments, until = decoding[groups[places[0]]]
                 found = self._generate([texts[p] for p in places], [asked[p] for p in places], arguments)
@@ -216,11 +213,11 @@ class XFormer(lmms):
         return answers
 
     def _generate(self, texts: list[str], batch: Sequence[Request], arguments: Mapping[str, Any]) -> list[str]:
-        prompts = self._processor(text=texts)  # padded on the left
-        longest = min(arguments["max_new_tokens"], self._room(prompts["input_ids"].shape[1]))
-        inputs = self._on_device({**prompts, **self._images(batch)})
-        new_tokens = self._model.generate(**inputs, **{**arguments, "max_new_tokens": longest})
-        return self._processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        images = self._on_device(self._images(batch))
+        found = generate(
+            self._model, self._processor, texts, images["pixel_values"], images["image_index"], **arguments
+        )
+        return [answer.text for answer in found]
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -241,7 +238,7 @@ class XFormer(lmms):
             for request, continuation in ((request, request[1]) for request in asked)
         ]
         found = [(0.0, False)] * len(asked)
-        with self._precision(), self._progress(texts) as bar:
+        with bf16_autocast(self.device), self._progress(texts) as bar:
             for places in batches(self._lengths(texts), [""] * len(asked), self.batch_size):
                 scores = self._score(
                     [texts[p] for p in places], [continuations[p] for p in places], [asked[p] for p in places]

@@ -7,13 +7,14 @@ from typing import Any
 
 from PIL import Image
 
-from xformer_mllm.data.questions import QUESTION_PROMPT, Question
+from xformer_mllm.data.questions import Question
 from xformer_mllm.embedded.easy_vqa import EasyVqaQuestions
 from xformer_mllm.embedded.scene_questions import ask
 from xformer_mllm.embedded.scenes import image_of
 from xformer_mllm.embedded.world import draw_scene
 from xformer_mllm.evaluate import exact_match
-from xformer_mllm.evaluate.benchmark import Benchmark, Scores, Settings
+from xformer_mllm.evaluate.benchmark import Benchmark, Scores
+from xformer_mllm.inference import GREEDY_ANSWER
 
 TRAINING_SCENES = 4_000  # enough to see which answer to a type of question is the most frequent one
 
@@ -24,7 +25,7 @@ class OwnQuestions(Benchmark[Question]):
     A subclass has `records` and `training_questions`.
     """
 
-    settings = {"greedy": Settings(prompt=QUESTION_PROMPT, num_beams=1, length_penalty=0.0, max_new_tokens=8)}
+    settings = {"greedy": GREEDY_ANSWER}
     normalisation = exact_match.NORMALISATION
     files = "nothing: its images come with the package"
 

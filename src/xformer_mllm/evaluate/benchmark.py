@@ -1,6 +1,6 @@
-"""What a benchmark is: records and images, how a model is asked, how answers are scored, the official file.
+"""The interface of a benchmark: records, images, generation settings, scores and the official results file.
 
-A benchmark is one file beside this one with one subclass of `Benchmark`; `run.py` lists them.
+Each benchmark is one file in this package with a subclass of `Benchmark`; `evaluation.py` lists them.
 """
 
 from abc import ABC, abstractmethod
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 from PIL import Image
 
 from xformer_mllm.data.questions import QUESTION_PROMPT, Question
+from xformer_mllm.inference import GenerationSettings
 from xformer_mllm.model.images import load_image
 
 # {group: {metric: value}}: "all" first, "n" in every group; shares are in [0, 1], caption metrics as pycocoevalcap's.
@@ -22,60 +22,13 @@ Scores = dict[str, dict[str, Any]]
 EXPORT_FILE = "export.json"
 """In a folder of files that `xformer data export` wrote: they hold scenes, not the benchmark."""
 
-LAVIS_WORDS = 50  # of a question
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a model is asked. Two scores with different settings are two different scores."""
-
-    prompt: str
-    """What stands behind the image; {question} is replaced."""
-    num_beams: int
-    """1 is greedy; there is no sampling."""
-    length_penalty: float
-    """Exponent of the length by which a beam's log-probability is divided (only with several beams)."""
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    repetition_penalty: float = 1.0
-    plain_question: bool = False
-    """As LAVIS's processor blip_question: lower case, without .!"()*#:;~, at most 50 words."""
-
-    def text(self, record: "Question | CaptionRecord") -> str:
-        """The prompt of one record."""
-        question = getattr(record, "question", "")
-        if self.plain_question:
-            words = question.lower().translate(dict.fromkeys(map(ord, '.!"()*#:;~'))).rstrip().split(" ")
-            question = " ".join(words[:LAVIS_WORDS])
-        return self.prompt.replace("{question}", question)
-
-
-def most_new_tokens(model: Any, attention_mask: torch.Tensor, most: int) -> int:
-    """How many tokens may follow the prompts: `most`, or fewer where the language model has no more positions.
-
-    Args:
-        attention_mask: int64[B, T], 1 where a prompt or its image is.
-
-    Raises:
-        ValueError: if a prompt itself is longer than that.
-    """
-    config, length = model.config.text_config, int(attention_mask.sum(1).max())
-    room = getattr(config, "max_position_embeddings", None)
-    if room is None:
-        return most
-    if length > room:
-        raise ValueError(
-            f"the prompt is {length:,} tokens with the image's, the language model reads at most {room:,}; shorten it"
-        )
-    # The last new token is not read again. An encoder-decoder has positions of their own for what it says.
-    return min(most, room if config.is_encoder_decoder else room - length + 1)
-
-
 # How an OPT is asked in zero-shot question answering: by BLIP-2's paper, and by LAVIS's vqav2_zeroshot_opt_eval.yaml with
 # the length penalty of `Blip2OPT.predict_answers`.
 ZERO_SHOT = {
-    "paper": Settings(prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1),
-    "lavis": Settings(
+    "paper": GenerationSettings(
+        prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
+    ),
+    "lavis": GenerationSettings(
         prompt="Question: {question} Short answer:",
         num_beams=5,
         length_penalty=0.0,
@@ -112,7 +65,7 @@ class Benchmark(ABC, Generic[Record]):
     name: ClassVar[str]
     splits: ClassVar[tuple[str, ...]]
     """The first is the default."""
-    settings: ClassVar[Mapping[str, Settings]]
+    settings: ClassVar[Mapping[str, GenerationSettings]]
     """By name; the first is the default."""
     normalisation: ClassVar[str]
     """What is done to an answer before it is compared, in one sentence."""

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.karpathy import read_karpathy
-from xformer_mllm.evaluate.benchmark import CaptionRecord, Settings
+from xformer_mllm.evaluate.benchmark import CaptionRecord
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark, field, unique
 from xformer_mllm.files import read_json
+from xformer_mllm.inference import GenerationSettings
 
 PROMPT = "a photo of"
-BLIP2 = Settings(prompt=PROMPT, num_beams=5, length_penalty=1.0, max_new_tokens=30, min_new_tokens=8)
+BLIP2 = GenerationSettings(prompt=PROMPT, num_beams=5, length_penalty=1.0, max_new_tokens=30, min_new_tokens=8)
 
 
 class CocoCaptions(CaptionBenchmark):
@@ -36,7 +37,7 @@ class CocoCaptions(CaptionBenchmark):
     settings = {
         "paper": BLIP2,
         # LAVIS' task since December 2023 (71a2da9), for models that were made and reported before it.
-        "lavis": Settings(
+        "lavis": GenerationSettings(
             prompt=PROMPT,
             num_beams=5,
             length_penalty=0.0,

@@ -14,7 +14,7 @@ import tyro
 
 from xformer_mllm import defaults, report
 from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
-from xformer_mllm.evaluate.benchmark import EXPORT_FILE, Benchmark, Scores, Settings
+from xformer_mllm.evaluate.benchmark import EXPORT_FILE, Benchmark, Scores
 from xformer_mllm.evaluate.coco_captions import CocoCaptions
 from xformer_mllm.evaluate.gqa import Gqa
 from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
@@ -24,6 +24,7 @@ from xformer_mllm.evaluate.prediction import Answers, forget, predict, processes
 from xformer_mllm.evaluate.retrieval import CocoRetrieval, FlickrRetrieval, Retrieval, retrieve
 from xformer_mllm.evaluate.vqav2 import Vqav2
 from xformer_mllm.files import read_json, write_whole
+from xformer_mllm.inference import GenerationSettings
 from xformer_mllm.model.modeling_xformer import (
     XFormerForConditionalGeneration,
     XFormerForImageTextRetrieval,
@@ -289,7 +290,7 @@ def _split(config: BenchmarkConfig) -> str:
     return config.split or benchmark_class(config.benchmark).splits[0]
 
 
-def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> Settings:
+def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> GenerationSettings:
     """The named settings, with what is given in their place.
 
     Raises:
@@ -298,7 +299,7 @@ def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> Settings:
     name = config.settings or next(iter(benchmark.settings))
     if name not in benchmark.settings:
         raise ValueError(f"{benchmark.name} has the settings {', '.join(benchmark.settings)}, not {name!r}")
-    fields = [field.name for field in dataclasses.fields(Settings)]
+    fields = [field.name for field in dataclasses.fields(GenerationSettings)]
     given = {field: value for field in fields if (value := getattr(config, field, None)) is not None}
     asks = "{question}" in benchmark.settings[name].prompt
     if asks and "{question}" not in given.get("prompt", "{question}"):

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores, Settings
+from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
 from xformer_mllm.files import read_json
+from xformer_mllm.inference import GenerationSettings
 
 # Upstream's table, in its order, with its misspelling.
 GVT_WORDS = {
@@ -149,7 +150,7 @@ class _Gvt(Benchmark):
     splits = ("coco", "vcr")
     settings = {
         "blip2": ZERO_SHOT["paper"],
-        "paper": Settings(prompt="{question}", num_beams=1, length_penalty=1.0, max_new_tokens=32),
+        "paper": GenerationSettings(prompt="{question}", num_beams=1, length_penalty=1.0, max_new_tokens=32),
     }
     task: ClassVar[str]
     """Part of the file's name."""

@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.evaluate.benchmark import CaptionRecord, Scores, Settings
+from xformer_mllm.evaluate.benchmark import CaptionRecord, Scores
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark, field, unique
 from xformer_mllm.evaluate.coco_captions import BLIP2, read_captions
 from xformer_mllm.files import read_json
+from xformer_mllm.inference import GenerationSettings
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
@@ -35,7 +36,7 @@ class NoCaps(CaptionBenchmark):
     splits = ("val", "test")
     settings = {
         "paper": BLIP2,
-        "lavis": Settings(
+        "lavis": GenerationSettings(
             prompt="",
             num_beams=5,
             length_penalty=1.0,

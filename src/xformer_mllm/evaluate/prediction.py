@@ -20,10 +20,10 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord, Settings, most_new_tokens
+from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord
 from xformer_mllm.files import write_whole
+from xformer_mllm.inference import GenerationSettings, generate
 
 Record = Question | CaptionRecord
 
@@ -47,7 +47,7 @@ def predict(
     model: Any,
     processor: Any,
     benchmark: Benchmark,
-    settings: Settings,
+    settings: GenerationSettings,
     output_dir: Path,
     batch_size: int,
     workers: int = 0,
@@ -142,12 +142,11 @@ def _together(records: Sequence[Record], rows: Iterable[Mapping[str, str]]) -> A
 # ----------------------------------------------------------------------------------------------------------- answering
 
 
-@torch.inference_mode()
 def _answer(
     model: Any,
     processor: Any,
     benchmark: Benchmark,
-    settings: Settings,
+    settings: GenerationSettings,
     batches: Sequence[Sequence[Record]],
     path: Path,
     workers: int,
@@ -155,14 +154,13 @@ def _answer(
     model.eval()
     device = next(model.parameters()).device
     loader = DataLoader(_Inputs(batches, benchmark, processor), batch_size=None, num_workers=workers)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast())
     bar = tqdm(total=sum(map(len, batches)), unit="record", desc=f"process {processes().process_index}")
-    with precision, path.open("a", encoding="utf-8") as file, bar:
+    with path.open("a", encoding="utf-8") as file, bar:
         images = 0
         for readable, pixels, problems in loader:
             rows = [{"id": record_id, "problem": problem} for record_id, problem in problems.items()]
             if readable:
-                texts = generate_answers(model, processor, readable, pixels.to(device), settings)
+                texts = _answer_batch(model, processor, readable, pixels.to(device), settings)
                 rows += [{"id": r.id, "answer": text} for r, text in zip(readable, texts, strict=True)]
                 images += len(pixels)
             file.write("".join(map(_line, rows)))
@@ -171,29 +169,14 @@ def _answer(
             bar.set_postfix_str(f"{images / max(bar.format_dict['elapsed'], 1e-9):.1f} images/s")
 
 
-def generate_answers(
-    model: Any, processor: Any, records: Sequence[Record], pixels: torch.Tensor, settings: Settings
+def _answer_batch(
+    model: Any, processor: Any, records: Sequence[Record], pixels: torch.Tensor, settings: GenerationSettings
 ) -> list[str]:
-    """One answer for each record. pixels: the records' different images, in the order of their first record.
-
-    Raises:
-        ValueError: if a prompt is longer than the language model reads.
-    """
+    """One answer per record. pixels: the records' different images, in the order of their first record."""
     place = {image_id: number for number, image_id in enumerate(dict.fromkeys(r.image_id for r in records))}
-    text = processor(text=[settings.text(record) for record in records]).to(pixels.device)
-    most = most_new_tokens(model, text["attention_mask"], settings.max_new_tokens)
-    beams = {"num_beams": settings.num_beams, "length_penalty": settings.length_penalty}
-    new_tokens = model.generate(
-        pixels,
-        image_index=torch.tensor([place[record.image_id] for record in records], device=pixels.device),
-        **text,
-        **(beams if settings.num_beams > 1 else {}),
-        max_new_tokens=most,
-        min_new_tokens=min(settings.min_new_tokens, most),
-        repetition_penalty=settings.repetition_penalty,
-        do_sample=False,
-    )
-    return [answer.strip() for answer in processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+    prompts = [settings.prompt_for(getattr(record, "question", "")) for record in records]
+    index = torch.tensor([place[record.image_id] for record in records])
+    return [found.text.strip() for found in generate(model, processor, prompts, pixels, index, **settings.options())]
 
 
 class _Inputs(Dataset):

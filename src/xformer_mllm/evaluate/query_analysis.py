@@ -19,7 +19,6 @@ compared image by image. No text is read: an instruction-aware model, too, sees 
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from torch.nn.functional import normalize
 
 from xformer_mllm import defaults
 from xformer_mllm.checkpoints import load_model
-from xformer_mllm.files import write_whole
+from xformer_mllm.files import atomic_path, write_whole
 from xformer_mllm.inference import KINDS, open_image
 from xformer_mllm.report.queries import QueryAnalysis, query_page, verdict
 from xformer_mllm.report.wording import display_name
@@ -113,13 +112,11 @@ def queries(config: QueriesConfig) -> dict[str, Any]:
         dict(zip(names, config.models, strict=True)), images_of(config), config.batch_size, config.overlays
     )
     folder = config.output_dir
-    (folder / "overlays").mkdir(parents=True, exist_ok=True)
     files = {}
     for number, (name, sheet) in enumerate(analysis.overlays):
         files[name] = f"overlays/{number}.png"
-        partial = folder / f"{files[name]}.partial"
-        sheet.save(partial, format="PNG")
-        os.replace(partial, folder / files[name])
+        with atomic_path(folder / files[name]) as partial:
+            sheet.save(partial, format="PNG")
     provenance = {
         "Models": ", ".join(map(str, config.models)),
         "Images": f"{analysis.image_count:,}, {'as named' if config.images else f'of the test split of {config.data}'}",

@@ -17,7 +17,6 @@ however often a run is killed, so the result is, too.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +30,12 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.karpathy import read_karpathy
 from xformer_mllm.data.records import CLEAN_WORDS, clean
 from xformer_mllm.evaluate.benchmark import Scores
 from xformer_mllm.evaluate.prediction import forget, processes
-from xformer_mllm.files import read_json, write_whole
+from xformer_mllm.files import atomic_path, read_json, write_whole
+from xformer_mllm.inference import bf16_autocast
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.losses import image_text_similarity
 from xformer_mllm.model.processing_xformer import encode
@@ -358,9 +357,6 @@ class _Work:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def in_bf16(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast())
-
     def cosines(self, captions: _Captions) -> tuple[torch.Tensor, dict[str, str]]:
         """ITC: fp32[I, C] of the images that can be read, and {id: why not} of the others."""
         places = torch.arange(len(captions.names)).split(CAPTIONS_AT_ONCE)
@@ -369,7 +365,7 @@ class _Work:
         def rows(_block: int, pixels: torch.Tensor | None) -> torch.Tensor:
             if pixels is None:
                 return torch.zeros(0, len(features))
-            with self.in_bf16():
+            with bf16_autocast(self.device):
                 output = self.model.xformer(pixels.to(self.device))
             return image_text_similarity(self.model.image_features(output.fused_queries.float()), features).cpu()
 
@@ -385,7 +381,7 @@ class _Work:
         blocks = needed.split(self.batch_size)
 
         def pairs(block: int, pixels: torch.Tensor) -> torch.Tensor:
-            with self.in_bf16():
+            with bf16_autocast(self.device):
                 image = self.model.xformer.encode_image(pixels.to(self.device))
             image = ImageTokens(image.clip_tokens, image.mae, None)  # pixels would be copied for every pair
             together = PAIRS_PER_IMAGE * self.batch_size
@@ -401,7 +397,7 @@ class _Work:
     def _match(self, image: ImageTokens, captions: _Captions, pairs: torch.Tensor) -> torch.Tensor:
         """int64[P, 2], an image of the block and a caption -> fp32[P]."""
         ids, mask = captions.batch(pairs[:, 1])
-        with self.in_bf16():
+        with bf16_autocast(self.device):
             chosen = image.select(pairs[:, 0].to(self.device))
             _, output = self.model.match(chosen, ids.to(self.device), mask.to(self.device))
         return self.model.itm_head(output.fused_queries.float()).mean(1)[:, 1].cpu()
@@ -462,9 +458,8 @@ def _open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
 
 
 def _write_block(file: Path, values: torch.Tensor, problems: Mapping[str, str]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    save_file({"values": values.contiguous()}, partial, metadata={"problems": json.dumps(problems)})
-    os.replace(partial, file)
+    with atomic_path(file) as partial:
+        save_file({"values": values.contiguous()}, partial, metadata={"problems": json.dumps(problems)})
 
 
 def _read_block(file: Path) -> tuple[torch.Tensor, dict[str, str]]:
