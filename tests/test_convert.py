@@ -105,7 +105,7 @@ def test_another_tower_behind_a_qformer_is_run_with_it(files, tmp_path):
 def test_nothing_is_overwritten(files, tmp_path, capsys):
     (tmp_path / "kept").write_text("mine")
     assert run(files, tmp_path, *BLIP2) == 2
-    assert "there is something already" in capsys.readouterr().err
+    assert "exists and is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 

@@ -4,7 +4,7 @@ from conftest import randomise
 from published import BLIP2, fails, opt_config, opt_tokenizer
 from transformers import OPTForCausalLM
 
-from xformer_mllm.convert.writing import initialised
+from xformer_mllm.convert.assembly import initialised
 
 pytest_plugins = ["published_files"]
 
@@ -21,6 +21,6 @@ def test_a_model_that_is_not_its_parents_is_found_out(files, tmp_path, capsys, m
     def opened(*arguments):
         return {name: tensor + 0.5 for name, tensor in initialised(*arguments).items()}
 
-    monkeypatch.setattr("xformer_mllm.convert.writing.initialised", opened)
+    monkeypatch.setattr("xformer_mllm.convert.assembly.initialised", opened)
     error = fails(files, capsys, tmp_path / "out", *BLIP2)
     assert "queries: the new model is" in error

@@ -33,10 +33,8 @@ from transformers import (
 
 from xformer_mllm import XFormerConfig
 from xformer_mllm.convert import ConvertConfig
-from xformer_mllm.convert.files import Source
-from xformer_mllm.convert.plan import make_plan
-from xformer_mllm.convert.sources import Sources
-from xformer_mllm.convert.target import build_target, part_of
+from xformer_mllm.convert.assembly import build_target, make_plan, part_of
+from xformer_mllm.convert.sources import Source, Sources
 
 pytest_plugins = ["published_files"]
 
@@ -166,8 +164,8 @@ def plan_of(monkeypatch, qformer, kind, tower=None, llm=None, old=True):
     tokenizer = bert_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     big = Bert(tokenizer_object=tokenizer.backend_tokenizer, bos_token="[DEC]", unk_token="[UNK]", pad_token="[PAD]")
-    monkeypatch.setattr("xformer_mllm.convert.target.qformer_tokenizer", lambda *_: big)
-    monkeypatch.setattr("xformer_mllm.convert.target.llm_tokenizer", lambda *_: opt_tokenizer())
+    monkeypatch.setattr("xformer_mllm.convert.assembly.qformer_tokenizer", lambda *_: big)
+    monkeypatch.setattr("xformer_mllm.convert.assembly.llm_tokenizer", lambda *_: opt_tokenizer())
     settings = ConvertConfig(qformer="", output_dir="")
     towers = (tower, "eva") if tower else (qformer, "blip-2")
     target = build_target(settings, Sources(qformer, kind, *towers, published_mae(old), llm))

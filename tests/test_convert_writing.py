@@ -23,7 +23,7 @@ def test_frozen_parts_are_saved_in_bf16_and_trained_ones_in_fp32(files, tmp_path
 
 
 def test_shards_load_as_one_file_does(files, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr("xformer_mllm.convert.writing.SHARD_BYTES", 300_000)
+    monkeypatch.setattr("xformer_mllm.convert.assembly.SHARD_BYTES", 300_000)
     assert run(files, tmp_path / "out", *BLIP2, "--dtype", "float32") == 0
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     a, b = (
@@ -42,7 +42,7 @@ def test_the_seed_decides_what_is_initialised(files, converted, tmp_path):
 
 
 def test_a_full_disk_is_said_before_anything_is_written(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("xformer_mllm.convert.writing.shutil.disk_usage", lambda _: SimpleNamespace(free=1e6))
+    monkeypatch.setattr("xformer_mllm.convert.assembly.shutil.disk_usage", lambda _: SimpleNamespace(free=1e6))
     assert "the model needs 0.0 GB" in fails(files, capsys, tmp_path / "out", *BLIP2)
 
 
@@ -50,7 +50,7 @@ def test_a_disk_that_fills_up_is_said_too(files, tmp_path, capsys, monkeypatch):
     def save_file(*_, **__):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr("xformer_mllm.convert.writing.save_file", save_file)
+    monkeypatch.setattr("xformer_mllm.convert.assembly.save_file", save_file)
     assert "No space left on device" in fails(files, capsys, tmp_path / "out", *BLIP2)
 
 

@@ -21,10 +21,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import xformer_mllm
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
 from xformer_mllm.checkpoints import load_model
+from xformer_mllm.export import export
+from xformer_mllm.export.facts import ExportConfig, part_of
 from xformer_mllm.export.folder import dtype_of
-from xformer_mllm.export.publish import export
-from xformer_mllm.export.settings import ExportConfig
-from xformer_mllm.export.source import part_of
 from xformer_mllm.model.modeling_xformer import FROZEN
 
 PROMPT = "Question: How many objects are there in the image? Answer:"
@@ -369,7 +368,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(runs, tmp_path):
         run(tmp_path / "nothing", tmp_path / "new")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="full: there is something already"):
+    with pytest.raises(ValueError, match="full: exists and is not empty"):
         run(runs / "stage1", tmp_path / "full")
     with pytest.raises(ValueError, match="holds a model of kind OPTForCausalLM"):
         run(Path(xformer_mllm.__file__).parent / "embedded" / "weights" / "opt", tmp_path / "new")
@@ -418,7 +417,7 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("xformer_mllm.export.folder.save_file", full)
-        with pytest.raises(OSError, match=r"new could not be written, and nothing is left of it: .*No space left"):
+        with pytest.raises(OSError, match=r"new: could not be written, and nothing is left of it: .*No space left"):
             run(runs / "stage1", tmp_path / "new")
     assert left_in(tmp_path) == []
     usage = shutil.disk_usage(tmp_path)

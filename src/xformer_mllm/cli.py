@@ -101,8 +101,8 @@ COMMANDS = {
     ),
     "export": Command(
         "a model -> a self-contained folder with a model card, ready for the hub",
-        "export.settings:ExportConfig",
-        "export.publish:export",
+        "export:ExportConfig",
+        "export:export",
     ),
 }
 

@@ -1,21 +1,181 @@
-"""The checkpoints that a conversion is made of: which is what, and whether it can be that."""
+"""The settings of a conversion, and the checkpoints they name: Hub ids, folders or .pth files.
+
+Tensors are read one at a time. No code is unpickled.
+"""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.configuration_utils import PreTrainedConfig
 
-from xformer_mllm.convert.files import Source, first_line, local, open_folder, open_pth, read_config
-from xformer_mllm.convert.settings import ConvertConfig
+from xformer_mllm.files import read_json
 from xformer_mllm.language_models import language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import without_dropout
 from xformer_mllm.model.vision_encoders import build_tower
 from xformer_mllm.variants import variant_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Assemble a starting X-Former from published checkpoints: stage 1's, or with --llm stage 2's.
+
+    A source is a hub id or a local folder of transformers, or one of LAVIS's .pth files. The command ends by comparing
+    what it wrote with the sources, and leaves nothing behind if they differ.
+    """
+
+    qformer: str
+    """BLIP-2 (Salesforce/blip2-opt-2.7b, Salesforce/blip2-itm-vit-g), LAVIS's blip2_pretrained*.pth, or a BERT."""
+    output_dir: Path
+    """The new model's folder; must not exist yet, or be empty."""
+    mae: str | None = None
+    """The MAE with its decoder (facebook/vit-mae-huge), or any vision tower for a variant without reconstruction."""
+    llm: str | None = None
+    """The frozen language model (facebook/opt-2.7b), for the start of stage 2; none: the start of stage 1."""
+    clip: str | None = None
+    """The CLIP tower, where it is not the Q-Former's own: LAVIS's eva_vit_g.pth, a BLIP-2, or any vision tower."""
+    variant: str = "xformer"
+    """Which model: a row of the paper's tables (xformer, qformer, concat, ...; see variants.py)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the frozen parts; what is trained is float32."""
+    qformer_tokenizer: str | None = None
+    """A BERT tokenizer; none: that of --qformer where it is a BERT's, else bert-base-uncased."""
+    allow: tuple[str, ...] = ()
+    """Names (* stands for anything) of tensors that may be initialised or left over where that is an error."""
+    seed: int = 0
+    """Of what is initialised."""
+
+
+@dataclass
+class Source:
+    """A checkpoint.
+
+    label: as the user named it. tensors: shapes and dtypes, on the meta device. read: one tensor by its name. folder,
+    config: None for a .pth file. left: names that have no use in the new model, and why ("": nobody knows).
+    """
+
+    label: str
+    tensors: dict[str, torch.Tensor]
+    read: Callable[[str], torch.Tensor]
+    folder: Path | None = None
+    config: Any = None
+    left: dict[str, str] = field(default_factory=dict)
+
+    def let_go(self) -> None:
+        """Nothing is read any more: what is held in memory for it may go."""
+        self.read = dict[str, torch.Tensor]().__getitem__
+
+
+def local(name: str, weights: bool = True) -> Path:
+    """A file or folder as it is; a hub id downloaded (weights as safetensors where there are any) -> its folder."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"]))
+        if weights:
+            snapshot_download(name, allow_patterns=["model*.safetensors"])
+            if not list(folder.glob("model*.safetensors")):
+                snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: no such file or folder, and not to be had from the hub ({first_line(error)}); download it where "
+            "there is a network and give its folder"
+        ) from None
+    return folder
+
+
+def first_line(error: Exception) -> str:
+    """Of what another library says, which may be a page."""
+    return str(error).strip().split("\n")[0][:160]
+
+
+def read_config(folder: Path, label: str) -> PreTrainedConfig:
+    """The configuration in a folder of transformers. Raises ValueError if there is none, or of an unknown kind."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{label}: not a checkpoint of transformers (no config.json in it)")
+    kind = read_json(folder / "config.json").get("model_type")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError):
+        raise ValueError(f"{label}: an architecture that transformers does not know ('{kind}')") from None
+
+
+def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises ValueError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{label}: no tokenizer could be read from it ({first_line(error)})") from None
+
+
+def open_folder(label: str, folder: Path, config: PreTrainedConfig) -> Source:
+    """A folder of transformers, in its own names."""
+    if files := sorted(folder.glob("model*.safetensors")):
+        handles = [_open_safetensors(file) for file in files]
+        where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
+        meta = {key: _meta(handle.get_slice(key)) for key, handle in where.items()}
+        return Source(label, meta, lambda key: where[key].get_tensor(key), folder, config)
+    if files := sorted(folder.glob("pytorch_model*.bin")):
+        return _pickled(label, files, folder, config)
+    raise ValueError(f"{label}: no weights in it (model.safetensors or pytorch_model.bin)")
+
+
+def open_pth(label: str, file: Path) -> Source:
+    """A file of torch.save, as LAVIS publishes."""
+    return _pickled(label, [file])
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged or cut short ({error}); download it again") from None
+
+
+def _meta(part: Any) -> torch.Tensor:
+    """What a safetensors file says of a tensor, on the meta device; of its dtype only whether it is a count."""
+    floating = part.get_dtype().startswith(("F", "BF"))
+    return torch.empty(part.get_shape(), dtype=torch.float32 if floating else torch.int64, device="meta")
+
+
+def _pickled(label: str, files: Sequence[Path], folder: Path | None = None, config: Any = None) -> Source:
+    tensors = {key: tensor for file in files for key, tensor in _unpickled(file).items()}
+    return Source(label, {key: t.to("meta") for key, t in tensors.items()}, tensors.__getitem__, folder, config)
+
+
+def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file of torch.save, where nothing but tensors and plain containers is unpickled.
+
+    LAVIS puts it under "model". The tensors stay on disk until they are used, where the file's format allows it.
+    """
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch before 1.6 wrote another format, which cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling foreign bytes raises anything
+        raise ValueError(f"{file}: not a checkpoint that can be read safely ({first_line(error)})") from None
+    state = content.get("model", content) if isinstance(content, dict) else None
+    tensors = {key: t for key, t in state.items() if isinstance(t, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise ValueError(f"{file}: not a checkpoint (no tensors in it)")
+    return tensors
 
 
 @dataclass

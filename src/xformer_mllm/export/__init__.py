@@ -1,11 +1,75 @@
-"""`xformer export`: a model -> one folder with all that it needs, for the hub and for who has transformers alone.
+"""`xformer export`: a model -> one self-contained folder, for the Hub and for use with transformers alone.
 
-In the order of reading:
+In reading order:
 
-    settings  what can be asked for
-    run       the command: its steps, and what it prints; the folder appears whole or not at all
-    source    the model as it is: its kind, its weights, its processor
-    facts     all that is known of it, with what is beside it: the runs that made it, its evaluations
-    folder    weights, settings and code, as they are written
-    card      README.md: how to use it, what is in it, scores, data, licence, citation
+    facts   the settings, the model's files, and what is known about it: its runs and evaluations
+    folder  weights, settings and code, as they are written
+    card    README.md: usage, contents, scores, data, licence, citation
 """
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from xformer_mllm.checkpoints import model_folder
+from xformer_mllm.export.card import model_card
+from xformer_mllm.export.facts import (
+    ExportConfig,
+    Facts,
+    evaluations,
+    kind_of,
+    lineage,
+    made_from,
+    open_processor,
+    open_weights,
+    title_of,
+)
+from xformer_mllm.export.folder import check_whole, dtype_of, new_config, write_code, write_settings, write_weights
+from xformer_mllm.files import atomic_path, write_whole
+
+__all__ = ["ExportConfig", "export"]
+
+
+def export(settings: ExportConfig) -> Path:
+    """Export and return the new folder.
+
+    Raises:
+        ValueError, OSError: if there is no such model, if the output folder is not empty, or if the disk is full.
+    """
+    output = settings.output_dir
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists and is not empty; choose another --output-dir or remove it")
+    folder = model_folder(settings.model)
+    kind, tensors, processor = kind_of(folder), open_weights(folder), open_processor(folder)
+    config = new_config(folder, kind)
+    wanted = {name: tensor.to("meta", dtype_of(name, tensor, settings.dtype)) for name, tensor in tensors.items()}
+    scores, left_out = evaluations(folder, settings.metrics)
+    runs = lineage(folder)
+    facts = Facts(settings, kind, config, wanted, runs, made_from(runs, settings.base_models), scores)
+    try:
+        with atomic_path(output) as partial:
+            partial.mkdir()
+            write_settings(partial, folder, facts, processor)
+            write_code(partial)
+            write_whole(partial / "README.md", model_card(facts))
+            write_weights(partial, facts, tensors)
+            check_whole(partial, kind, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{output}: could not be written, and nothing is left of it: {error}") from error
+    print(summary(facts, left_out))
+    return output
+
+
+def summary(facts: Facts, left_out: list[str]) -> str:
+    """Describe what was written, what the card does not state, and how to publish it."""
+    output = facts.settings.output_dir
+    named = ", ".join(map(title_of, facts.scores))
+    lines = [
+        f"{output}: {facts.kind.model.__name__}, {facts.gigabytes:,.3f} GB of weights",
+        f"scores in the card: {named or 'none; --metrics FILE adds them'}",
+        *(f"not in the card: {line}" for line in left_out),
+    ]
+    if not facts.settled:
+        lines.append("the licence is not settled, and the card says so: --license, --base-models NAME=LICENCE")
+    lines.append(f"to publish: hf upload {facts.settings.repo_id or 'YOU/NAME'} {output}")
+    return "\n".join(lines)

@@ -9,8 +9,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from xformer_mllm.data.questions import QUESTION_PROMPT
-from xformer_mllm.export.facts import Facts, Metrics, benchmark_of, is_of_scenes, title_of, without_folders
-from xformer_mllm.export.source import part_of
+from xformer_mllm.export.facts import Facts, Metrics, benchmark_of, is_of_scenes, part_of, title_of, without_folders
 from xformer_mllm.model.modeling_xformer import FROZEN
 from xformer_mllm.report.benchmark import UNSCALED, decoding, number
 from xformer_mllm.report.contents import BLIND
@@ -137,6 +136,8 @@ def training(facts: Facts) -> str:
         parts.append(f"Data: {', '.join(f'[{name}](https://huggingface.co/datasets/{name})' for name in datasets)}.")
     for run in facts.runs:
         shown = {key: without_folders(value) for key, value in run.items() if key != "command"}
+        if shown.get("data") == "scenes":
+            shown.pop("augment", None)  # embedded scenes are never augmented
         data = f" on `{shown['data']}`" if "data" in shown else ""
         content = json.dumps(shown, indent=2, ensure_ascii=False)
         parts.append(f"`xformer {run['command']}`{data}, with these settings:\n\n```json\n{content}\n```")

@@ -1,16 +1,157 @@
-"""All that the card says, and where it is found: beside the model, in the folders of the runs that made it."""
+"""The settings of an export, the model's files, and what the card states about it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from xformer_mllm.checkpoints import evaluation_folder, model_folder
-from xformer_mllm.export.settings import ExportConfig
-from xformer_mllm.export.source import Kind, Tensors
 from xformer_mllm.files import read_json
 from xformer_mllm.language_models import SMOLLM2_ON_HUB
 from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
+from xformer_mllm.model.processing_xformer import XFormerProcessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Make a self-contained folder of a model, with a model card: ready for the hub, and for transformers alone."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, or of its model."""
+    output_dir: Path
+    """The new folder; must not exist yet, or be empty."""
+    max_shard_size: str = "5GB"
+    """At most so much in one file of weights (a larger tensor has a file of its own)."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of the frozen parts, in place of the one that they have; what is trained stays as it is."""
+    repo_id: str | None = None
+    """The model's name on the hub (you/xformer-opt-2.7b), for the card; by default the new folder's name."""
+    license: str = "other"
+    """Of the whole, frozen parts included, as the hub names it (apache-2.0, cc-by-nc-4.0, ...): yours to choose."""
+    license_name: str | None = None
+    """What the licence is called, where --license is other."""
+    license_link: str | None = None
+    """Where it can be read, where --license is other."""
+    base_models: tuple[str, ...] = ()
+    """What the model was made from, each with its licence: facebook/opt-2.7b=other facebook/vit-mae-huge=cc-by-nc-4.0.
+    Names are found beside the model where they can be; licences are not."""
+    datasets: tuple[str, ...] = ()
+    """What it was trained on, as the hub names it."""
+    metrics: tuple[Path, ...] = ()
+    """metrics.json of evaluations; those that `xformer evaluate` put beside the model are found."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in one line, for settings that cannot be."""
+        if self.repo_id is not None:
+            validate_repo_id(self.repo_id)
+        if self.license != "other" and (self.license_name or self.license_link):
+            raise ValueError(f"--license-name and --license-link belong to --license other, not to {self.license}")
+        for named in self.base_models:
+            if not all(named.partition("=")[::2]):
+                raise ValueError(f"--base-models {named}: give each name with its licence: NAME=LICENCE")
+
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class that can be exported: the Auto class that loads it, the hub's name of its task, its words in the card."""
+
+    model: type[PreTrainedModel]
+    auto_class: str
+    task: str
+    title: str
+    example: str
+
+
+KINDS = {
+    kind.model.__name__: kind
+    for kind in (
+        Kind(
+            XFormerForPreTraining,
+            "AutoModelForPreTraining",
+            "feature-extraction",
+            "stage 1, before it meets a language model",
+            """\
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor
+
+name = {name}
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+inputs = processor(images="image.png")
+
+model = AutoModel.from_pretrained(name, trust_remote_code=True)  # without the heads of stage 1
+features = model(**inputs)
+print(features.fused_queries.shape, features.clip_tokens.shape)
+
+model = AutoModelForPreTraining.from_pretrained(name, trust_remote_code=True)
+ids = model.caption(inputs["pixel_values"], processor.qformer_tokenizer.sep_token_id)
+print(processor.qformer_tokenizer.batch_decode(ids, skip_special_tokens=True))""",
+        ),
+        Kind(
+            XFormerForConditionalGeneration,
+            "AutoModelForImageTextToText",
+            "image-text-to-text",
+            "stage 2, in front of a frozen language model",
+            """\
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+name = {name}
+model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+inputs = processor(images="image.png", text={prompt})
+ids = model.generate(**inputs, max_new_tokens=20)
+print(processor.batch_decode(ids, skip_special_tokens=True))
+
+pipe = pipeline("image-text-to-text", model=name, trust_remote_code=True)
+print(pipe(images="image.png", text={prompt}, max_new_tokens=20))""",
+        ),
+    )
+}
+
+
+def kind_of(folder: Path) -> Kind:
+    """Raises ValueError if the folder holds another kind of model."""
+    name = next(iter(read_json(folder / "config.json").get("architectures") or []), "unknown")
+    if name not in KINDS:
+        raise ValueError(f"{folder}: holds a model of kind {name}; what can be exported: {' or '.join(KINDS)}")
+    return KINDS[name]
+
+
+def open_weights(folder: Path) -> Tensors:
+    """Name -> tensor, mapped from its file and read when it is used. Raises OSError or ValueError."""
+    index = folder / "model.safetensors.index.json"
+    files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(files):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder}: its weights are not there ({file} is missing)")
+        try:
+            opened = safe_open(folder / file, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file}: damaged or cut short ({error}); copy it again") from error
+        tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+def open_processor(folder: Path) -> XFormerProcessor:
+    """Raises FileNotFoundError if there is none beside the model."""
+    if not (folder / "processor_config.json").is_file():
+        raise FileNotFoundError(f"{folder}: has no processor (processor_config.json); save it beside the model")
+    return XFormerProcessor.from_pretrained(folder)
+
+
+def part_of(name: str) -> str:
+    """'xformer.mae_encoder.layers.0…' -> 'mae_encoder'."""
+    return name.removeprefix("xformer.").split(".")[0]
+
 
 # What --llm may be called, where that is no name on the hub -> what it is, its licence.
 KNOWN = {"opt": ("the tiny OPT of xformer-mllm", "apache-2.0"), "smollm2": (SMOLLM2_ON_HUB, "apache-2.0")}

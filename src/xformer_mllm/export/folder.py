@@ -16,8 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from xformer_mllm.export.facts import Facts
-from xformer_mllm.export.source import Kind, Tensors, part_of
+from xformer_mllm.export.facts import Facts, Kind, Tensors, part_of
 from xformer_mllm.files import read_json, write_whole
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import FROZEN, LORA

@@ -1,11 +1,14 @@
-"""The sources on one example, run by their own code: transformers' classes, or LAVIS's steps for its files.
+"""Compare the written model with its sources on one example, and report the conversion.
 
-`N` CLIP tokens, `Q` queries, `L` MAE patches, `S` the image's side, `D` width. Each source is loaded by itself and
-dropped again.
+The sources are run by their own code: transformers' classes, or LAVIS's steps for its files. Each source is loaded by
+itself and released again.
+
+`N` CLIP tokens, `Q` queries, `L` MAE patches, `S` the image's side, `D` width. Z_q: the Q-Former's output.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +28,23 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from xformer_mllm.convert.files import Source
-from xformer_mllm.convert.pieces import Pieces, as_they_are
-from xformer_mllm.convert.plan import ATTENDS, LANGUAGE_MODEL, PROJECTION, READS_IMAGES, READS_TEXT, SCORES, Plan
-from xformer_mllm.convert.target import Target
+from xformer_mllm.convert.assembly import (
+    ATTENDS,
+    LANGUAGE_MODEL,
+    PROJECTION,
+    READS_IMAGES,
+    READS_TEXT,
+    SCORES,
+    SECOND_ENCODER,
+    TOWER,
+    Plan,
+    Target,
+    part_of,
+)
+from xformer_mllm.convert.layouts import Pieces, as_they_are
+from xformer_mllm.convert.sources import Source
 from xformer_mllm.model.configuration_xformer import XFormerConfig
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForImageTextRetrieval
 from xformer_mllm.model.processing_xformer import XFormerProcessor
 from xformer_mllm.model.vision_encoders import build_tower, scaled, tower_tokens
 
@@ -204,3 +219,127 @@ def second_reference(source: Source, target: Target, example: Example) -> tuple[
     mae.vit.embeddings.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
     mae.decoder.decoder_pred.register_forward_hook(lambda _module, _inputs, output: output.float())
     return "reconstruction loss", mae(pixels.float(), noise=example.noise).loss
+
+
+# Of the largest difference, relative to the largest value.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of the written model with a source: the largest difference, relative to the largest value."""
+
+    what: str
+    against: str
+    difference: float
+    tolerance: float
+
+    def demand(self) -> None:
+        """Raises ValueError if the difference is too large."""
+        if not self.difference <= self.tolerance:  # nan is a difference, too
+            raise ValueError(
+                f"{self.what}: the new model is {self.difference:.1e} away from {self.against} (of the largest value; at "
+                f"most {self.tolerance:.0e}), so it is not kept; were the sources made for each other?"
+            )
+
+
+@torch.no_grad()
+def verify(folder: Path, plan: Plan, target: Target) -> list[Check]:
+    """Compare what the sources say with what the written model says, but for what depends on initialised tensors."""
+    sources, example = target.sources, make_example(target.config, target.processor)
+    expected = {}
+    if not plan.initialises(TOWER):
+        tokens = tower_reference(target, example)
+        expected["CLIP tokens"] = (sources.tower, tokens)
+        if sources.kind != "bert":
+            for name, answer in qformer_reference(target, plan, example, tokens).items():
+                expected[name] = (sources.qformer, answer)
+    if sources.kind == "bert" and not target.stage2 and not plan.initialises(ATTENDS, READS_TEXT):
+        expected["text states"] = (sources.qformer, bert_reference(sources.qformer, example))
+    if sources.mae is not None and not plan.initialises(SECOND_ENCODER):
+        name, answer = second_reference(sources.mae, target, example)
+        expected[name] = (sources.mae, answer)
+    found = own_answers(type(target.model).from_pretrained(folder).eval(), example)
+    return [
+        Check(name, source.label, difference(found[name], answer), TOLERANCE[target.settings.dtype])
+        for name, (source, answer) in expected.items()
+    ]
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value; of vocabularies that differ, of their common part."""
+    ours, theirs = torch.atleast_1d(ours.float()), torch.atleast_1d(theirs.float())
+    columns = min(ours.shape[-1], theirs.shape[-1])
+    theirs = theirs[..., :columns]
+    return ((ours[..., :columns] - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def own_answers(model: Any, example: Example) -> Answers:
+    """All that the written model says of the example."""
+    config, xformer = model.config, model.xformer
+    tower, image = xformer.clip_encoder, xformer.encode_image(example.pixels)
+    seen = example.seen_by_clip(config, next(tower.parameters()).dtype)
+    answers = {"CLIP tokens": tower(seen)[0], "queries": xformer.read(image).fused_queries}
+    if image.mae is not None:
+        answers["second encoder's tokens"] = image.mae.tokens
+    if config.reconstruction:
+        masked = xformer.encode_image(example.pixels, config.mask_ratio, example.noise)
+        answers["reconstruction loss"] = xformer.reconstruction_loss(masked, xformer.read(masked))
+    if isinstance(model, XFormerForConditionalGeneration):
+        return answers | {"logits": model(example.pixels, *example.question).logits}
+    scores = XFormerForImageTextRetrieval.forward
+    answers["ITC scores"] = scores(model, example.pixels, *example.caption).logits_per_image
+    answers["ITM logits"] = scores(model, example.pixels, *example.caption, True).logits_per_image
+    answers["text states"] = xformer.encode_text(*example.caption)
+    return answers
+
+
+def summary(plan: Plan, target: Target) -> dict[str, list[dict]]:
+    """As plain data: `parts` (what is made, from where) and `left` (what of the sources is not used)."""
+    rows: dict[tuple[str, str, str], dict] = {}
+    for name, tensor in target.wanted.items():
+        part, dtype = part_of(name), str(tensor.dtype).removeprefix("torch.")
+        origin = plan.copied[name].source.label if name in plan.copied else "initialised"
+        empty = {"part": part, "from": origin, "tensors": 0, "parameters": 0, "dtype": dtype}
+        row = rows.setdefault((part, origin, dtype), empty)
+        row["tensors"] += 1
+        row["parameters"] += tensor.numel()
+    left = [
+        {"source": label, "tensors": len(names), "why": reason, "first": names[0]}
+        for (label, reason), names in plan.left.items()
+    ]
+    return {"parts": list(rows.values()), "left": left}
+
+
+def show_summary(table: dict[str, list[dict]]) -> str:
+    parts = table["parts"]
+    total = ["total", "", sum(row["tensors"] for row in parts), sum(row["parameters"] for row in parts), ""]
+    rows = [*(list(row.values()) for row in parts), total]
+    text = _columns(("part", "from", "tensors", "parameters", "dtype"), rows)
+    if table["left"]:
+        rows = [list(row.values()) for row in table["left"]]
+        text += "\n\n" + _columns(("left over in", "tensors", "why", "the first of them"), rows)
+    return text
+
+
+def show_checks(checks: Sequence[Check]) -> str:
+    rows = [[c.what, c.against, f"{c.difference:.1e}", f"{c.tolerance:.0e}"] for c in checks]
+    return _columns(("on a test image", "against", "largest difference", "allowed"), rows)
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as text; numbers to the right."""
+    shown = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
+    aligned = []
+    for title, *cells in zip(head, *shown, strict=True):
+        width, number = max(map(len, (title, *cells))), all(cell[:1].isdigit() for cell in cells)
+        aligned.append([cell.rjust(width) if number else cell.ljust(width) for cell in (title, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+
+
+def record(target: Target, table: dict[str, list[dict]], checks: Sequence[Check]) -> dict[str, Any]:
+    """How the weights came to be, as data."""
+    settings = {name: value for name, value in asdict(target.settings).items() if name != "output_dir"}
+    folders = {source.label: source.folder for source in target.sources.all() if source.folder}
+    revisions = {label: path.name for label, path in folders.items() if path.parent.name == "snapshots"}  # hub's cache
+    return {"settings": settings, "revisions": revisions, **table, "checks": [asdict(check) for check in checks]}
