@@ -96,7 +96,7 @@ def test_the_whole_demo_on_a_few_scenes(tmp_path, capsys, monkeypatch):
         assert scores["all"]["n"] == 20
         assert all(0 <= s["ci95"][0] <= s["accuracy"] <= s["ci95"][1] <= 1 for s in scores.values())
     html = page.read_text(encoding="utf-8")
-    for heading in ("Training", "Reconstructions", "What they say of fixed images", "Configuration"):
+    for heading in ("Training", "Reconstructions", "Generated texts during training", "Configuration"):
         assert f"<h2>{heading}</h2>" in html
     assert "xformer demo --seed 1" in html
     assert "To try:" in said

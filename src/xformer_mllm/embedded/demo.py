@@ -30,7 +30,7 @@ from xformer_mllm.embedded.lanes import Lane, Part, clock, cores, read_json, rea
 from xformer_mllm.evaluate.benchmark import Benchmark
 from xformer_mllm.evaluate.evaluation import BenchmarkConfig, open_benchmark
 from xformer_mllm.evaluate.exact_match import compare
-from xformer_mllm.evaluate.query_analysis import analyse
+from xformer_mllm.evaluate.query_analysis import QueryAnalysis, analyse
 from xformer_mllm.files import read_json_lines, write_whole
 from xformer_mllm.inference import ReconstructConfig, reconstruct
 
@@ -242,7 +242,7 @@ def reconstructions(lanes: Sequence[Lane], images: Sequence[Path]) -> list[repor
             found = reconstruct(ReconstructConfig(images=tuple(map(str, images)), model=stage1, output=sheet))
         alone, fused = (sum(row[key] for row in found) / len(found) for key in ("mae_error", "xformer_error"))
         label = (
-            "From left to right: original, masked, painted by the MAE alone, painted by it from M' of "
+            "From left to right: original, masked, reconstructed by the MAE alone, reconstructed from M' of "
             f"{report.display_name(lane.variant)}. Mean squared error on hidden pixels: {alone:.4f} and {fused:.4f}."
         )
         with Image.open(sheet) as image:
@@ -250,14 +250,14 @@ def reconstructions(lanes: Sequence[Lane], images: Sequence[Path]) -> list[repor
     return strips
 
 
-def queries_of(config: DemoConfig, lanes: Sequence[Lane]) -> str:
-    """Where the queries look after stage 1, as a section of the report."""
+def queries_of(config: DemoConfig, lanes: Sequence[Lane]) -> QueryAnalysis:
+    """Where the queries attend after stage 1."""
     benchmark = held_out_questions(config)
     first = {record.image_id: record for record in reversed(benchmark.records)}
     chosen = list(reversed(first.values()))[:ANALYSED_IMAGES]
     images = {record.image_id: benchmark.load(record) for record in chosen}
     models = {lane.variant: lane.parts[0].folder for lane in lanes}
-    return report.query_section(analyse(models, images, overlays=QUERY_OVERLAYS))
+    return analyse(models, images, overlays=QUERY_OVERLAYS)
 
 
 def write_page(
@@ -282,7 +282,7 @@ def write_page(
         settings=settings,
         runs=[run for lane in lanes for run in runs_of(lane)],
         reconstructions=reconstructions(lanes, list(images)[:RECONSTRUCTED_IMAGES]),
-        sections=[queries_of(config, lanes)],
+        queries=queries_of(config, lanes),
         configuration=asdict(config),
         provenance=provenance(config, lanes, seconds),
         images=images_of(config, lanes),

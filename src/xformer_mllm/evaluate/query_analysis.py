@@ -186,16 +186,18 @@ def analyse(
     Raises:
         ValueError, FileNotFoundError: in one line, if a folder holds no such model.
     """
-    looked = {}
+    looked, stages = {}, {}
     for name, folder in models.items():
         model, processor = load_model(folder, KINDS, attention="eager")  # no other implementation keeps the maps
         looked[name] = look(model, processor, list(images.values()), batch_size)
+        stages[name] = "stage 1" if isinstance(model, KINDS[0]) else "stage 2"
     scores = {name: queries.scores() for name, queries in looked.items()}
     first, *others = scores
     return QueryAnalysis(
         models={
             name: {
                 "folder": str(models[name]),
+                "stage": stages[name],
                 "queries": looked[name].outputs.shape[1],
                 "scores": {metric: _mean(values) for metric, values in scores[name].items()},
             }

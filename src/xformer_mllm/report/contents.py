@@ -1,4 +1,4 @@
-"""What a report is made from: plain data, every part of which may be empty."""
+"""The data of a report. Every part may be empty."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-# What is right without a look at the image: key of a score -> (column of the table, line of the legend).
+# Baselines that do not see the image: key of a score -> (column of the table, line of the legend).
 BLIND = {
     "majority": ("majority", "most frequent training answer to the type of question"),
     "question_only": ("question alone", "most frequent training answer to the same words"),
@@ -15,11 +15,11 @@ BLIND = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of asking: the scores of every variant on the same questions.
+    """The scores of every variant on the same questions.
 
     metrics: {variant: {group: {"accuracy", "n", "ci95": [low, high]}}}; a group is "all", a question type,
-        "structural:x" or "semantic:x". What is right without looking may be there too: "majority", the most frequent
-        training answer to the type of question, and "question_only", that to the question's very words.
+        "structural:x" or "semantic:x". Optional baselines: "majority", the accuracy of the most frequent training
+        answer to the type of question, and "question_only", that of the most frequent answer to the same words.
     differences: {variant: {group: {"difference", "ci95", "n", "clear"}}}, each variant minus the first one.
     predictions: {variant: [{"id", "image_id", "question", "question_type", "answer", "prediction", "credit"}]}, the
         same questions in the same order for every variant.
@@ -37,8 +37,8 @@ class Run:
     """One variant's training in one stage.
 
     log: [{"step", "loss", "itc_loss", ...}]; samples: [{"step", "id", "text", "reference", "question" (optional)}],
-    what the model said of the held-out image "id"; freeze: [{"name", "parameters", "trainable"}]; batch_size: pairs
-    per step, for the chance lines of ITC.
+    the texts generated for the held-out image "id"; freeze: [{"name", "parameters", "trainable"}]; batch_size: pairs
+    per step, for the chance levels of ITC.
     """
 
     variant: str
@@ -52,19 +52,37 @@ class Run:
 
 @dataclass(frozen=True)
 class Strip:
-    """Images that belong side by side: (label, image); a single one has the page's whole width."""
+    """A row of labelled images: (label, image). A single image takes the whole width."""
 
     title: str
     panels: Sequence[tuple[str, Image.Image]]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the page is made from. `variants[0]` is the one that the others are compared with.
+class QueryAnalysis:
+    """The queries of one or more models over the same images.
 
-    images: an image by a prediction's "image_id" or a sample's "id"; None where there is none.
-    sections: more of them, in HTML.
-    provenance: {"Command": "...", "Seed": "...", ...}, printed as it is.
+    models: {name: {"folder", "stage": "stage 1" or "stage 2", "queries": number of queries, "scores": {metric: {"mean",
+        "ci95": [low, high] or None}}}}; the others are compared with the first.
+    differences: {name: {metric: {"difference", "ci95", "clear"}}}, each model minus the first.
+    definitions: {metric: what it is}, in the order of display.
+    image_count: number of images behind the scores.
+    overlays: (id of the image, image with heat maps).
+    """
+
+    models: Mapping[str, Mapping[str, Any]]
+    differences: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    definitions: Mapping[str, str]
+    image_count: int
+    overlays: Sequence[tuple[str, Image.Image]] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The data of the page. The other variants are compared with `variants[0]`.
+
+    images: returns the image of a prediction's "image_id" or a sample's "id", or None.
+    provenance: {"Command": "...", "Seed": "...", ...}, printed as is.
     """
 
     title: str
@@ -73,7 +91,7 @@ class Report:
     settings: Sequence[Setting] = ()
     runs: Sequence[Run] = ()
     reconstructions: Sequence[Strip] = ()
-    sections: Sequence[str] = ()
+    queries: QueryAnalysis | None = None
     configuration: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     images: Callable[[str], Image.Image | None] = lambda image_id: None
@@ -81,6 +99,6 @@ class Report:
 
 
 def blind_keys(setting: Setting) -> list[str]:
-    """Which of BLIND the setting's scores hold."""
+    """The keys of BLIND that the setting's scores have."""
     scores = [score for metrics in setting.metrics.values() for score in metrics.values()]
     return [key for key in BLIND if any(key in score for score in scores)]
