@@ -10,9 +10,8 @@ from PIL import Image
 
 from xformer_mllm.report import Report, Run, Setting, Strip, verdict, write_report
 from xformer_mllm.report.charts import ITM_CHANCE_LOSS, line_chart, nice_ticks, running_mean
-from xformer_mllm.report.document import PAPER
-from xformer_mllm.report.examples import choose_disagreements, choose_random
-from xformer_mllm.report.page import render
+from xformer_mllm.report.comparison import choose_disagreements, choose_random, render
+from xformer_mllm.report.pages import PAPER
 
 EVIL = "<script>alert('x')</script>&\"'"
 
@@ -284,7 +283,8 @@ def test_a_running_mean_keeps_a_straight_line_and_calms_noise():
 
 
 def test_a_curve_of_one_point_is_drawn():
-    assert "<svg" in line_chart("loss", {"xformer": [(1, 2.0)]}, {"xformer": "v0"})
+    chart = line_chart("loss", {"xformer": [(1, 2.0)]}, {"xformer": "v0"})
+    assert chart["lines"] == [("v0", "M44.0 166.0")]
 
 
 def test_a_loss_that_is_not_a_number_does_not_break_the_page(report):

@@ -130,8 +130,8 @@ def test_a_number_is_shown_by_its_metric(metric, value, shown):
 def test_groups_of_a_kind_have_a_table_of_their_own_and_long_ones_are_folded(metrics):
     html = page_of(metrics)
     assert "<h3>By structural type</h3>" in html
-    assert "<h3>By objects in the image</h3>" in html
-    assert f"<summary>By words of the question ({LONG_TABLE + 1})</summary>" in html
+    assert "<h3>By number of objects in the image</h3>" in html
+    assert f"<summary>By number of words in the question ({LONG_TABLE + 1})</summary>" in html
     assert "query 35.1 12" in Page(html).visible
 
 
@@ -195,7 +195,7 @@ def test_decoding_in_a_sentence(settings, sentence):
 def test_retrieval_says_how_many_itm_scored_again():
     scores = {"all": {"mean recall": 0.5, "n": 6}, "text retrieval, ITC": {"recall@1": 0.25, "n": 2}}
     page = Page(page_of({"scores": scores, "settings": {"k_test": 128}}))
-    assert "Scored again by ITM the 128 best by ITC" in page.visible
+    assert "Reranked by ITM the 128 best by ITC" in page.visible
     assert "Prompt" not in page.visible
 
 
@@ -213,7 +213,7 @@ def test_a_changed_question_is_named(metrics):
 def test_it_is_said_how_many_were_scored_and_what_was_broken(metrics):
     page = Page(page_of(metrics))
     assert "9,997 of 10,000 records answered." in page.visible
-    assert "Records 10,000 Answered 9,997 Empty answers 4 Seconds 1,234.5 Images that cannot be read 1" in page.visible
+    assert "Records 10,000 Answered 9,997 Empty answers 4 Seconds 1,234.5 Unreadable images 1" in page.visible
     assert "42 val2017/42.jpg: no such image" in page.visible
     metrics["unreadable_images"] = {f"p{n}": "broken" for n in range(SHOWN_PROBLEMS + 7)}
     assert "7 more are in metrics.json." in Page(page_of(metrics)).visible
@@ -226,8 +226,8 @@ def test_examples_show_image_question_truth_answer_and_what_it_is_worth(metrics,
     assert html.count("<img ") == 4
     assert '<dd class="right"><span aria-label="right">✓</span> 2</dd>' in html
     assert '<dd class="wrong"><span aria-label="wrong">✗</span> blue' in html
-    assert '<dd class="even"><span aria-label="counts in part:">60\u00a0%</span> netting</dd>' in html
-    assert "truth a red circle model nothing" in page.visible
+    assert '<dd class="even"><span aria-label="partly right:">60&nbsp;%</span> netting</dd>' in html
+    assert "truth a red circle model empty" in page.visible
     assert "Where? model here" in page.visible  # no truth, no sign
     assert "Drawn at random" in page.visible
     assert "Examples" not in Page(page_of(metrics)).visible
@@ -245,8 +245,8 @@ def test_a_photo_is_scaled_down_and_a_scene_is_not(metrics):
 def test_only_scores_are_needed():
     page = Page(page_of({"scores": {"all": {"n": 0}}}))
     assert page.open == []
-    assert "There is no score to show" in page.visible
-    for title in ("What belongs to these scores", "How many", "Not computed", "Configuration"):
+    assert "No scores." in page.visible
+    for title in ("Evaluation settings", "Records", "Not computed", "Configuration"):
         assert title not in page.visible
 
 

@@ -98,10 +98,9 @@ def _answers(report: Report, setting: Setting, colours: Mapping[str, str]) -> di
 def _plot_row(setting: Setting, variants: Sequence[str], group: str, colours: Mapping[str, str]) -> dict[str, Any]:
     scores = {variant: setting.metrics[variant].get(group) for variant in variants}
     dots = [
-        score
-        and Dot(
-            display_name(variant), colours[variant], score["accuracy"], percent(score["accuracy"]), score["ci95"]
-        )
+        Dot(display_name(variant), colours[variant], score["accuracy"], percent(score["accuracy"]), score["ci95"])
+        if score
+        else None
         for variant, score in scores.items()
     ]
     shares = {key: setting.metrics[variants[0]].get(group, {}).get(key) for key in BLIND}

@@ -34,7 +34,8 @@ def query_values(analysis: QueryAnalysis) -> dict[str, Any]:
     for metric in analysis.definitions:
         scores = {name: model["scores"].get(metric) for name, model in models.items()}
         dots = [
-            score and charts.Dot(display_name(name), colours[name], score["mean"], signed(score["mean"]), score["ci95"])
+            score
+            and charts.Dot(display_name(name), colours[name], score["mean"], signed(score["mean"]), score["ci95"])
             for name, score in scores.items()
         ]
         plot.append(charts.plot_row(metric, dots))
