@@ -143,11 +143,11 @@ def test_malformed_results(lavis, content, message):
     [
         ([], "json: not Karpathy's"),
         ({"images": [{}]}, "json: not Karpathy's"),
-        ({"images": [karpathy_image(60623, split=1)]}, r"images\[0\]\.split is missing or no text"),
+        ({"images": [karpathy_image(60623, split=1)]}, r"images\[0\]\.split is missing or not a string"),
         ({"images": [karpathy_image(60623, cocoid="x")]}, "COCO_val2014_000000060623.jpg has no number as its cocoid"),
         ({"images": [karpathy_image(60623, filename=None)]}, r"images\[0\]\.filename is missing"),
         ({"images": [karpathy_image(60623, sentences=[])]}, "COCO_val2014_000000060623.jpg has no captions"),
-        ({"images": [karpathy_image(60623, sentences=[{}])]}, r'images\[0\]\.sentences: one has no text "raw"'),
+        ({"images": [karpathy_image(60623, sentences=[{}])]}, r'images\[0\]\.sentences: one has no string "raw"'),
         ({"images": [karpathy_image(60623), karpathy_image(60623)]}, r"1 repeated image ids \(60623\)"),
         ({"images": [karpathy_image(60623, "val")]}, "no images of this split"),
     ],

@@ -41,7 +41,7 @@ def test_rows_about_the_same_image_are_one_record(tmp_path):
 
 def test_lists_of_addresses_are_refused(tmp_path):
     file = write_json(tmp_path / "ccs_filtered.json", [{"url": "http://a/b.jpg", "caption": "a"}])
-    with pytest.raises(ValueError, match=r"ccs_filtered\.json: lists addresses.*img2dataset"):
+    with pytest.raises(ValueError, match=r"ccs_filtered\.json: lists URLs.*img2dataset"):
         read(file)
 
 
@@ -51,7 +51,7 @@ def test_lists_of_addresses_are_refused(tmp_path):
         ({"caption": "a"}, 'no "image"'),
         ({"image": "0.jpg"}, 'neither "caption" nor "question"'),
         ({"image": "0.jpg", "caption": " "}, "an empty caption"),
-        ({"image": "0.jpg", "question": "?"}, "a question without words or an answer"),
+        ({"image": "0.jpg", "question": "?"}, "an empty question or no answer"),
         (["0.jpg", "a"], "not an object"),
     ],
 )
@@ -126,7 +126,7 @@ def test_coco_annotations_that_cannot_be_used(tmp_path):
     wrong = [{"image_id": 999, "caption": "of nothing"}, {"image_id": 3, "caption": ""}]
     found = read(write_json(tmp_path / "captions_x.json", {"images": images, "annotations": [*captions, *wrong]}))
     assert found.broken == {
-        "annotations[300]": "of an image that is not listed, 999",
+        "annotations[300]": "image 999 is not listed",
         "annotations[301]": "no caption",
     }
 
@@ -172,13 +172,13 @@ def test_folders_of_the_authors_machine_are_passed_over(tmp_path):
 
 def test_images_that_are_nowhere(tmp_path):
     file = write_json(tmp_path / "a" / "list.json", [{"image": "b/1.jpg", "caption": "a"}])
-    with pytest.raises(FileNotFoundError, match=r"list\.json: its images are not there .* b/1\.jpg .*--images"):
+    with pytest.raises(FileNotFoundError, match=r"list\.json: images not found .* b/1\.jpg .*--images"):
         read(file)
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, [], [3], "text", {"images": []}])
 def test_unknown_content(tmp_path, content):
-    with pytest.raises(ValueError, match=r"a\.json: none of the known forms"):
+    with pytest.raises(ValueError, match=r"a\.json: unknown format"):
         read(write_json(tmp_path / "a.json", content))
 
 
@@ -193,5 +193,5 @@ def test_folder(tmp_path):
     found = read_folder(tmp_path)
     (record,) = records(found)
     assert (record["id"], record["captions"]) == ("a.jpg", ["a cat"])
-    assert found.left_out["without a .txt"] == 1
+    assert found.skipped["without a .txt"] == 1
     assert found.validation_share == 0.1

@@ -1,9 +1,9 @@
-"""Karpathy's file, and what is said of one that is not as it should be."""
+"""Karpathy's file, and the errors of malformed ones."""
 
 import pytest
 from made import write_json
 
-from xformer_mllm.data.karpathy import KarpathyImage, is_karpathy, read_karpathy
+from xformer_mllm.data.formats import KarpathyImage, is_karpathy, read_karpathy
 
 
 def image(**changes):
@@ -37,10 +37,10 @@ def test_flickr_has_neither_folder_nor_coco_number(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": None}, r"images\[1\]\.split is missing or no text"),
-        ({"filename": 3}, r"images\[1\]\.filename is missing or no text"),
-        ({"sentences": "A cat."}, r"images\[1\]\.sentences is missing or no list"),
-        ({"sentences": [{"tokens": []}]}, r'images\[1\]\.sentences: one has no text "raw"'),
+        ({"split": None}, r"images\[1\]\.split is missing or not a string"),
+        ({"filename": 3}, r"images\[1\]\.filename is missing or not a string"),
+        ({"sentences": "A cat."}, r"images\[1\]\.sentences is missing or not a list"),
+        ({"sentences": [{"tokens": []}]}, r'images\[1\]\.sentences: one has no string "raw"'),
     ],
 )
 def test_malformed_files_are_named_with_the_place(tmp_path, changes, message):

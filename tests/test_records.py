@@ -16,9 +16,9 @@ from xformer_mllm.data.records import (
     Table,
     check_broken,
     open_image,
-    places_of,
     question_of,
     record_of,
+    split_indices,
     texts_of,
 )
 from xformer_mllm.data.transforms import TrainTransform
@@ -65,7 +65,7 @@ def test_texts(value, texts):
         ((b"x", " "), "an empty caption"),
         (
             (b"x", None, [{"id": "1", "question": "", "answers": ["a"]}]),
-            "a question without words or without an answer",
+            "an empty question or no answer",
         ),
     ],
 )
@@ -103,7 +103,7 @@ def test_captions_are_cleaned_where_that_is_wished():
     assert CaptionItems(None, 0)(record, 0)["caption"] == record["captions"][0]
     said = CaptionItems(None, 0, cleaned=True)(record, 0)["caption"]
     assert said == " ".join(["a red circle and so on", *["word"] * 44])
-    with pytest.raises(ValueError, match=r"b: no word is left of the caption '\*\*\*'"):
+    with pytest.raises(ValueError, match=r"b: the caption '\*\*\*' is empty after cleaning"):
         CaptionItems(None, 0, cleaned=True)(record_of("b", Image.new("RGB", (4, 4)), "***"), 0)
 
 
@@ -162,7 +162,7 @@ def test_images(tmp_path):
     dataset = images(tmp_path, 5)
     assert [item["id"] for item in dataset] == ["0", "1", "2", "3", "4"]
     assert dataset[-1]["caption"] == "caption 4"
-    assert [item["id"] for item in images(tmp_path, 5, places=[3, 1])] == ["3", "1"]
+    assert [item["id"] for item in images(tmp_path, 5, indices=[3, 1])] == ["3", "1"]
     with pytest.raises(IndexError):
         dataset[5]
 
@@ -171,7 +171,7 @@ def test_broken_images_are_replaced_and_more_than_one_percent_stop(tmp_path, cap
     dataset = images(tmp_path, 200, broken=(3, 4, 50))
     assert dataset[3]["id"] == "5"
     assert set(dataset.broken) == {"3", "4"}
-    assert sum("left out a broken image" in line for line in caplog.messages) == 2
+    assert sum("skipped a broken image" in line for line in caplog.messages) == 2
     with pytest.raises(ValueError, match=r"the source: 3 of 200 images .* 3, 4, 50"):
         dataset[50]
 
@@ -209,12 +209,12 @@ def test_table_gives_back_what_went_in_and_survives_a_pickle():
 
 def test_splits_are_disjoint_complete_and_stay():
     ids = [str(number) for number in range(1000)]
-    split = {name: [ids[place] for place in places_of(ids, name, 0.1)] for name in ("train", "validation")}
+    split = {name: [ids[place] for place in split_indices(ids, name, 0.1)] for name in ("train", "validation")}
     assert sorted(split["train"] + split["validation"]) == sorted(ids)
     assert 60 <= len(split["validation"]) <= 140
     more = [*ids, *map(str, range(1000, 1100))]
-    assert set(split["validation"]) <= {more[place] for place in places_of(more, "validation", 0.1)}
-    assert len(places_of(ids[:3], "validation", 0.0)) == 1
+    assert set(split["validation"]) <= {more[place] for place in split_indices(more, "validation", 0.1)}
+    assert len(split_indices(ids[:3], "validation", 0.0)) == 1
 
 
 def test_one_percent_is_allowed():

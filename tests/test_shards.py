@@ -54,7 +54,7 @@ def test_questions(tmp_path):
         ({"jpg": b"x", "txt": b" \n"}, "an empty caption"),
         ({"jpg": b"x", "json": b"{}"}, "no caption"),
         ({"jpg": b"x", "txt": b"a", "json": b'{"key'}, "its .json is not valid"),
-        ({"jpg": b"x", "txt": b"a", "json": b"[]"}, "its .json is no object"),
+        ({"jpg": b"x", "txt": b"a", "json": b"[]"}, "its .json is not an object"),
     ],
 )
 def test_broken_samples_do_not_touch_their_neighbours(tmp_path, files, why):
@@ -132,7 +132,7 @@ def test_finding_shards(tmp_path):
     assert list(find_shards(str(folder / "00001.tar")).shards[""]) == expected[1:2]
     assert len(find_shards(str(folder / "{00000..00005}.tar")).shards[""]) == 6  # the missing ones are found when read
     for source in (tmp_path / "none", tmp_path / "{0..3}.tar", folder / "x.tar"):
-        with pytest.raises(FileNotFoundError, match="no shards there"):
+        with pytest.raises(FileNotFoundError, match="no shards found"):
             find_shards(str(source))
 
 

@@ -10,10 +10,9 @@ import torch
 from made import shards, write_image, write_json
 from torch.utils.data import IterableDataset
 
-from xformer_mllm.data.captions import CaptionFolder
 from xformer_mllm.data.records import Images
 from xformer_mllm.data.sources import Mixture, find_source, open_captions, open_questions
-from xformer_mllm.data.streams import HeldOut, Stream
+from xformer_mllm.data.streams import Stream, ValidationStream
 from xformer_mllm.data.transforms import TrainTransform
 
 
@@ -82,19 +81,13 @@ def test_items_and_transforms(tmp_path, kind):
     assert (item["image"].dtype, item["image"].shape) == (torch.uint8, (3, 6, 6))
 
 
-def test_a_folder_is_split_as_caption_folder_does(tmp_path):
-    folder = captioned(tmp_path)
-    for split in ("train", "validation"):
-        assert ids_of(open_captions(str(folder), split)) == ids_of(CaptionFolder(folder, split))
-
-
 def test_what_is_left_out_is_said_once(tmp_path, caplog):
     folder = captioned(tmp_path)
     write_image(tmp_path / "x.jpg")
     open_captions(str(folder), "train")
     open_captions(str(folder), "validation")
     (line,) = caplog.messages
-    assert "left out 1 without a .txt" in line
+    assert "skipped 1 without a .txt" in line
 
 
 def test_broken_rows_are_named_and_count(tmp_path, caplog):
@@ -102,9 +95,9 @@ def test_broken_rows_are_named_and_count(tmp_path, caplog):
     rows = json.loads(file.read_text())
     write_json(file, [*rows, {"image": "0.jpg"}])
     dataset = open_captions(str(file), "train")
-    assert 'left out 1 broken: row 150 (neither "caption" nor "question")' in caplog.text
+    assert 'skipped 1 broken: row 150 (neither "caption" nor "question")' in caplog.text
     (tmp_path / "images" / "5.jpg").write_bytes(b"x")
-    place = ids_of(dataset.rows[place] for place in dataset.places).index("5.jpg")
+    place = ids_of(dataset.rows[index] for index in dataset.indices).index("5.jpg")
     with pytest.raises(ValueError, match=r"2 of 1\d\d images cannot be read"):
         dataset[place]
 
@@ -172,10 +165,10 @@ def test_shards_in_place_of_questions_stop(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none", "no such source of images; it must be a folder, FILE.json"),
-        ("none.tar", "no shards there"),
-        ("notes.txt", "of no known format"),
-        ("empty", "no image with a caption"),
+        ("none", "no such data source; expected a folder, FILE.json"),
+        ("none.tar", "no shards found"),
+        ("notes.txt", "unknown format"),
+        ("empty", "no images found"),
     ],
 )
 def test_what_is_no_source(tmp_path, name, message):
@@ -212,7 +205,7 @@ def test_weights(both):
     assert share_of_shards(
         mixture(both, blip_source | {"weight": 1}, {"source": "web", "weight": 3})
     ) == pytest.approx(0.75, abs=0.06)
-    with pytest.raises(ValueError, match=r'give .*web a "weight"'):
+    with pytest.raises(ValueError, match=r'the size of .*web is unknown .*give it a "weight"'):
         open_captions(mixture(both, blip_source, {"source": "web"}), "train")
     for place in range(3):
         write_json(both / "web" / f"{place:05}_stats.json", {"successes": 10})
@@ -224,7 +217,7 @@ def test_a_mixture_is_a_stream_and_its_validation_in_turn(both):
     source = mixture(both, {"source": "images/blip.json", "images": "images"}, {"source": "web", "weight": 1})
     train, validation = (open_captions(source, split) for split in ("train", "validation"))
     assert isinstance(train, Stream)
-    assert isinstance(validation, HeldOut)
+    assert isinstance(validation, ValidationStream)
     assert isinstance(train, IterableDataset)
     assert not {*ids_of(validation)} & {*ids_of(islice(train, 100))}
     assert isinstance(find_source(source), Mixture)
@@ -233,7 +226,7 @@ def test_a_mixture_is_a_stream_and_its_validation_in_turn(both):
 def test_sources_of_a_mixture_may_lie_elsewhere(both):
     source = write_json(both / "recipes" / "m.json", {"sources": [{"source": "images/blip.json", "images": "images"}]})
     assert len({*ids_of(islice(open_captions(str(source), "train", images=both), 29))}) == 29
-    with pytest.raises(FileNotFoundError, match=r"recipes/images/blip\.json: no such source"):
+    with pytest.raises(FileNotFoundError, match=r"recipes/images/blip\.json: no such data source"):
         open_captions(str(source), "train")
 
 
@@ -244,7 +237,7 @@ def test_sources_of_a_mixture_may_lie_elsewhere(both):
         ({"source": "web", "weigth": 1}, r"sources\[0\]: unknown 'weigth'; known: source, weight"),
         ({"source": "web", "weight": 0}, "must be a positive number, not 0"),
         ({"source": "web", "weight": "many"}, "must be a positive number, not 'many'"),
-        ({"source": "nothing"}, "no such source"),
+        ({"source": "nothing"}, "no such data source"),
         ({"source": "inner.json"}, "is a mixture itself"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from xformer_mllm.data.records import CaptionItems, Table, hash_of, record_of
 from xformer_mllm.data.shards import find_shards
-from xformer_mllm.data.streams import HeldOut, InSplit, ListPart, Positioned, ShardPart, Stream
+from xformer_mllm.data.streams import InSplit, ListPart, Positioned, ShardPart, Stream, ValidationStream
 
 ITEM = CaptionItems(None, 0)
 
@@ -38,11 +38,11 @@ def ids_of(items):
     return [item["id"] for item in items]
 
 
-def one_pass(part, reader, readers, buffer=1, state=None, visit=0):
+def one_pass(part, reader, readers, buffer=1, state=None, epoch=0):
     """(ids of a reader's pass, the states behind each)."""
     order = part.order("seed", reader, readers, buffer, state)
     found, states = [], []
-    for record, _ in takewhile(lambda drawn: drawn[1] == visit, order):
+    for record, _ in takewhile(lambda drawn: drawn[1] == epoch, order):
         found.append(record["id"])
         states.append(order.state())
     return found, states
@@ -87,7 +87,7 @@ def test_every_pass_has_another_order(kind, request):
     order = part.order("seed", 0, 1, 30, None)
     size = {"twelve": 120, "fifty": 50}[kind]
     drawn = list(islice(order, 2 * size))
-    assert [visit for _, visit in drawn] == [0] * size + [1] * size
+    assert [epoch for _, epoch in drawn] == [0] * size + [1] * size
     first, second = ([record["id"] for record, _ in drawn[place : place + size]] for place in (0, size))
     assert sorted(first) == sorted(second)
     assert first != second
@@ -140,9 +140,9 @@ def test_a_source_that_is_not_drawn_from_stays_where_it_was(kind, request):
 
 def test_a_pass_that_was_resumed_is_followed_by_the_same_next_pass(twelve):
     _, states = one_pass(twelve, 0, 2, 8)
-    undisturbed = one_pass(twelve, 0, 2, 8, {"visit": 1}, visit=1)[0]
+    undisturbed = one_pass(twelve, 0, 2, 8, {"epoch": 1}, epoch=1)[0]
     order = twelve.order("seed", 0, 2, 8, states[20])
-    second = [record["id"] for record, visit in takewhile(lambda drawn: drawn[1] < 2, order) if visit == 1]
+    second = [record["id"] for record, epoch in takewhile(lambda drawn: drawn[1] < 2, order) if epoch == 1]
     assert second == undisturbed
 
 
@@ -184,7 +184,7 @@ def test_other_numbers_of_readers_begin_the_next_pass(fifty, caplog):
     with caplog.at_level(logging.WARNING):
         found = ids_of(islice(other, 25))
     assert "read by 1 processes with 1 workers, now by 2 with 1" in caplog.text
-    assert found == one_pass_of_stream(fifty, visit=1, reader=0, readers=2)
+    assert found == one_pass_of_stream(fifty, epoch=1, reader=0, readers=2)
 
 
 def test_workers_that_had_no_batch_yet_also_begin_the_next_pass(fifty):
@@ -194,20 +194,20 @@ def test_workers_that_had_no_batch_yet_also_begin_the_next_pass(fifty):
     resumed = Stream("list", [fifty], ITEM, seed=0)
     resumed.load_state_dict(state)
     (second, _), (first, _) = batches(resumed, 2, workers=2)
-    assert second == one_pass_of_stream(fifty, visit=1, reader=1, readers=2)[:4]
-    assert first == one_pass_of_stream(fifty, visit=1, reader=0, readers=2)[4:8]
+    assert second == one_pass_of_stream(fifty, epoch=1, reader=1, readers=2)[:4]
+    assert first == one_pass_of_stream(fifty, epoch=1, reader=0, readers=2)[4:8]
 
 
 def test_another_number_of_sources_is_refused(fifty, twelve):
     stream = Stream("list", [fifty], ITEM, seed=0)
     state = batches(stream, 1)[0][1]
-    with pytest.raises(ValueError, match="mixes 2 sources, but 1 when the run was stopped"):
+    with pytest.raises(ValueError, match="mixes 2 sources, but 1 when the run stopped"):
         Stream("both", [fifty, twelve], ITEM, seed=0).load_state_dict(state)
 
 
-def one_pass_of_stream(part, visit, reader, readers):
-    order = part.order("0/0", reader, readers, 1, {"visit": visit})
-    return [record["id"] for record, _ in takewhile(lambda drawn: drawn[1] == visit, order)]
+def one_pass_of_stream(part, epoch, reader, readers):
+    order = part.order("0/0", reader, readers, 1, {"epoch": epoch})
+    return [record["id"] for record, _ in takewhile(lambda drawn: drawn[1] == epoch, order)]
 
 
 def test_ranks_and_workers_are_all_readers(fifty):
@@ -264,7 +264,7 @@ def test_broken_samples_are_passed_over_counted_and_named(tmp_path, caplog):
     assert len(set(found)) == 116
     batches(stream, 1, size=2)
     assert stream.broken() == 2
-    assert sum("left out: " in line for line in caplog.messages) == 2
+    assert sum("skipped: " in line for line in caplog.messages) == 2
     assert any("00001/000000070" in line for line in caplog.messages)
 
 
@@ -272,8 +272,8 @@ def test_more_than_ten_broken_in_a_thousand_stop(tmp_path, caplog):
     stream = stream_of(shards(tmp_path, 4, 30, broken=range(0, 120, 8)))  # 15 of 120
     with pytest.raises(ValueError, match=r"s: 11 of 1,000 samples cannot be read, more than 1%"):
         ids_of(islice(stream, 120))
-    assert sum("left out: " in line for line in caplog.messages) == 5
-    assert "the next ones are only counted" in caplog.text
+    assert sum("skipped: " in line for line in caplog.messages) == 5
+    assert "further ones are only counted" in caplog.text
 
 
 def test_the_count_goes_on_after_a_resumption(tmp_path):
@@ -302,7 +302,7 @@ def test_a_shard_cut_short_loses_what_its_stats_say(tmp_path):
 
 def test_nothing_but_empty_shards(tmp_path):
     (tmp_path / "00000.tar").write_bytes(bytes(10240))
-    with pytest.raises(ValueError, match="nothing in it for reader 0 of 1"):
+    with pytest.raises(ValueError, match="no samples for reader 0 of 1"):
         next(iter(stream_of(tmp_path)))
 
 
@@ -312,7 +312,7 @@ def test_nothing_but_empty_shards(tmp_path):
 def test_split_by_the_hash_of_the_name(twelve):
     source = twelve.source
     split = {
-        name: ids_of(HeldOut([ShardPart("s", source, "", InSplit(name, 0.2))], ITEM))
+        name: ids_of(ValidationStream([ShardPart("s", source, "", InSplit(name, 0.2))], ITEM))
         for name in ("train", "validation")
     }
     assert len(split["train"]) + len(split["validation"]) == 120
@@ -324,7 +324,7 @@ def test_split_by_the_hash_of_the_name(twelve):
 
 def test_held_out_items_come_in_turn_once_and_always_the_same(fifty, twelve, tmp_path, caplog):
     few = a_list([write_image(tmp_path / "x.jpg"), tmp_path / "missing.jpg", write_image(tmp_path / "y.jpg")])
-    held_out = HeldOut([twelve, few], ITEM)
+    held_out = ValidationStream([twelve, few], ITEM)
     found = ids_of(held_out)
     assert found[:5] == ["00000/000000000", "x.jpg", "00000/000000001", "y.jpg", "00000/000000002"]
     assert len(found) == 122

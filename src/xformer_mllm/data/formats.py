@@ -1,6 +1,6 @@
-"""Files that list images with captions or questions: JSON of BLIP, COCO, Karpathy and Visual Genome, and JSON lines.
+"""Sources whose records are all known at once: a folder, JSON of BLIP, COCO, Karpathy or Visual Genome, JSON lines.
 
-Rows about the same image become one record, with all its captions and questions.
+Rows about the same image become one record with all its captions and questions.
 """
 
 import json
@@ -9,97 +9,133 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.data.captions import FOLDER_VALIDATION_SHARE, find_captions
-from xformer_mllm.data.karpathy import is_karpathy, read_karpathy
 from xformer_mllm.data.records import (
+    IMAGE_SUFFIXES,
     VALIDATION_SHARE,
     Record,
     Rows,
     Table,
-    broken,
+    broken_record,
     check_broken,
+    drop_broken,
     question_of,
     record_of,
-    sound,
     texts_of,
 )
+from xformer_mllm.files import read_json
 
-KARPATHY_SPLITS = {"restval": "train", "val": "validation"}  # ours, where the name is another
-LOOKED_FOR = 100  # images, until one is found
+FOLDER_VALIDATION_SHARE = 0.1  # folders are small
+FOLDER_LAYOUT = "expected e.g. cat.jpg and cat.txt beside it, with the caption on its first line"
+KARPATHY_FIELDS = {"filename": str, "split": str, "sentences": list}
+KARPATHY_SPLITS = {"restval": "train", "val": "validation"}
+MAX_PROBED = 100  # images whose path is tried to find the folder of images
 REGION_FOLDERS = ("VG_100K", "VG_100K_2")  # Visual Genome's images come in two parts
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListSource:
     """A source whose records are all known at once.
 
-    rows: by split, "" where the source has none; validation_share: what we keep of such a one. broken: what cannot be
-    used, id -> why. left_out: what is not meant to be used, and how often.
+    rows: by split; the key is "" if the source has no splits, of which `validation_share` is then held out.
+    broken: reasons of unusable records, by id. skipped: counts of files that are no samples, by reason.
     """
 
     name: str
     format: str
     rows: Mapping[str, Rows]
     broken: Mapping[str, str] = field(default_factory=dict)
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     validation_share: float = VALIDATION_SHARE
 
 
-def read_folder(folder: Path) -> Listed:
-    """A folder of images with a .txt beside each. Raises as `find_captions`."""
-    found = find_captions(folder)
-    rows = {"": Table(found.records)}
-    kind = "a folder of images with a .txt beside each"
-    return Listed(str(folder), kind, rows, {}, found.left_out, FOLDER_VALIDATION_SHARE)
+def read_folder(folder: Path) -> ListSource:
+    """Images with captions in .txt files beside them, in the folder and its subfolders.
+
+    The caption is the first line with text; others may follow, such as translations. A record's id is its path inside
+    the folder. Raises ValueError if no image has a caption.
+    """
+    skipped = {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not supported": 0}
+    records = list(_folder_records(folder, skipped))
+    if records:
+        kind = "a folder of images with a .txt beside each"
+        return ListSource(str(folder), kind, {"": Table(records)}, {}, skipped, FOLDER_VALIDATION_SHARE)
+    lists = [*folder.glob("annotations/captions_*.json"), *folder.glob("*.json"), *folder.glob("*.jsonl")]
+    if lists:
+        raise ValueError(
+            f"{folder}: no image has a .txt beside it; pass the file that lists the images: "
+            + " or ".join(map(str, sorted(lists)[:3]))
+        )
+    counts = [f"{count} {reason}" for reason, count in skipped.items() if count]
+    if counts:
+        raise ValueError(f"{folder}: no image with a caption ({', '.join(counts)}); {FOLDER_LAYOUT}")
+    raise ValueError(f"{folder}: no images found; expected files such as .jpg or .png, with a .txt beside each")
 
 
-def read_json_lines_source(file: Path, images: Path | None, any_share: bool = False) -> Listed:
-    """JSON lines: {"image", "caption"} or {"image", "question", "answers" or "answer"}, one object a line."""
-    return _listed(file, "JSON lines", {"": _grouped(_lines(file), file)}, images, any_share)
+def read_json_lines_source(file: Path, images: Path | None, allow_broken: bool = False) -> ListSource:
+    """JSON lines: {"image", "caption"} or {"image", "question", "answers" or "answer"}, one object per line."""
+    return _list_source(file, "JSON lines", {"": _grouped(_lines(file), file)}, images, allow_broken)
 
 
-def read_json_source(file: Path, content: Any, images: Path | None, any_share: bool = False) -> Listed:
-    """What a JSON file lists. content: what `file` holds. images: the folder of the images, if not beside the file.
+def read_json_source(file: Path, content: Any, images: Path | None, allow_broken: bool = False) -> ListSource:
+    """The records of a JSON file with the given content. images: their folder, if not beside the file.
 
-    Raises ValueError if the file is of no known format or, without any_share, if more than 1 % of it is broken;
-    FileNotFoundError if its images are not there.
+    Raises ValueError if the format is unknown or, unless allow_broken, more than 1 % is broken; FileNotFoundError if
+    the images are missing.
     """
     if is_karpathy(content):
-        return _listed(file, "Karpathy's split", _karpathy(file, content), images, any_share)
+        return _list_source(file, "Karpathy's split", _karpathy_records(file, content), images, allow_broken)
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        return _listed(file, "COCO captions", {"": _coco(file, content)}, images, any_share)
+        return _list_source(file, "COCO captions", {"": _coco(file, content)}, images, allow_broken)
     if isinstance(content, list) and content and isinstance(content[0], dict):
         if "regions" in content[0]:
             regions = _regions(content, _bases(file, images))
-            return _listed(file, "Visual Genome's regions", {"": regions}, images, any_share)
-        rows = ((f"row {place}", row) for place, row in enumerate(content))
-        return _listed(file, 'a JSON list of {"image", "caption"}', {"": _grouped(rows, file)}, images, any_share)
+            return _list_source(file, "Visual Genome's regions", {"": regions}, images, allow_broken)
+        rows = ((f"row {index}", row) for index, row in enumerate(content))
+        kind = 'a JSON list of {"image", "caption"}'
+        return _list_source(file, kind, {"": _grouped(rows, file)}, images, allow_broken)
     raise ValueError(
-        f"{file}: none of the known forms: a list of {{image, caption}}, COCO's {{images, annotations}}, Karpathy's "
+        f"{file}: unknown format; expected a list of {{image, caption}}, COCO's {{images, annotations}}, Karpathy's "
         "{images: [{sentences}]}, Visual Genome's [{regions}], or a mixture {sources}; see docs/data.md"
     )
 
 
-def _listed(
-    file: Path, kind: str, splits: Mapping[str, Iterable[Record]], images: Path | None, any_share: bool
-) -> Listed:
-    faults: dict[str, str] = {}
-    found = {split: list(sound(records, faults)) for split, records in splits.items()}
-    total = sum(map(len, found.values())) + len(faults)
-    if total == len(faults):
-        why = "".join(f" ({name}: {why})" for name, why in list(faults.items())[:1])
+def _list_source(
+    file: Path, kind: str, splits: Mapping[str, Iterable[Record]], images: Path | None, allow_broken: bool
+) -> ListSource:
+    broken: dict[str, str] = {}
+    found = {split: list(drop_broken(records, broken)) for split, records in splits.items()}
+    total = sum(map(len, found.values())) + len(broken)
+    if total == len(broken):
+        why = "".join(f" ({name}: {why})" for name, why in list(broken.items())[:1])
         raise ValueError(f"{file}: no image with a caption or a question{why}")
-    if not any_share:
-        check_broken(str(file), len(faults), total, [f"{name} ({why})" for name, why in faults.items()], "records")
-    placed = _placed(found, _bases(file, images), file)
-    return Listed(str(file), kind, {split: Table(records) for split, records in placed.items() if records}, faults)
+    if not allow_broken:
+        check_broken(str(file), len(broken), total, [f"{name} ({why})" for name, why in broken.items()], "records")
+    located = _locate(found, _bases(file, images), file)
+    return ListSource(
+        str(file), kind, {split: Table(records) for split, records in located.items() if records}, broken
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
+def _folder_records(folder: Path, skipped: dict[str, int]) -> Iterator[Record]:
+    for path in sorted(folder.rglob("*")):
+        suffix = path.suffix.lower()
+        if suffix == ".svg":
+            skipped["in SVG, which is not supported"] += 1
+        if suffix not in IMAGE_SUFFIXES:
+            continue
+        if not path.with_suffix(".txt").is_file():
+            skipped["without a .txt"] += 1
+            continue
+        text = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+        caption = next((line.strip() for line in text.splitlines() if line.strip()), "")
+        if not caption:
+            skipped["with an empty .txt"] += 1
+            continue
+        yield record_of(path.relative_to(folder).as_posix(), path, caption)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """The value of each line, an exception where it is not JSON."""
+    """The value of each line; an exception where it is not JSON."""
     with file.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -110,34 +146,33 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _grouped(rows: Iterable[tuple[str, Any]], file: Path) -> Iterator[Record]:
-    """{"image", "caption"} and {"image", "question", "answers"} -> a record for each image, by its first row."""
+    """One record per image, in the order of their first rows."""
     captions: dict[str, list[str]] = {}
     questions: dict[str, list[dict[str, Any]]] = {}
     for where, row in rows:
-        if fault := _fault(row, file):
-            yield broken(where, fault)
+        if why := _why_broken(row, file):
+            yield broken_record(where, why)
             continue
         captions.setdefault(row["image"], []).extend(texts_of(row.get("caption")))
-        asked = questions.setdefault(row["image"], [])
+        of_image = questions.setdefault(row["image"], [])
         if "question" in row:
-            asked.append(question_of(f"{row['image']}/{len(asked)}", row))
+            of_image.append(question_of(f"{row['image']}/{len(of_image)}", row))
     for image, texts in captions.items():
         yield record_of(image, image, texts, questions[image])
 
 
-def _fault(row: Any, file: Path) -> str | None:
-    """What is wrong with a row."""
+def _why_broken(row: Any, file: Path) -> str | None:
     if isinstance(row, json.JSONDecodeError):
         return f"not valid JSON, {row.msg}"
     if not isinstance(row, dict):
         return "not an object"
     if not isinstance(row.get("image"), str) or not row["image"]:
         if "url" in row:
-            raise ValueError(f"{file}: lists addresses, not images; download them with img2dataset (docs/data.md)")
+            raise ValueError(f"{file}: lists URLs, not images; download them with img2dataset (docs/data.md)")
         return 'no "image"'
     if "question" in row:
         question = question_of("", row)
-        return None if question["question"] and question["answers"] else "a question without words or an answer"
+        return None if question["question"] and question["answers"] else "an empty question or no answer"
     if "caption" not in row:
         return 'neither "caption" nor "question"'
     return None if texts_of(row["caption"]) else "an empty caption"
@@ -151,25 +186,73 @@ def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
     folder = file.stem.rpartition("_")[2]
     names: dict[Any, str] = {}
     captions: dict[Any, list[str]] = {}
-    for place, image in enumerate(content["images"]):
+    for index, image in enumerate(content["images"]):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
-            yield broken(f"images[{place}]", 'no "id" or "file_name"')
+            yield broken_record(f"images[{index}]", 'no "id" or "file_name"')
             continue
         names[image["id"]] = image["file_name"]
         captions[image["id"]] = []
-    for place, row in enumerate(content["annotations"]):
+    for index, row in enumerate(content["annotations"]):
         texts = texts_of(row.get("caption")) if isinstance(row, dict) else []
         if not texts:
-            yield broken(f"annotations[{place}]", "no caption")
+            yield broken_record(f"annotations[{index}]", "no caption")
         elif row.get("image_id") not in captions:
-            yield broken(f"annotations[{place}]", f"of an image that is not listed, {row.get('image_id')}")
+            yield broken_record(f"annotations[{index}]", f"image {row.get('image_id')} is not listed")
         else:
             captions[row["image_id"]] += texts
     for image_id, texts in captions.items():
         yield record_of(names[image_id], f"{folder}/{names[image_id]}", texts)
 
 
-def _karpathy(file: Path, content: Any) -> dict[str, list[Record]]:
+@dataclass(frozen=True, slots=True)
+class KarpathyImage:
+    """An image of Karpathy's file. path: inside the folder of images. image_id: COCO's, else the file's own number."""
+
+    split: str
+    path: str
+    image_id: str
+    captions: tuple[str, ...]
+
+
+def is_karpathy(content: Any) -> bool:
+    """Whether the content of a JSON file is a split of Karpathy's."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return bool(images and isinstance(images, list) and isinstance(images[0], dict) and "sentences" in images[0])
+
+
+def read_karpathy(file: Path, content: Any = None) -> list[KarpathyImage]:
+    """The images of Karpathy & Li's dataset_coco.json or dataset_flickr30k.json, in the order of the file.
+
+        {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "cocoid": 391895,
+                     "split": "test", "sentences": [{"raw": "A man with a red helmet.", ...}, ...]}, ...]}
+
+    COCO has the splits train (82,783 images), restval (30,504, used for training), val and test (5,000 each).
+    Flickr30k has neither `filepath` nor `cocoid`. content: of the file, if it is read already.
+
+    Raises FileNotFoundError, or ValueError that names the file and the place of the mistake.
+    """
+    content = read_json(file) if content is None else content
+    if not is_karpathy(content):
+        raise ValueError(f'{file}: not Karpathy\'s {{"images": [{{"filename", "split", "sentences"}}]}}')
+    return [_karpathy_image(image, f"{file}: images[{index}]") for index, image in enumerate(content["images"])]
+
+
+def _karpathy_image(image: Any, where: str) -> KarpathyImage:
+    for name, kind in KARPATHY_FIELDS.items():
+        if not isinstance(image, dict) or not isinstance(image.get(name), kind):
+            raise ValueError(f"{where}.{name} is missing or not a {'list' if kind is list else 'string'}")
+    captions = [
+        text["raw"] for text in image["sentences"] if isinstance(text, dict) and isinstance(text.get("raw"), str)
+    ]
+    if len(captions) != len(image["sentences"]):
+        raise ValueError(f'{where}.sentences: one has no string "raw"')
+    folder = image.get("filepath")
+    path = f"{folder}/{image['filename']}" if folder else image["filename"]
+    image_id = image.get("cocoid", image.get("imgid", image["filename"]))
+    return KarpathyImage(image["split"], path, str(image_id), tuple(captions))
+
+
+def _karpathy_records(file: Path, content: Any) -> dict[str, list[Record]]:
     splits: dict[str, list[Record]] = {}
     for image in read_karpathy(file, content):
         split = KARPATHY_SPLITS.get(image.split, image.split)
@@ -180,42 +263,40 @@ def _karpathy(file: Path, content: Any) -> dict[str, list[Record]]:
 def _regions(content: list[Any], bases: list[Path]) -> Iterator[Record]:
     """[{"id", "regions": [{"phrase"}]}], as region_descriptions.json: every phrase is a caption of the image."""
     second = {path.name for base in bases for path in (base / REGION_FOLDERS[1]).glob("*.jpg")}
-    for place, image in enumerate(content):
+    for index, image in enumerate(content):
         number = image.get("id", image.get("image_id")) if isinstance(image, dict) else None
         regions = image.get("regions") if isinstance(image, dict) else None
         if number is None or not isinstance(regions, list):
-            yield broken(f"[{place}]", 'no "id" or "regions"')
+            yield broken_record(f"[{index}]", 'no "id" or "regions"')
             continue
         phrases = [region.get("phrase") for region in regions if isinstance(region, dict)]
         name = f"{number}.jpg"
         yield record_of(name, f"{REGION_FOLDERS[name in second]}/{name}", phrases)
 
 
-# ------------------------------------------------------------------------------------------------ where images lie
-
-
 def _bases(file: Path, images: Path | None) -> list[Path]:
-    """Where images may lie: in the folder that was named, else beside the file or beside its folder (annotations/)."""
+    """Folders where images may be: the given one, else the file's and the one above it (annotations/ has its own)."""
     return [images] if images else [file.parent, file.absolute().parent.parent]
 
 
-def _placed(splits: Mapping[str, list[Record]], bases: list[Path], file: Path) -> dict[str, list[Record]]:
-    """The records with their images' whole paths.
+def _locate(splits: Mapping[str, list[Record]], bases: list[Path], file: Path) -> dict[str, list[Record]]:
+    """The records with full image paths.
 
-    A path may begin with folders that are not there (BLIP's are those of its authors' machines): how many is seen from the
-    first images, of which one at least must be found.
+    Listed paths may begin with folders of their author's machine (BLIP's do). How many to drop is found by trying the
+    first images, at least one of which must exist.
     """
-    first = [Path(record["image"]) for records in splits.values() for record in records[:LOOKED_FOR]]
+    first = [Path(record["image"]) for records in splits.values() for record in records[:MAX_PROBED]]
     for path in first:
         for base in bases:
-            for skipped in range(len(path.parts)):
-                if (base / Path(*path.parts[skipped:])).is_file():
-                    return {split: _below(base, skipped, records) for split, records in splits.items()}
-    looked = " and ".join(str(base) for base in bases)
+            for dropped in range(len(path.parts)):
+                if (base / Path(*path.parts[dropped:])).is_file():
+                    return {
+                        split: [
+                            {**row, "image": str(base / Path(*Path(row["image"]).parts[dropped:]))} for row in records
+                        ]
+                        for split, records in splits.items()
+                    }
     raise FileNotFoundError(
-        f"{file}: its images are not there (looked in {looked} for {first[0]} and others); name the folder with --images"
+        f"{file}: images not found (tried {first[0]} and others in {' and '.join(map(str, bases))}); "
+        "set their folder with --images"
     )
-
-
-def _below(base: Path, skipped: int, records: list[Record]) -> list[Record]:
-    return [{**record, "image": str(base / Path(*Path(record["image"]).parts[skipped:]))} for record in records]

@@ -13,9 +13,9 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
-from xformer_mllm.data.formats import Listed
-from xformer_mllm.data.records import NAMED, Record, open_image
-from xformer_mllm.data.shards import Sharded, TarShards
+from xformer_mllm.data.formats import ListSource
+from xformer_mllm.data.records import MAX_NAMED, Record, open_image
+from xformer_mllm.data.shards import ShardSource, TarShards
 from xformer_mllm.data.sources import Mixture, find_source
 from xformer_mllm.model.images import load_image
 
@@ -49,7 +49,7 @@ class InspectConfig:
 class Findings:
     """What was found out about a source.
 
-    splits: how many images each has, as the source says; None where it does not. left_out, broken: by name and why; lost:
+    splits: how many images each has, as the source says; None where it does not. skipped, broken: by name and why; lost:
     how many samples were broken. texts: of the images looked at. listed: (captions, questions) of all, where known.
     """
 
@@ -57,7 +57,7 @@ class Findings:
     format: str
     splits: Mapping[str, int | None]
     listed: tuple[int, int] | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     looked_at: int = 0
     captions: list[str] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ def inspect(config: InspectConfig) -> list[Findings]:
 
     Raises FileNotFoundError or ValueError as `find_source`.
     """
-    found = find_source(config.source, config.images, any_share=True)
+    found = find_source(config.source, config.images, allow_broken=True)
     sources = found.sources if isinstance(found, Mixture) else (found,)
     every = [look(source, config.max_images, SAMPLES // len(sources) or 1) for source in sources]
     for findings in every:
@@ -85,13 +85,13 @@ def inspect(config: InspectConfig) -> list[Findings]:
     return every
 
 
-def look(source: Listed | Sharded, images: int, samples: int) -> Findings:
+def look(source: ListSource | ShardSource, images: int, samples: int) -> Findings:
     """Look at up to `images` records (0: all) and keep `samples` of them for the contact sheet, drawn at random."""
-    if isinstance(source, Listed):
+    if isinstance(source, ListSource):
         findings = Findings(source.name, source.format, {split: len(rows) for split, rows in source.rows.items()})
         counts = [[rows.counts(kind) for rows in source.rows.values()] for kind in ("captions", "questions")]
         findings.listed = (sum(map(sum, counts[0])), sum(map(sum, counts[1])))
-        findings.left_out = source.left_out
+        findings.skipped = source.skipped
         findings.broken, findings.lost = dict(source.broken), len(source.broken)
         records, total = _from_rows(source, images)
     else:
@@ -116,7 +116,7 @@ def look(source: Listed | Sharded, images: int, samples: int) -> Findings:
     return findings
 
 
-def _from_rows(source: Listed, images: int) -> tuple[Iterator[Record], int]:
+def _from_rows(source: ListSource, images: int) -> tuple[Iterator[Record], int]:
     """Records spread evenly over the splits, and their number; rows without a text are known to be broken already."""
     places = [
         (rows, place)
@@ -129,7 +129,7 @@ def _from_rows(source: Listed, images: int) -> tuple[Iterator[Record], int]:
     return (rows[place] for rows, place in chosen), number
 
 
-def _from_shards(source: Sharded, images: int) -> Iterator[Record]:
+def _from_shards(source: ShardSource, images: int) -> Iterator[Record]:
     """The first records of shards that are spread evenly; all records of all shards if `images` is 0."""
     shards = [shard for of_split in source.shards.values() for shard in of_split]
     if not images:
@@ -179,8 +179,8 @@ def _lines(findings: Findings) -> list[str]:
         f"images    {images}",
         f"splits      {', '.join(own) or 'none of its own (some are kept for validation by the hash of their names)'}",
     ]
-    if left_out := [f"{count:,} {reason}" for reason, count in findings.left_out.items() if count]:
-        lines.append(f"left out    {', '.join(left_out)}")
+    if skipped := [f"{count:,} {reason}" for reason, count in findings.skipped.items() if count]:
+        lines.append(f"left out    {', '.join(skipped)}")
     lines.append(f"looked at   {findings.looked_at:,} images")
     if findings.sizes:
         widths, heights = zip(*findings.sizes, strict=True)
@@ -192,9 +192,9 @@ def _lines(findings: Findings) -> list[str]:
             lines.append(f"{kind:<11} {each:.1f} an image; words {words} (fewest, median, most)")
     lines.append(f"broken      {findings.lost:,}")
     named = [why if name in why else f"{name}: {why}" for name, why in findings.broken.items()]
-    lines += [f"            {line}" for line in named[:NAMED]]
-    if len(named) > NAMED:
-        lines.append(f"            and {len(named) - NAMED:,} more")
+    lines += [f"            {line}" for line in named[:MAX_NAMED]]
+    if len(named) > MAX_NAMED:
+        lines.append(f"            and {len(named) - MAX_NAMED:,} more")
     return lines
 
 

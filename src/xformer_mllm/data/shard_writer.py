@@ -24,9 +24,9 @@ import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
-from xformer_mllm.data.formats import Listed
-from xformer_mllm.data.records import GRACE, Record, check_broken, open_image
-from xformer_mllm.data.shards import Sharded, stats_file
+from xformer_mllm.data.formats import ListSource
+from xformer_mllm.data.records import MIN_COUNTED, Record, check_broken, open_image
+from xformer_mllm.data.shards import ShardSource, stats_file
 from xformer_mllm.data.sources import Mixture, find_source
 from xformer_mllm.files import read_json, write_whole
 from xformer_mllm.model.images import load_image
@@ -70,7 +70,7 @@ def shard(config: ShardConfig) -> Path:
     found = find_source(config.source, config.images)
     if isinstance(found, Mixture):
         raise ValueError(f"{config.source}: a mixture; make shards of each of its sources")
-    split = _chosen_split(config, found.rows if isinstance(found, Listed) else found.shards)
+    split = _chosen_split(config, found.rows if isinstance(found, ListSource) else found.shards)
     _begin(config, split)
     records, total = _records(found, split)
     shards = count = failed = 0
@@ -83,7 +83,7 @@ def shard(config: ShardConfig) -> Path:
                 pass
             shards += 1
             count, failed = count + stats["count"], failed + stats["failed"]
-            check_broken(config.source, failed, max(count, GRACE), names, "samples")
+            check_broken(config.source, failed, max(count, MIN_COUNTED), names, "samples")
     left_out = f"; {failed:,} broken ones are left out" if failed else ""
     print(f"{config.output_dir}: {count - failed:,} samples in {shards:,} shards{left_out}")
     return config.output_dir
@@ -116,9 +116,9 @@ def _begin(config: ShardConfig, split: str) -> None:
     write_whole(file, json.dumps(about, indent=2) + "\n")
 
 
-def _records(found: Listed | Sharded, split: str) -> tuple[Iterator[Record], int | None]:
+def _records(found: ListSource | ShardSource, split: str) -> tuple[Iterator[Record], int | None]:
     """A split's records in order, and how many they are, if that is known."""
-    if isinstance(found, Listed):
+    if isinstance(found, ListSource):
         rows = found.rows[split]
         return (rows[place] for place in range(len(rows))), len(rows)
     return chain.from_iterable(found.read(shard) for shard in found.shards[split]), found.size(split)

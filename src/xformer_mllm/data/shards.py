@@ -1,11 +1,11 @@
-"""Webdataset shards, as img2dataset writes them: tar files of samples, whose files share a name up to the first dot.
+"""Webdataset shards as img2dataset writes them: tar files of samples whose files share a name up to the first dot.
 
     00000.tar            000000000.jpg, 000000000.txt (the caption), 000000000.json (url, caption, width, ...),
                          000000001.jpg, ...
-    00000_stats.json     how many samples there are; optional
+    00000_stats.json     the number of samples; optional
 
 `xformer data shard` also writes "captions" (a list) and "questions" ([{"id", "question", "answers"}]) into the .json.
-What is wrong with a sample or a shard is a broken record; the samples around it are read all the same.
+A broken sample or shard becomes a broken record; its neighbours are read as usual.
 """
 
 import json
@@ -17,26 +17,22 @@ from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from xformer_mllm.data.captions import IMAGE_SUFFIXES
-from xformer_mllm.data.records import Record, broken, one_line, record_of
+from xformer_mllm.data.records import IMAGE_SUFFIXES, Record, broken_record, one_line, record_of
 from xformer_mllm.files import read_json
 
-TAR_END = bytes(1024)  # two blocks of zeros end a tar file
+TAR_END = bytes(1024)  # a tar file ends with two blocks of zeros
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 Wanted = Callable[[int, str], bool]
-"""A sample's place in its shard and its id -> whether it is to be read; the others are passed over."""
+"""Whether to read a sample, from its index in the shard and its id."""
 
 
-def everything(_place: int, _name: str) -> bool:
+def everything(_index: int, _name: str) -> bool:
     return True
 
 
-class Sharded(Protocol):
-    """A source that is read in order, shard by shard.
-
-    name: as it was asked for. format: in words. shards: by split, "" where the source has none.
-    """
+class ShardSource(Protocol):
+    """A source read sequentially, shard by shard. shards: by split; the key is "" if the source has no splits."""
 
     @property
     def name(self) -> str: ...
@@ -48,17 +44,17 @@ class Sharded(Protocol):
     def shards(self) -> Mapping[str, Sequence[str]]: ...
 
     def read(self, shard: str, wanted: Wanted = everything) -> Iterator[Record]:
-        """The records of a shard, in their order, always the same."""
+        """The records of a shard, always in the same order."""
         ...
 
     def size(self, split: str) -> int | None:
-        """How many samples there are, if that is known without reading them all."""
+        """The number of samples, None if unknown without reading them."""
         ...
 
 
 @dataclass(frozen=True)
 class TarShards:
-    """Tar files on this machine."""
+    """Local tar files."""
 
     name: str
     shards: Mapping[str, Sequence[str]]
@@ -68,7 +64,7 @@ class TarShards:
         return read_shard(Path(shard), wanted)
 
     def cut_short(self) -> list[str]:
-        """The shards that are missing or that do not end as a tar file does."""
+        """The shards that are missing or truncated."""
         shards = [Path(shard) for of_split in self.shards.values() for shard in of_split]
         return [str(shard) for shard in shards if not _is_complete(shard)]
 
@@ -78,7 +74,7 @@ class TarShards:
 
 
 def find_shards(source: str) -> TarShards:
-    """The shards of a tar file, a folder of them, or a pattern as cc12m/{00000..01242}.tar or cc12m/*.tar.
+    """Find shards: one tar file, a folder of them, or a pattern such as cc12m/{00000..01242}.tar or cc12m/*.tar.
 
     Raises FileNotFoundError if there is none.
     """
@@ -90,12 +86,12 @@ def find_shards(source: str) -> TarShards:
     else:
         files = [Path(name) for name in _expanded(source)]
     if not any(file.is_file() for file in files):
-        raise FileNotFoundError(f"{source}: no shards there (NAME.tar); see docs/data.md")
+        raise FileNotFoundError(f"{source}: no shards found; expected files named NAME.tar (docs/data.md)")
     return TarShards(source, {"": tuple(map(str, files))})
 
 
 def _expanded(pattern: str) -> list[str]:
-    """ "a/{00..02}.tar" -> a/00.tar, a/01.tar, a/02.tar, as a shell would."""
+    """Expand braces as a shell does: a/{00..02}.tar -> a/00.tar, a/01.tar, a/02.tar."""
     found = BRACES.search(pattern)
     if not found:
         return [pattern]
@@ -111,7 +107,7 @@ def stats_file(shard: Path) -> Path:
 
 
 def stated_size(shard: Path) -> int | None:
-    """How many samples a shard's stats file says that it holds; None if there is no such file."""
+    """The number of samples in a shard's stats file, None without one."""
     if not stats_file(shard).is_file():
         return None
     successes = read_json(stats_file(shard)).get("successes")
@@ -119,9 +115,9 @@ def stated_size(shard: Path) -> int | None:
 
 
 def read_shard(shard: Path, wanted: Wanted = everything) -> Iterator[Record]:
-    """The records of a tar file. One that is cut short ends with a broken record that says how many are lost.
+    """The records of a tar file. A truncated one ends with a broken record.
 
-    (How many, its stats file tells; without one it counts as one sample.)
+    Its "lost" is the number of samples missing according to the stats file, 1 without one.
     """
     done = 0
     try:
@@ -136,12 +132,12 @@ def read_shard(shard: Path, wanted: Wanted = everything) -> Iterator[Record]:
         fault = one_line(error)
     if fault:
         lost = max(1, (stated_size(shard) or 0) - done)
-        yield broken(str(shard), f"the shard cannot be read to its end ({fault})", lost)
+        yield broken_record(str(shard), f"the shard cannot be read to its end ({fault})", lost)
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps them all
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
             yield member
 
@@ -171,9 +167,9 @@ def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarF
         try:
             about = json.loads(_read(tar, members[".json"]))
         except ValueError as error:  # of JSON or of UTF-8
-            return broken(name, f"its .json is not valid ({error})")
+            return broken_record(name, f"its .json is not valid ({error})")
         if not isinstance(about, dict):
-            return broken(name, "its .json is no object")
+            return broken_record(name, "its .json is not an object")
     captions = about.get("captions")
     if not captions:
         has_text = ".txt" in members
@@ -184,5 +180,5 @@ def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarF
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    assert file is not None, "only regular files come here"
+    assert file is not None, "only regular files are passed"
     return file.read()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xformer_mllm.data.karpathy import read_karpathy
+from xformer_mllm.data.formats import read_karpathy
 from xformer_mllm.evaluate.benchmark import CaptionRecord
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark, field, unique
 from xformer_mllm.files import read_json

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from xformer_mllm.data.karpathy import read_karpathy
+from xformer_mllm.data.formats import read_karpathy
 from xformer_mllm.data.records import CLEAN_WORDS, clean
 from xformer_mllm.evaluate.benchmark import Scores
 from xformer_mllm.evaluate.prediction import forget, processes

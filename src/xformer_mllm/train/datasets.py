@@ -1,6 +1,6 @@
-"""What a run trains on, and the few held-out images it is shown: from the name of a source to data sets.
+"""A run's training data and a few held-out images, from the name of a source.
 
-`scenes` and `easy-vqa` come with the package (or its extra); every other source is opened by `data/sources.py`.
+`scenes` and `easy-vqa` come with the package or an extra; `data/sources.py` opens every other source.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from xformer_mllm import defaults
 from xformer_mllm.data.records import Images
-from xformer_mllm.data.sources import KNOWN, open_captions, open_questions, stands_for_something
+from xformer_mllm.data.sources import SOURCE_FORMS, open_captions, open_questions, source_exists
 from xformer_mllm.data.streams import Stream
 from xformer_mllm.data.transforms import EvalTransform, TrainTransform
 from xformer_mllm.train.config import SCENES, RunConfig, Stage2Config
@@ -26,7 +26,7 @@ Records = list[dict[str, Any]]
 
 
 class FirstOf(Subset):
-    """The first `size` images of a data set whose captions and crops are drawn anew in every epoch."""
+    """The first `size` images of a data set, with captions and crops resampled each epoch."""
 
     def __init__(self, dataset: Any, size: int):
         super().__init__(dataset, range(size))
@@ -37,7 +37,7 @@ class FirstOf(Subset):
 
 
 class NotDecoded:
-    """In place of a transform where an image's features are at hand: nothing but its file's header is read."""
+    """Replaces the transform where an image's features are cached: only the header of its file is read."""
 
     size = 0
 
@@ -46,13 +46,13 @@ class NotDecoded:
 
 
 def captions(config: RunConfig, image_size: int) -> tuple[Dataset, Records]:
-    """Images with captions to train on, and a few held-out ones.
+    """Images with captions for training, and a few held-out ones.
 
     Args:
         config: names the source.
-        image_size: of the square that the model takes, in pixels.
+        image_size: side of the model's input, in pixels.
 
-    Raises FileNotFoundError, ValueError: in one line, as `data/sources.py`.
+    Raises FileNotFoundError or ValueError as `data/sources.py`.
     """
     if config.data in defaults.DATA:
         train = defaults.captions(config.data, "train", config.train_size or SCENES)
@@ -65,7 +65,7 @@ def captions(config: RunConfig, image_size: int) -> tuple[Dataset, Records]:
 
 
 def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
-    """Questions with answers to train on, image by image, and one on each of a few held-out images."""
+    """Questions with answers for training, grouped by image, and one about each of a few held-out images."""
     each = config.questions_per_image
     if config.data in defaults.DATA:
         train = defaults.questions(config.data, "train", config.train_size or SCENES, each)
@@ -78,30 +78,30 @@ def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
 
 
 def _check_name(data: str) -> None:
-    """Raises FileNotFoundError that also names what `data/sources.py` does not know: the sources that come with us."""
-    if not stands_for_something(data):
-        raise FileNotFoundError(f"{data}: no such source of images; it must be scenes, easy-vqa, {KNOWN}")
+    """Raise FileNotFoundError that also names the sources of the package, which `data/sources.py` does not know."""
+    if not source_exists(data):
+        raise FileNotFoundError(f"{data}: no such data source; expected scenes, easy-vqa, {SOURCE_FORMS}")
 
 
 def undecoded(dataset: Any, broken: dict[str, str]) -> Any:
-    """The same images, known by name alone. broken: those that will not do, as somebody found who decoded them all."""
+    """The same images without decoding them. broken: those known to be unreadable, with the reason."""
     if isinstance(dataset, FirstOf):
         return FirstOf(undecoded(dataset.dataset, broken), len(dataset))
     if not isinstance(dataset, Images):
         return dataset
     item = dataclasses.replace(dataset.item, transform=NotDecoded())  # type: ignore[type-var]
-    return Images(dataset.name, dataset.rows, item, dataset.places, broken)
+    return Images(dataset.name, dataset.rows, item, dataset.indices, broken)
 
 
 def records_of(dataset: Dataset, count: int) -> list[Any]:
-    """The first `count` items of a data set, or of a stream as it would begin."""
+    """The first `count` items of a data set or stream."""
     if isinstance(dataset, IterableDataset):
         return list(islice(iter(dataset), count))
     return [dataset[index] for index in range(min(count, len(dataset)))]  # type: ignore[arg-type]
 
 
 def described(dataset: Dataset) -> str:
-    """How many images there are; of a stream nobody knows."""
+    """The size of a data set, for the log."""
     return "an endless stream" if isinstance(dataset, IterableDataset) else f"{len(dataset):,} training records"  # type: ignore[arg-type]
 
 
@@ -124,12 +124,12 @@ def _at_most(dataset: Any, config: RunConfig) -> Dataset:
     if config.train_size is None:
         return dataset
     if isinstance(dataset, Stream):
-        raise ValueError(f"--train-size: {config.data} is a stream, of which nobody knows the length; leave it out")
+        raise ValueError(f"--train-size: {config.data} is a stream of unknown length; leave it out")
     return FirstOf(dataset, config.train_size) if len(dataset) > config.train_size else dataset
 
 
 def _first(dataset: Dataset) -> list[Any]:
     found = records_of(dataset, HELD_OUT_IMAGES)
     if not found:
-        raise ValueError("the source has no validation images to show; add more images")
+        raise ValueError("the source has no validation images; add more images")
     return found
