@@ -1,11 +1,11 @@
-"""Half-hidden images and what is painted there."""
+"""Reconstructions of masked images."""
 
 import pytest
 import torch
 from conftest import randomise, tiny_config
 
 from xformer_mllm import XFormerForPreTraining
-from xformer_mllm.report.reconstructions import reconstructions, rows_of_panels, sheet
+from xformer_mllm.report.reconstructions import panel_grid, reconstructions, to_panels
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def model():
     return XFormerForPreTraining(tiny_config()).eval()
 
 
-def test_only_what_is_hidden_is_painted(model, images):
+def test_only_hidden_patches_are_reconstructed(model, images):
     with torch.no_grad():
         found = reconstructions(randomise(model), images, 0.5, seed=0)
     assert list(found) == ["original", "masked", "MAE", "X-Former", "hidden"]
@@ -26,17 +26,17 @@ def test_only_what_is_hidden_is_painted(model, images):
     assert (found["masked"][hidden] == 0.5).all()
 
 
-def test_a_fresh_fusion_paints_as_the_mae_does(model, images):
+def test_a_new_fusion_reconstructs_as_the_mae_does(model, images):
     with torch.no_grad():
         found = reconstructions(model, images, 0.5, seed=0)
     torch.testing.assert_close(found["X-Former"], found["MAE"])
 
 
-def test_the_sheet_has_a_row_for_each_image(model, images):
+def test_the_grid_has_a_row_for_each_image(model, images):
     with torch.no_grad():
         found = reconstructions(model, images[:3], 0.5, seed=0)
     del found["hidden"]
-    image = sheet(rows_of_panels(found))
+    image = panel_grid(to_panels(found))
     assert image.size == (8 + 4 * (192 + 8), 28 + 3 * (192 + 8))
     corner = image.crop((8, 28, 8 + 192, 28 + 192)).resize((32, 32), 0)
     assert corner.tobytes() == bytes(images[0].permute(1, 2, 0).flatten().tolist())

@@ -1,4 +1,4 @@
-"""The report: what it says follows from the numbers, it needs nothing from outside, and it takes what there is."""
+"""The comparison page: its sentences and plots follow from the numbers, and it is self-contained."""
 
 import math
 import re
@@ -12,6 +12,7 @@ from xformer_mllm.report import Report, Run, Setting, Strip, verdict, write_repo
 from xformer_mllm.report.charts import ITM_CHANCE_LOSS, line_chart, nice_ticks, running_mean
 from xformer_mllm.report.comparison import choose_disagreements, choose_random, render
 from xformer_mllm.report.pages import PAPER
+from xformer_mllm.report.wording import image_name
 
 EVIL = "<script>alert('x')</script>&\"'"
 
@@ -101,7 +102,7 @@ def report(setting):
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags with attributes, and the text in tables' cells."""
+    """Tags with attributes and the text of table cells."""
 
     VOID = frozenset({"meta", "img", "br", "path", "text"})
 
@@ -148,7 +149,7 @@ def test_nothing_is_loaded_from_elsewhere(report):
     assert "url(" not in render(report)
 
 
-def test_every_image_and_plot_has_a_text_for_those_who_cannot_see_it(report):
+def test_images_and_plots_have_alternative_texts(report):
     tags = Page(render(report)).tags
     assert all(attributes["alt"].strip() for tag, attributes in tags if tag == "img")
     assert all(attributes["aria-label"].strip() for tag, attributes in tags if tag == "svg")
@@ -162,12 +163,36 @@ def test_the_table_holds_the_numbers_of_the_metrics(report, setting):
     assert cells[row + 3 : row + 6] == ["70.2 65.2–75.2", "60.7 55.7–65.7", "−9.7 −12.7 to −6.7"]
 
 
+def test_types_are_sorted_by_gain_and_defined(report, setting):
+    gains = {"all": difference(0.1), "texture": difference(-0.2), "count": difference(0.3)}
+    html = render(replace(report, settings=[replace(setting, differences={"xformer": gains})]))
+    assert re.findall(r'<span class="label">([^<]*)</span>', html) == ["all", "count", "texture", "correct, %"]
+    assert "Sorted by the gain of X-Former over Q-Former." in html
+    assert "<dt>count</dt><dd>the number of objects of one shape</dd>" in html
+
+
+def test_only_clear_differences_are_emphasised(report, setting):
+    unclear = {"all": difference(0.1), "texture": difference(0.01, clear=False), "count": difference(-0.1)}
+    html = render(replace(report, settings=[replace(setting, differences={"xformer": unclear})]))
+    assert '<span class="up">+10.0</span>' in html
+    assert '<span class="even">+1.0</span>' in html
+    assert '<span class="down">−10.0</span>' in html
+
+
+@pytest.mark.parametrize(
+    ("image_id", "name"),
+    [("0/test/3", "scene:test:3"), ("0/validation/3/1", "scene:validation:3"), ("7/test/3", "7/test/3"), ("p1", "p1")],
+)
+def test_images_are_named_as_the_commands_take_them(image_id, name):
+    assert image_name(image_id) == name
+
+
 def test_all_comes_first(report):
     labels = re.findall(r'<span class="label">([^<]*)</span>', render(report))
     assert labels == ["all", "texture", "count", "correct, %"]
 
 
-def test_the_dots_stand_where_the_numbers_are(report):
+def test_positions_of_dots_intervals_and_bars(report):
     html = render(report)
     assert 'class="dot v1" style="top:67%;left:71.44%"' in html
     assert 'class="interval v0" style="top:33%;left:25.11%;width:10.00%"' in html
@@ -182,7 +207,7 @@ def test_the_verdict_names_the_winner_and_the_losses(setting):
     assert "X-Former is behind Q-Former on count (−9.7)." in said
 
 
-def test_the_verdict_says_what_needs_no_image(setting):
+def test_the_verdict_gives_the_baseline_without_the_image(setting):
     assert (
         "Without the image, the most frequent training answer to the type of question is right in 25.0"
         in verdict(setting, ("qformer", "xformer"))[0]
@@ -193,24 +218,24 @@ def test_the_verdict_says_when_xformer_does_not_win(setting):
     lost = {"all": difference(-0.05), "texture": difference(0.01, clear=False), "count": difference(-0.1)}
     said = verdict(replace(setting, differences={"xformer": lost}), ("qformer", "xformer"))
     assert "Q-Former is ahead by 5.0 points" in said[0]
-    assert "There is no type of question on which X-Former is clearly ahead of Q-Former." in said
+    assert "X-Former is not clearly ahead of Q-Former on any type of question." in said
     assert "No clear difference on texture." in said
 
 
-def test_the_verdict_does_not_make_a_win_of_noise(setting):
+def test_the_verdict_claims_no_win_without_a_clear_difference(setting):
     noise = {"all": difference(0.02, clear=False)}
     said = verdict(replace(setting, differences={"xformer": noise}), ("qformer", "xformer"))
     assert "no clear difference" in said[0]
     assert "ahead by" not in said[0]
 
 
-def test_a_score_at_the_majority_answer_is_called_that(setting):
+def test_scores_not_above_a_baseline_are_named(setting):
     metrics = {"qformer": {"all": score(0.5), "texture": score(0.3, majority=0.26)}}
     said = verdict(replace(setting, metrics=metrics, differences={}), ("qformer",))
-    assert "Q-Former is not clearly better than an answer without the image on texture." in said
+    assert "Q-Former is not clearly better than a baseline without the image on texture." in said
     metrics = {"qformer": {"all": score(0.5), "texture": score(0.3, majority=0.2) | {"question_only": 0.28}}}
     said = verdict(replace(setting, metrics=metrics, differences={}), ("qformer",))
-    assert "Q-Former is not clearly better than an answer without the image on texture." in said
+    assert "Q-Former is not clearly better than a baseline without the image on texture." in said
 
 
 def test_one_variant_alone(report, setting):
@@ -259,7 +284,7 @@ def test_disagreements_are_where_only_one_is_right(setting):
     assert lost == []
 
 
-def test_random_examples_are_drawn_by_seed_and_do_not_look_at_the_answers():
+def test_random_examples_depend_only_on_the_seed():
     rows = {"qformer": [prediction(number, "red") for number in range(100)]}
     wrong = {"qformer": [prediction(number, "blue") for number in range(100)]}
     assert choose_random(rows, 8, seed=1) == choose_random(wrong, 8, seed=1)
@@ -275,7 +300,7 @@ def test_ticks_cover_the_range_in_few_steps(low, high):
     assert 2 <= len(ticks) <= 7
 
 
-def test_a_running_mean_keeps_a_straight_line_and_calms_noise():
+def test_running_mean():
     line = [(step, 2.0 * step) for step in range(100)]
     assert running_mean(line)[50] == (50, 100.0)
     noisy = [(step, float(step % 2)) for step in range(240)]
@@ -287,7 +312,7 @@ def test_a_curve_of_one_point_is_drawn():
     assert chart["lines"] == [("v0", "M44.0 166.0")]
 
 
-def test_a_loss_that_is_not_a_number_does_not_break_the_page(report):
+def test_non_finite_losses_are_left_out(report):
     log = [
         {"step": 1, "loss": 1.0, "itc_loss": math.nan, "itm_loss": 0.6},
         {"step": 2, "loss": 0.5, "itm_loss": math.inf},
@@ -297,7 +322,7 @@ def test_a_loss_that_is_not_a_number_does_not_break_the_page(report):
     assert 'd="M44.0 ' in html
 
 
-def test_the_file_is_written_whole(report, tmp_path, monkeypatch):
+def test_the_file_is_written_atomically(report, tmp_path, monkeypatch):
     path = write_report(tmp_path / "new" / "report.html", report)
     before = path.read_text(encoding="utf-8")
     assert before == render(report)

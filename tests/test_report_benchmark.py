@@ -1,4 +1,4 @@
-"""The page of one evaluation: it says what the numbers are, it needs nothing from outside, and it takes what there is."""
+"""The page of one evaluation: it shows the numbers, is self-contained, and every part but the scores is optional."""
 
 import json
 import re
@@ -22,7 +22,7 @@ VOID = {"meta", "img", "br", "link"}
 
 
 class Page(HTMLParser):
-    """What a reader sees, and whether every tag is closed in order."""
+    """The visible text, and a check that tags are closed in order."""
 
     def __init__(self, html):
         super().__init__()
@@ -94,7 +94,7 @@ def page_of(metrics, examples=()):
     return benchmark_page(f"X-Former on gvt-counting {EVIL}", f"runs/model {EVIL}", metrics, examples)
 
 
-def test_the_page_is_well_formed_self_contained_and_escaped(metrics, examples):
+def test_the_page_is_self_contained_and_escaped(metrics, examples):
     html = page_of(metrics, examples)
     page = Page(html)
     assert page.open == []
@@ -106,7 +106,7 @@ def test_the_page_is_well_formed_self_contained_and_escaped(metrics, examples):
     assert "url(" not in html
 
 
-def test_scores_are_printed_times_100_and_errors_as_they_are(metrics):
+def test_shares_are_printed_times_100_but_errors_are_not(metrics):
     page = Page(page_of(metrics))
     assert "accuracy 39.6, MAE 1.23, RMSE 2.05 (over 9,997)" in page.visible
     assert "strict 41.2 1.20 2.00 1.3 9,997" in page.visible
@@ -127,7 +127,7 @@ def test_a_number_is_shown_by_its_metric(metric, value, shown):
     assert number(metric, value) == shown
 
 
-def test_groups_of_a_kind_have_a_table_of_their_own_and_long_ones_are_folded(metrics):
+def test_each_kind_has_a_table_and_long_ones_are_collapsed(metrics):
     html = page_of(metrics)
     assert "<h3>By structural type</h3>" in html
     assert "<h3>By number of objects in the image</h3>" in html
@@ -135,13 +135,14 @@ def test_groups_of_a_kind_have_a_table_of_their_own_and_long_ones_are_folded(met
     assert "query 35.1 12" in Page(html).visible
 
 
-def test_intervals_and_what_needs_no_image_are_in_table_plot_and_legend():
+def test_intervals_and_baselines_are_shown():
     scores = {
         "all": {"accuracy": 0.664, "n": 8000, "ci95": [0.654, 0.675], "majority": 0.384, "question_only": 0.39},
         "count_all": {"accuracy": 0.43, "n": 374, "ci95": [0.38, 0.48], "majority": 0.33, "question_only": 0.33},
     }
     html = page_of({"scores": scores})
     page = Page(html)
+    assert "accuracy 66.4 (95 % interval 65.4–67.5), majority 38.4" in page.visible
     assert "all 66.4 65.4–67.5 38.4 39.0 8,000" in page.visible
     assert "count all 43.0 38.0–48.0 33.0 33.0 374" in page.visible
     assert "majority: most frequent training answer to the type of question." in page.visible
@@ -151,7 +152,7 @@ def test_intervals_and_what_needs_no_image_are_in_table_plot_and_legend():
     assert 'aria-label="count all: accuracy 43.0, majority 33.0, question alone 33.0"' in html
 
 
-def test_a_constant_answer_is_a_bar_in_the_plot_and_not_a_dot(metrics):
+def test_a_constant_answer_is_a_bar_not_a_dot(metrics):
     html = page_of(metrics)
     assert '<i class="blind majority" style="left:54.30%"></i>' in html
     assert 'class="dot v1" style="top:50%;left:54.30%"' not in html
@@ -163,7 +164,7 @@ def test_there_is_no_plot_of_one_group_or_of_other_metrics():
     assert 'class="plot"' not in page_of({"scores": {"all": caption, "in-domain": caption}})
 
 
-def test_what_belongs_to_the_score_is_said(metrics):
+def test_evaluation_settings(metrics):
     page = Page(page_of(metrics))
     assert "Prompt Question: {question} Answer:" in page.visible
     assert "5 beams, length penalty -1, at least 1 new token, at most 10 new tokens" in page.visible
@@ -192,7 +193,7 @@ def test_decoding_in_a_sentence(settings, sentence):
     assert decoding(settings) == sentence
 
 
-def test_retrieval_says_how_many_itm_scored_again():
+def test_retrieval_shows_how_many_itm_reranked():
     scores = {"all": {"mean recall": 0.5, "n": 6}, "text retrieval, ITC": {"recall@1": 0.25, "n": 2}}
     page = Page(page_of({"scores": scores, "settings": {"k_test": 128}}))
     assert "Reranked by ITM the 128 best by ITC" in page.visible
@@ -210,7 +211,7 @@ def test_a_changed_question_is_named(metrics):
     assert "the question in lower case and without punctuation" in Page(page_of(metrics)).visible
 
 
-def test_it_is_said_how_many_were_scored_and_what_was_broken(metrics):
+def test_counts_and_unreadable_images(metrics):
     page = Page(page_of(metrics))
     assert "9,997 of 10,000 records answered." in page.visible
     assert "Records 10,000 Answered 9,997 Empty answers 4 Seconds 1,234.5 Unreadable images 1" in page.visible
@@ -220,7 +221,7 @@ def test_it_is_said_how_many_were_scored_and_what_was_broken(metrics):
     assert "all 10,000 records answered." in Page(page_of(metrics | {"answered": 10_000})).visible
 
 
-def test_examples_show_image_question_truth_answer_and_what_it_is_worth(metrics, examples):
+def test_examples_show_the_answer_and_its_credit(metrics, examples):
     html = page_of(metrics, examples)
     page = Page(html)
     assert html.count("<img ") == 4

@@ -1,4 +1,4 @@
-"""The section on queries: its sentences follow from the numbers, and its page needs nothing from outside."""
+"""The section on queries: its sentences follow from the numbers, and its page is self-contained."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_sentences(analysis):
     unclear = replace(analysis, differences={"xformer": {METRIC: entry}})
     assert "no clear difference (−0.089" in verdict(unclear)[0]
     alone = replace(analysis, differences={"xformer": {METRIC: entry | {"ci95": None}}})
-    assert verdict(alone)[0].endswith("Q-Former 0.41.")  # of one image there is no interval
+    assert verdict(alone)[0].endswith("Q-Former 0.41.")  # a single image has no interval
     one = replace(analysis, models={"qformer": analysis.models["qformer"]}, differences={})
     assert verdict(replace(one, definitions={METRIC: ""})) == [
         "Attention diversity over CLIP tokens after stage 1: Q-Former 0.41."
@@ -63,4 +63,4 @@ def test_numbers_of_the_table_and_the_plot(analysis):
     assert row == [METRIC, "0.411 0.100 to 0.900", "0.322 0.100 to 0.900", "−0.089 −0.100 to −0.070"]
     assert cells[cells.index(OTHER) :][:4] == [OTHER, "–", "−0.250", "–"]
     assert "left:41.10%" in html
-    assert 'style="left:-' not in html  # a cosine below 0 stands at the axis' end
+    assert 'style="left:-' not in html  # a cosine below 0 is drawn at 0

@@ -31,7 +31,7 @@ from xformer_mllm.model.modeling_xformer import (
     XFormerForPreTraining,
     XFormerModelOutput,
 )
-from xformer_mllm.report.reconstructions import reconstructions, rows_of_panels, sheet
+from xformer_mllm.report.reconstructions import panel_grid, reconstructions, to_panels
 
 KINDS = (XFormerForPreTraining, XFormerForConditionalGeneration)
 FEATURES = ("clip_tokens", "mae_tokens", "queries", "fused_queries", "enriched_mae_tokens")
@@ -334,12 +334,12 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
             key: ((images[label] - images["original"]).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3))
             for key, label in (("mae_error", "MAE"), ("xformer_error", "X-Former"))
         }
-        rows += rows_of_panels(images)
+        rows += to_panels(images)
         for index, name in enumerate(names):
             measured = {key: error[index].item() for key, error in errors.items()}
             found.append({"image": name, "file": str(config.output), **measured})
     with atomic_path(config.output) as partial:
-        sheet(rows).save(partial, format="PNG")
+        panel_grid(rows).save(partial, format="PNG")
     if config.json:
         print(json.dumps(found))
     else:

@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences."""
+"""Sentences on the scores of a setting."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from xformer_mllm.report.wording import display_name, percent, plain, points, po
 
 
 def verdict(setting: Setting, variants: Sequence[str]) -> list[str]:
-    """What the numbers say, in sentences. A difference counts when its entry in `differences` is marked `clear`."""
+    """Sentences on the scores. A difference counts if its entry in `differences` is marked `clear`."""
     present = [variant for variant in variants if variant in setting.metrics]
     if not present:
         return []
@@ -21,7 +21,7 @@ def verdict(setting: Setting, variants: Sequence[str]) -> list[str]:
 
 
 def overall(setting: Setting, variants: Sequence[str]) -> str:
-    """The result over all questions: each variant against the first, and what needs no image."""
+    """The result over all questions: each variant against the first, and the best baseline without the image."""
     first, *others = [variant for variant in variants if variant in setting.metrics]
     sentences = [_overall_sentence(setting, first, other) for other in others] or [_alone_sentence(setting, first)]
     score = setting.metrics[first]["all"]
@@ -75,14 +75,14 @@ def _by_type_sentences(setting: Setting, first: str, other: str) -> list[str]:
             listed = ", ".join(f"{plain(group)} ({points(entry['difference'])})" for group, entry in entries)
             sentences.append(f"{title} {listed}.")
     if not ahead:
-        sentences.append(f"There is no type of question on which {name} is clearly ahead of {rival}.")
+        sentences.append(f"{name} is not clearly ahead of {rival} on any type of question.")
     if even:
         sentences.append(f"No clear difference on {', '.join(plain(group) for group in even)}.")
     return sentences
 
 
 def _below_blind_sentence(setting: Setting, variant: str) -> list[str]:
-    """Types where the interval does not lie above what needs no image: nothing was shown to be learned there."""
+    """The types whose interval is not above the baselines without the image."""
     groups = [
         plain(group)
         for group, score in setting.metrics[variant].items()
@@ -90,4 +90,4 @@ def _below_blind_sentence(setting: Setting, variant: str) -> list[str]:
     ]
     if not groups:
         return []
-    return [f"{display_name(variant)} is not clearly better than an answer without the image on {', '.join(groups)}."]
+    return [f"{display_name(variant)} is not clearly better than a baseline without the image on {', '.join(groups)}."]

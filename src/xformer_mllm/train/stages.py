@@ -28,7 +28,7 @@ from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.language_models import check_on_hub, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.report.reconstructions import reconstructions, rows_of_panels, sheet
+from xformer_mllm.report.reconstructions import panel_grid, reconstructions, to_panels
 from xformer_mllm.train import datasets, freeze, run_checkpoints
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
 from xformer_mllm.train.callbacks import LOG, SAMPLES, HeldOut, Progress, RunLog, SaveByTheClock
@@ -319,15 +319,15 @@ def _texts(folder: Path, pixels: torch.Tensor, held_out: Records, write: Write) 
 
 
 def _draw(model: Any, pixels: torch.Tensor) -> Draw | None:
-    """What HeldOut calls, where this training reconstructs: the held-out images, half hidden, as painted."""
+    """What HeldOut calls, where this training reconstructs: the masked held-out images, reconstructed."""
     if not _reconstructs(model):
         return None
 
     def draw(model: Any) -> Image.Image:
         on_device = pixels.to(next(model.parameters()).device)
-        painted = reconstructions(model, on_device, model.config.mask_ratio, seed=0)
-        del painted["hidden"]
-        return sheet(rows_of_panels(painted))
+        images = reconstructions(model, on_device, model.config.mask_ratio, seed=0)
+        del images["hidden"]
+        return panel_grid(to_panels(images))
 
     return draw
 
