@@ -2,11 +2,10 @@
 
     python benchmarks/decode.py [--rounds 40] [--size 224]
 
-JPEGs made here (blobs and noise of every scale, quality 90), one thread. All ways take turns on the same images, round by
-round, so that what else the machine does hits all alike; the median is reported. `bare` is `Image.open(...).load()` of bytes
-in memory; `decoded` is what every image passes through (RGB, upright, transparency, limits: model/images.py); `train` and
-`evaluation` are the transforms on top of it; `from shards` is a training item's whole way: read from a tar file, through
-the shuffle buffer, decoded, cropped, with its caption.
+JPEGs are synthetic (blobs and noise of every scale, quality 90); one thread. All variants take turns on the same images
+each round, so that other load affects them equally; the median is reported. `bare` is `Image.open(...).load()` of bytes in
+memory, `decoded` is `model/images.load_image` (RGB, upright, transparency, limits), `train` and `evaluation` add the
+transforms, and `from shards` is a whole training item: read from a tar file, shuffled, decoded and cropped, with caption.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def shard(folder: Path, files: list[bytes]) -> str:
 
 
 def ways(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], object]]:
-    """What is compared; each call is about the next image."""
+    """The compared variants; each call takes the next image."""
     rng, turns = random.Random(0), {}
 
     def opened(way: str) -> Image.Image:
@@ -81,7 +80,7 @@ def ways(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], 
 
 
 def seconds(compared: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of processor time an image."""
+    """Median seconds of CPU time per image."""
     taken: dict[str, list[float]] = {name: [] for name in compared}
     for round_ in range(rounds + 2):
         for name, way in compared.items():
@@ -108,7 +107,7 @@ def main() -> None:
             found = seconds(ways(files, Path(folder), arguments.size), arguments.rounds)
         if not lines:
             lines += [
-                f"| JPEG | kB | bare, ms | {' | '.join(list(found)[1:])} | items/s and core |",
+                f"| JPEG | kB | bare, ms | {' | '.join(list(found)[1:])} | items/s per core |",
                 "|---" * (len(found) + 3) + "|",
             ]
         ratios = [f"{found[name] / found['bare']:.2f}" for name in list(found)[1:]]
@@ -118,7 +117,7 @@ def main() -> None:
     turbo = features.version_feature("libjpeg_turbo") or "no"
     lines += [
         "",
-        f"`python benchmarks/decode.py --rounds {arguments.rounds} --size {arguments.size}`: medians of processor time over "
+        f"`python benchmarks/decode.py --rounds {arguments.rounds} --size {arguments.size}`: medians of CPU time over "
         f"{arguments.rounds} rounds of {IMAGES} images, one thread, {platform.machine()}, Pillow {PIL.__version__} "
         f"(libjpeg-turbo {turbo}), torch {torch.__version__}. Columns from `decoded` on are ratios to `bare`.",
     ]

@@ -1,4 +1,4 @@
-"""What `xformer data inspect` says, of every kind of source."""
+"""`xformer data inspect` on every kind of source."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from xformer_mllm.data.sources import open_captions
 
 
 def run(tmp_path, capsys, source, **settings):
-    """(findings, the words printed)"""
+    """(findings, printed text)"""
     config = InspectConfig(source=str(source), sheet=tmp_path / "sheets" / "sheet.png", **settings)
     findings = inspect(config)
     return findings, re.sub(r" +", " ", capsys.readouterr().out)
@@ -30,11 +30,11 @@ def test_folder(tmp_path, capsys):
     for line in (
         "format a folder of images with a .txt beside each",
         "images 10, 10 captions, 0 questions",
-        "splits none of its own",
-        "left out 1 without a .txt",
-        "looked at 10 images",
+        "splits none",
+        "skipped 1 without a .txt",
+        "decoded 10 images",
         "size width 8 / 8 / 40, height 8 / 8 / 20",
-        "captions 1.0 an image; words 1 / 5 / 10",
+        "captions 1.0 per image; words 1 / 5 / 10",
         "broken 1\n",
         "3.jpg: ",
     ):
@@ -48,20 +48,20 @@ def test_shards(tmp_path, capsys):
     folder = shards(tmp_path / "in", 4, 25, broken=(3,))
     (folder / "00002.tar").write_bytes((folder / "00002.tar").read_bytes()[:20_000])
     (findings,), said = run(tmp_path, capsys, folder)
-    assert "images unknown (no _stats.json says)" in said
-    assert "splits none of its own" in said
+    assert "images unknown (no _stats.json)" in said
+    assert "splits none" in said
     assert "broken " in said
     assert set(findings.broken) == {"00000/000000003", str(folder / "00002.tar")}
     for place in range(4):
         write_json(folder / f"{place:05}_stats.json", {"successes": 25})
     (findings,), said = run(tmp_path, capsys, folder)
     assert "images 100\n" in said
-    assert findings.lost == 1 + 100 - findings.looked_at + 1  # the sample, and what the shard lost
+    assert findings.lost == 1 + 100 - findings.decoded + 1  # the sample, and what the shard lost
 
 
 def test_few_images_are_spread_over_all(tmp_path, capsys):
     (findings,), said = run(tmp_path, capsys, shards(tmp_path / "in", 20, 10), max_images=20)
-    assert "looked at 20 images" in said
+    assert "decoded 20 images" in said
     seen = {int(caption.split()[1]) // 100 for caption in findings.captions}
     assert seen == {0, 1}
     rows = [{"image": write_image(tmp_path / f"{n}.jpg").name, "caption": str(n)} for n in range(100)]
@@ -73,14 +73,14 @@ def test_few_images_are_spread_over_all(tmp_path, capsys):
 @pytest.mark.parametrize("images", [0, 1000])
 def test_all(tmp_path, capsys, images):
     _, said = run(tmp_path, capsys, shards(tmp_path / "in", 12, 5), max_images=images)
-    assert f"looked at {60 if images == 0 else 50} images" in said  # ten of the twelve shards
+    assert f"decoded {60 if images == 0 else 50} images" in said  # ten of the twelve shards
 
 
 def test_shards_cut_short_are_found_without_reading_them(tmp_path, capsys):
     folder = shards(tmp_path / "in", 30, 2)
     (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:2000])
     (findings,), _ = run(tmp_path, capsys, folder, max_images=10)
-    assert findings.broken[str(folder / "00001.tar")] == "the shard is cut short or missing"
+    assert findings.broken[str(folder / "00001.tar")] == "the shard is truncated or missing"
 
 
 def test_questions_and_splits(tmp_path, capsys):
@@ -90,7 +90,7 @@ def test_questions_and_splits(tmp_path, capsys):
     ]
     (findings,), said = run(tmp_path, capsys, write_json(tmp_path / "q.json", rows))
     assert "images 1, 0 captions, 2 questions" in said
-    assert "questions 2.0 an image; words 1 / 1 / 3" in said
+    assert "questions 2.0 per image; words 1 / 1 / 3" in said
     (_, text) = findings.samples[1]
     assert text in ("How many cats? one", "Why? because")
     images = [
@@ -132,7 +132,7 @@ def test_mixture(tmp_path, capsys):
     sources = [{"source": "one", "weight": 1}, {"source": "two", "weight": 2}]
     findings, said = run(tmp_path, capsys, write_json(tmp_path / "m.json", {"sources": sources}))
     assert len(findings) == 2
-    assert said.count("looked at 5 images") == 2
+    assert said.count("decoded 5 images") == 2
 
 
 def test_contact_sheet_has_rows_of_six():
@@ -143,10 +143,10 @@ def test_contact_sheet_has_rows_of_six():
     assert six.getpixel((100, 100)) == (255, 0, 0)
 
 
-def test_nothing_that_can_be_seen(tmp_path, capsys):
+def test_no_readable_image(tmp_path, capsys):
     findings, said = run(tmp_path, capsys, shards(tmp_path / "in", 1, 3, broken=range(3)))
     assert findings[0].lost == 3
     assert "sheet" not in said
     assert not (tmp_path / "sheets").exists()
-    with pytest.raises(ValueError, match="images must not be negative"):
+    with pytest.raises(ValueError, match="--max-images must not be negative"):
         InspectConfig(source="x", max_images=-1)

@@ -206,7 +206,7 @@ def test_another_request_does_not_go_into_the_same_folder(tmp_path):
 def test_mixtures_and_impossible_numbers(tmp_path):
     shards(tmp_path / "in", 1, 2)
     mixture = write_json(tmp_path / "m.json", {"sources": [{"source": "in", "weight": 1}]})
-    with pytest.raises(ValueError, match="a mixture; make shards of each"):
+    with pytest.raises(ValueError, match="is a mixture; shard each"):
         shard(config(mixture, tmp_path))
     for settings in ({"samples_per_shard": 0}, {"shortest_side": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, and JSON read with errors that name the line."""
+"""Atomic writing of files and folders, and reading of JSON with errors that name the line."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises FileNotFoundError, or ValueError with the line and column of what is wrong."""
+    """The content of a JSON file. Raises FileNotFoundError, or ValueError with line and column of the mistake."""
     try:
         return json.loads(_text(path))
     except json.JSONDecodeError as error:
@@ -18,7 +18,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """What a file of one JSON value a line holds; blank lines do not count. Raises as `read_json`."""
+    """The values of a JSON Lines file, without blank lines. Raises as `read_json`."""
     rows = []
     for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also split within a value, at U+2028
         if line.strip():
@@ -31,9 +31,9 @@ def read_json_lines(path: Path) -> list[Any]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or a folder to; it replaces `path` when the block ends without an error.
+    """A context with a temporary path, for a file or a folder, that replaces `path` at its end.
 
-    After an error `path` is as it was and nothing else is left.
+    After an error `path` is unchanged and the temporary path removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -49,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8; the file is whole, or as it was."""
+    """Write `text` to `path` in UTF-8, atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

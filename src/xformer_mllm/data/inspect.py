@@ -1,4 +1,4 @@
-"""`xformer data inspect`: what a source of images holds, what is broken in it, and a contact sheet."""
+"""`xformer data inspect`: the contents of a data source, its broken samples, and a contact sheet."""
 
 import random
 import statistics
@@ -19,38 +19,39 @@ from xformer_mllm.data.shards import ShardSource, TarShards
 from xformer_mllm.data.sources import Mixture, find_source
 from xformer_mllm.model.images import load_image
 
-SHARDS = 10  # that are looked into
+SHARDS = 10  # shards that are read
 COLUMNS, SAMPLES = 6, 24  # of the contact sheet
 THUMBNAIL = (220, 165)
-LINE, LINES, LETTERS = 15, 3, 34  # of a caption: pixels high, lines, letters in each
+LINE, LINES, LETTERS = 15, 3, 34  # of a caption: height of a line in pixels, lines, letters per line
 MARGIN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """What a source of images holds, what is broken in it, and a contact sheet."""
+    """Show the contents of a data source, its broken samples, and a contact sheet."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
     images: Path | None = None
-    """The folder of the images that a list names, or of a mixture's sources, if it is not the file's own."""
+    """Folder of the images of a list, or of the sources of a mixture; by default that of the file."""
     sheet: Path = Path("contact-sheet.png")
-    """Where the contact sheet goes."""
+    """File to write the contact sheet to."""
     max_images: int = 1000
-    """Decode at most so many images, spread evenly (of shards: the first ones of ten shards); 0 for all."""
+    """Maximum images to decode, spread evenly over a list or the starts of ten shards; 0 for all."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for a number that cannot be."""
+        """Raises ValueError for an invalid value."""
         if self.max_images < 0:
-            raise ValueError(f"max_images must not be negative, but is {self.max_images}")
+            raise ValueError(f"--max-images must not be negative, but is {self.max_images}")
 
 
 @dataclass
 class Findings:
-    """What was found out about a source.
+    """The contents of a source.
 
-    splits: how many images each has, as the source says; None where it does not. skipped, broken: by name and why; lost:
-    how many samples were broken. texts: of the images looked at. listed: (captions, questions) of all, where known.
+    splits: size of each split, None if unknown. listed: (captions, questions) of all images, if known. skipped: counts
+    by reason. decoded: number of images tried, to which `captions`, `questions` and `sizes` belong. broken: reasons by
+    name; lost: number of broken samples. samples: (thumbnail, text) by number, for the contact sheet.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Findings:
     splits: Mapping[str, int | None]
     listed: tuple[int, int] | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
-    looked_at: int = 0
+    decoded: int = 0
     captions: list[str] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -68,13 +69,13 @@ class Findings:
 
 
 def inspect(config: InspectConfig) -> list[Findings]:
-    """Run `xformer data inspect`. Returns what it printed, for each source.
+    """Run `xformer data inspect`. Returns the printed findings of each source.
 
     Raises FileNotFoundError or ValueError as `find_source`.
     """
     found = find_source(config.source, config.images, allow_broken=True)
     sources = found.sources if isinstance(found, Mixture) else (found,)
-    every = [look(source, config.max_images, SAMPLES // len(sources) or 1) for source in sources]
+    every = [examine(source, config.max_images, SAMPLES // len(sources) or 1) for source in sources]
     for findings in every:
         print("\n".join(_lines(findings)))
     samples = [sample for findings in every for _, sample in sorted(findings.samples.items())][:SAMPLES]
@@ -85,8 +86,8 @@ def inspect(config: InspectConfig) -> list[Findings]:
     return every
 
 
-def look(source: ListSource | ShardSource, images: int, samples: int) -> Findings:
-    """Look at up to `images` records (0: all) and keep `samples` of them for the contact sheet, drawn at random."""
+def examine(source: ListSource | ShardSource, images: int, samples: int) -> Findings:
+    """Decode up to `images` records (0: all) and keep a random `samples` of them for the contact sheet."""
     if isinstance(source, ListSource):
         findings = Findings(source.name, source.format, {split: len(rows) for split, rows in source.rows.items()})
         counts = [[rows.counts(kind) for rows in source.rows.values()] for kind in ("captions", "questions")]
@@ -101,36 +102,36 @@ def look(source: ListSource | ShardSource, images: int, samples: int) -> Finding
             images or sum(size or 0 for size in findings.splits.values()),
         )
         if isinstance(source, TarShards):
-            findings.broken |= dict.fromkeys(source.cut_short(), "the shard is cut short or missing")
+            findings.broken |= dict.fromkeys(source.cut_short(), "the shard is truncated or missing")
     rng = random.Random(0)
     for record in tqdm(records, total=total or None, unit="image", leave=False):
-        findings.looked_at += 1
-        image = _note(findings, record)
+        findings.decoded += 1
+        image = _add(findings, record)
         if image is None:
             continue
         if len(findings.samples) >= samples:
-            if rng.random() * findings.looked_at >= samples:
+            if rng.random() * findings.decoded >= samples:
                 continue
             findings.samples.pop(rng.choice(list(findings.samples)))
-        findings.samples[findings.looked_at] = (ImageOps.contain(image, THUMBNAIL), _text(record))
+        findings.samples[findings.decoded] = (ImageOps.contain(image, THUMBNAIL), _text(record))
     return findings
 
 
 def _from_rows(source: ListSource, images: int) -> tuple[Iterator[Record], int]:
-    """Records spread evenly over the splits, and their number; rows without a text are known to be broken already."""
-    places = [
-        (rows, place)
+    """Records spread evenly over the splits, without the rows already known to have no text, and their number."""
+    indices = [
+        (rows, index)
         for rows in source.rows.values()
-        for place, texts in enumerate(zip(rows.counts("captions"), rows.counts("questions"), strict=True))
+        for index, texts in enumerate(zip(rows.counts("captions"), rows.counts("questions"), strict=True))
         if any(texts)
     ]
-    number = min(images or len(places), len(places))
-    chosen = [places[count * len(places) // number] for count in range(number)]
-    return (rows[place] for rows, place in chosen), number
+    number = min(images or len(indices), len(indices))
+    chosen = [indices[count * len(indices) // number] for count in range(number)]
+    return (rows[index] for rows, index in chosen), number
 
 
 def _from_shards(source: ShardSource, images: int) -> Iterator[Record]:
-    """The first records of shards that are spread evenly; all records of all shards if `images` is 0."""
+    """The first records of evenly spread shards; all records if `images` is 0."""
     shards = [shard for of_split in source.shards.values() for shard in of_split]
     if not images:
         return chain.from_iterable(source.read(shard) for shard in shards)
@@ -139,8 +140,8 @@ def _from_shards(source: ShardSource, images: int) -> Iterator[Record]:
     return islice(chain.from_iterable(islice(source.read(shard), -(-images // number)) for shard in chosen), images)
 
 
-def _note(findings: Findings, record: Record) -> Image.Image | None:
-    """Note what a record holds; returns its image."""
+def _add(findings: Findings, record: Record) -> Image.Image | None:
+    """Add a record to the findings; returns its image, None if broken."""
     if "broken" in record:
         findings.broken[record["id"]] = record["broken"]
         findings.lost += record["lost"]
@@ -164,32 +165,29 @@ def _text(record: Record) -> str:
     return f"{question['question']} {question['answers'][0]}"
 
 
-# ------------------------------------------------------------------------------------------------------------ in words
-
-
 def _lines(findings: Findings) -> list[str]:
     known = [size for size in findings.splits.values() if size is not None]
-    images = f"{sum(known):,}" if len(known) == len(findings.splits) else "unknown (no _stats.json says)"
+    images = f"{sum(known):,}" if len(known) == len(findings.splits) else "unknown (no _stats.json)"
     if findings.listed:
         images += f", {findings.listed[0]:,} captions, {findings.listed[1]:,} questions"
     own = [f"{split} {'unknown' if size is None else f'{size:,}'}" for split, size in findings.splits.items() if split]
     lines = [
         f"source      {findings.name}",
         f"format      {findings.format}",
-        f"images    {images}",
-        f"splits      {', '.join(own) or 'none of its own (some are kept for validation by the hash of their names)'}",
+        f"images      {images}",
+        f"splits      {', '.join(own) or 'none (some images are held out for validation by a hash of their name)'}",
     ]
     if skipped := [f"{count:,} {reason}" for reason, count in findings.skipped.items() if count]:
-        lines.append(f"left out    {', '.join(skipped)}")
-    lines.append(f"looked at   {findings.looked_at:,} images")
+        lines.append(f"skipped     {', '.join(skipped)}")
+    lines.append(f"decoded     {findings.decoded:,} images")
     if findings.sizes:
         widths, heights = zip(*findings.sizes, strict=True)
-        lines.append(f"size        width {_spread(widths)}, height {_spread(heights)} (smallest, median, largest)")
+        lines.append(f"size        width {_spread(widths)}, height {_spread(heights)} (min, median, max)")
     for kind, texts in (("captions", findings.captions), ("questions", findings.questions)):
         if texts:
-            each = len(texts) / max(1, findings.looked_at)
+            each = len(texts) / max(1, findings.decoded)
             words = _spread([len(text.split()) for text in texts])
-            lines.append(f"{kind:<11} {each:.1f} an image; words {words} (fewest, median, most)")
+            lines.append(f"{kind:<11} {each:.1f} per image; words {words} (min, median, max)")
     lines.append(f"broken      {findings.lost:,}")
     named = [why if name in why else f"{name}: {why}" for name, why in findings.broken.items()]
     lines += [f"            {line}" for line in named[:MAX_NAMED]]
@@ -202,18 +200,15 @@ def _spread(values: Sequence[int]) -> str:
     return f"{min(values):,} / {statistics.median_low(values):,} / {max(values):,}"
 
 
-# ------------------------------------------------------------------------------------------------------- contact sheet
-
-
 def contact_sheet(samples: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Images in rows of six, each with its caption below. A letter that Pillow's own font lacks is a box."""
+    """Draw images in rows of six with their captions below. Letters missing in Pillow's font become boxes."""
     width, height = THUMBNAIL[0] + MARGIN, THUMBNAIL[1] + LINES * LINE + 2 * MARGIN
     rows = -(-len(samples) // COLUMNS)
     sheet = Image.new("RGB", (min(COLUMNS, len(samples)) * width + MARGIN, rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    for place, (image, text) in enumerate(samples):
-        left, top = place % COLUMNS * width + MARGIN, place // COLUMNS * height + MARGIN
+    for index, (image, text) in enumerate(samples):
+        left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
         thumbnail = ImageOps.contain(image, THUMBNAIL)
         sheet.paste(thumbnail, (left + (THUMBNAIL[0] - thumbnail.width) // 2, top + THUMBNAIL[1] - thumbnail.height))
         shown = textwrap.wrap(text, LETTERS, max_lines=LINES, placeholder=" …")

@@ -1,4 +1,4 @@
-"""One record for every set of questions about images, and the words in which they are asked."""
+"""The record of all question data sets, and BLIP-2's prompt."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +12,12 @@ CAPTION_PROMPT = ""
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about one image: the one record of every question set.
+    """A question about one image.
 
-    `image_id` is shared by the questions of one image. `answer` is None where a set keeps its answers to itself;
-    `answers` are those of every annotator, where there were several. `question_type` names the kind of question within
-    its data set; `structural` (query, verify, choose, compare, logical) and `semantic` (object, attribute, category,
-    relation, global) are GQA's types, None where a data set has none.
+    `image_id` is shared by the questions about one image. `answer` is None if the data set does not publish it;
+    `answers` are those of all annotators, if there were several. `question_type` is the data set's own; `structural`
+    (query, verify, choose, compare, logical) and `semantic` (object, attribute, category, relation, global) are GQA's
+    types, None for other data sets.
     """
 
     id: str
@@ -30,16 +30,16 @@ class Question:
     answers: tuple[str, ...] = ()
 
     def item(self, image: Image.Image) -> dict[str, Any]:
-        """The record with its image: an item of a question data set."""
+        """The record with its image, as an item of a data set."""
         return {**asdict(self), "image": image}
 
 
 class ByImage(Dataset):
-    """A question data set, image by image: an item is the list of an image's questions, in their order.
+    """A question data set grouped by image: an item is the list of an image's questions, in order.
 
     Args:
         questions: the data set.
-        groups: for each image the places of its questions in it.
+        groups: the indices of each image's questions.
     """
 
     def __init__(self, questions: Dataset, groups: list[list[int]]):
@@ -47,7 +47,7 @@ class ByImage(Dataset):
 
     @classmethod
     def of(cls, dataset: Any) -> "ByImage":
-        """`dataset`, whose `questions` are records, grouped by their image."""
+        """Group a data set, whose `questions` are records, by image."""
         groups: dict[str, list[int]] = {}
         for index, question in enumerate(dataset.questions):
             groups.setdefault(question.image_id, []).append(index)
@@ -57,4 +57,4 @@ class ByImage(Dataset):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.questions[place] for place in self.groups[index]]
+        return [self.questions[question] for question in self.groups[index]]

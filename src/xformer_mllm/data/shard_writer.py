@@ -1,18 +1,17 @@
-"""`xformer data shard`: any source of images as webdataset shards, as img2dataset writes them.
+"""`xformer data shard`: write any data source as webdataset shards, as img2dataset does.
 
     00000.tar            000000000.jpg (or .png, .webp), .txt (the first caption), .json ("id", "captions", "questions",
                          width and height, ...), 000000001.jpg, ...
     00000_stats.json     {"count", "successes", "failed"}
-    shards.json          what was asked for; another request is not written into the same folder
+    shards.json          the settings; shards with other settings are not written to the same folder
 
-A sample's name is its number in the source, so broken ones are missing as failed downloads are in img2dataset's shards.
-Each shard is written whole or not at all: a killed run goes on with the first shard that is missing.
+A sample is named after its number in the source; broken samples leave gaps, as failed downloads do in img2dataset.
+Shards are written atomically: a killed run resumes with the first missing one.
 """
 
 import io
 import json
 import logging
-import os
 import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -28,48 +27,48 @@ from xformer_mllm.data.formats import ListSource
 from xformer_mllm.data.records import MIN_COUNTED, Record, check_broken, open_image
 from xformer_mllm.data.shards import ShardSource, stats_file
 from xformer_mllm.data.sources import Mixture, find_source
-from xformer_mllm.files import read_json, write_whole
+from xformer_mllm.files import atomic_path, read_json, write_whole
 from xformer_mllm.model.images import load_image
 
 logger = logging.getLogger(__name__)
 
 ABOUT = "shards.json"
-KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # files of these formats are copied as they are
+KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # copied unchanged
 QUALITY = 95  # of JPEG, as img2dataset's
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
-    """Any source of images as webdataset shards, as img2dataset writes them."""
+    """Write any data source as webdataset shards, as img2dataset does."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
     output_dir: Path
-    """Where the shards go; a killed run goes on there."""
+    """Folder for the shards; rerun the same command to resume."""
     images: Path | None = None
-    """The folder of the images that a list names, if it is not the list's own."""
+    """Folder of the images of a list; by default that of the file."""
     split: str | None = None
-    """Which of the source's own splits; by default train, where it has several."""
+    """Split of the source to write; by default its only one, or train."""
     samples_per_shard: int = 10_000
-    """Samples in a shard."""
+    """Samples per shard."""
     shortest_side: int | None = None
-    """Images whose shorter side is longer are made so small, in pixels; by default files are copied as they are."""
+    """Resize larger images to this shorter side, in pixels; by default files are copied unchanged."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for a number that cannot be."""
+        """Raises ValueError for an invalid value."""
         for name in ("samples_per_shard", "shortest_side"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
 
 
 def shard(config: ShardConfig) -> Path:
     """Run `xformer data shard` and return the folder.
 
-    Raises ValueError if the folder holds other shards, or once more than 1 % of what was read is broken.
+    Raises ValueError if the folder holds other shards, or once more than 1 % of the samples are broken.
     """
     found = find_source(config.source, config.images)
     if isinstance(found, Mixture):
-        raise ValueError(f"{config.source}: a mixture; make shards of each of its sources")
+        raise ValueError(f"{config.source}: is a mixture; shard each of its sources")
     split = _chosen_split(config, found.rows if isinstance(found, ListSource) else found.shards)
     _begin(config, split)
     records, total = _records(found, split)
@@ -79,18 +78,18 @@ def shard(config: ShardConfig) -> Path:
         for samples in _chunks(iter(bar), config.samples_per_shard):
             path = config.output_dir / f"{shards:05}.tar"
             stats = _stats(path) or _write_shard(path, samples, shards, config, names)
-            for _ in samples:  # of a shard that is there already
+            for _ in samples:  # of a finished shard
                 pass
             shards += 1
             count, failed = count + stats["count"], failed + stats["failed"]
             check_broken(config.source, failed, max(count, MIN_COUNTED), names, "samples")
-    left_out = f"; {failed:,} broken ones are left out" if failed else ""
-    print(f"{config.output_dir}: {count - failed:,} samples in {shards:,} shards{left_out}")
+    skipped = f"; {failed:,} broken samples skipped" if failed else ""
+    print(f"{config.output_dir}: {count - failed:,} samples in {shards:,} shards{skipped}")
     return config.output_dir
 
 
 def _chosen_split(config: ShardConfig, splits: Collection[str]) -> str:
-    """The name of the split to be written. Raises ValueError if the source has no such split, or does not say which."""
+    """The name of the split to write. Raises ValueError if the source does not have it."""
     wanted = config.split or (next(iter(splits)) if len(splits) == 1 else "train")
     if wanted not in splits:
         raise ValueError(f"{config.source}: has no split {wanted!r}; --split takes {', '.join(splits) or 'none'}")
@@ -98,7 +97,7 @@ def _chosen_split(config: ShardConfig, splits: Collection[str]) -> str:
 
 
 def _begin(config: ShardConfig, split: str) -> None:
-    """Note what goes into the folder. Raises ValueError if that is not what is there."""
+    """Write the settings to the folder. Raises ValueError if it holds something else."""
     about = {
         "source": config.source,
         "split": split,
@@ -117,7 +116,7 @@ def _begin(config: ShardConfig, split: str) -> None:
 
 
 def _records(found: ListSource | ShardSource, split: str) -> tuple[Iterator[Record], int | None]:
-    """A split's records in order, and how many they are, if that is known."""
+    """A split's records in order, and their number if known."""
     if isinstance(found, ListSource):
         rows = found.rows[split]
         return (rows[place] for place in range(len(rows))), len(rows)
@@ -130,25 +129,24 @@ def _chunks(records: Iterator[Record], size: int) -> Iterator[Iterator[Record]]:
 
 
 def _stats(path: Path) -> dict[str, int] | None:
-    """What a finished shard's stats file says; it is written last."""
+    """The contents of a finished shard's stats file, which is written last."""
     return read_json(stats_file(path)) if path.is_file() and stats_file(path).is_file() else None
 
 
 def _write_shard(
     path: Path, samples: Iterator[Record], number: int, config: ShardConfig, names: list[str]
 ) -> dict[str, int]:
-    """Write a shard and its stats file. The names of what is broken go into `names`."""
+    """Write a shard and its stats file. The ids of broken samples go into `names`."""
     digits = len(str(config.samples_per_shard - 1))
     count = failed = 0
-    partial = path.with_name(path.name + ".partial")
     try:
-        with tarfile.open(partial, "w") as tar:
-            for place, record in enumerate(samples):
+        with atomic_path(path) as partial, tarfile.open(partial, "w") as tar:
+            for index, record in enumerate(samples):
                 count += record.get("lost", 1)
                 try:
-                    files = _files(record, f"{number:05}{place:0{max(4, digits)}}", config.shortest_side)
+                    files = _files(record, f"{number:05}{index:0{max(4, digits)}}", config.shortest_side)
                 except BrokenError as error:
-                    logger.warning("left out: %s", error)
+                    logger.warning("skipped: %s", error)
                     names.append(record["id"])
                     failed += record.get("lost", 1)
                     continue
@@ -156,18 +154,15 @@ def _write_shard(
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        os.replace(partial, path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     stats = {"count": count, "successes": count - failed, "failed": failed}
     write_whole(stats_file(path), json.dumps(stats, indent=2) + "\n")
     return stats
 
 
 class BrokenError(ValueError):
-    """A sample that cannot be used; not a fault of what is being written."""
+    """The sample is broken, as opposed to an error of writing the shard."""
 
 
 def _files(record: Record, key: str, shortest_side: int | None) -> dict[str, bytes]:
@@ -188,7 +183,7 @@ def _files(record: Record, key: str, shortest_side: int | None) -> dict[str, byt
 
 
 def _image(record: Record, shortest_side: int | None) -> tuple[str, bytes, dict[str, int]]:
-    """An image's suffix, file and sizes. It is decoded in any case, to see that it can be."""
+    """An image's suffix, file content and sizes. It is always decoded, to check it."""
     opened = open_image(record["image"], record["id"])
     kept = KEPT.get(opened.format or "")
     image = load_image(opened)

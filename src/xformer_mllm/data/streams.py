@@ -106,7 +106,7 @@ StreamPart = ListPart | ShardPart
 
 
 class ListOrder:
-    """A reader's endless order of a list, (record, epoch): a permutation per epoch, of which it takes every n-th row."""
+    """A reader's endless order of a list, (record, epoch): every n-th row of one permutation per epoch."""
 
     def __init__(self, part: ListPart, seed: str, reader: int, readers: int, state: dict | None):
         self._part, self._seed = part, seed

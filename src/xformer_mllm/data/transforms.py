@@ -1,13 +1,13 @@
-"""An image -> uint8[3, S, S]: one crop and one flip, which both encoders see.
+"""Image transforms, PIL image -> uint8[3, S, S]: one crop and one flip, seen by both encoders.
 
-Each encoder applies its own mean and deviation in the model, so nothing is normalised here.
+Nothing is normalised here: each encoder applies its own mean and standard deviation in the model.
 
-Training, BLIP-2's `blip2_image_train` (LAVIS processors/blip_processors.py) and, but for the smallest area, MAE's
-(main_pretrain.py): a random crop of 50-100 % of the area and a ratio of sides between 3:4 and 4:3, resized bicubically;
-flipped sideways every second time. Evaluation, BLIP-2's `blip_image_eval`: the whole image resized to a square, as
-`model/processing_xformer.py` does it, pixel by pixel.
+Training is BLIP-2's `blip2_image_train` (LAVIS processors/blip_processors.py) and, except for the smallest area, MAE's
+(main_pretrain.py): a random crop of 50-100 % of the area with an aspect ratio between 3:4 and 4:3, resized bicubically,
+and a horizontal flip with probability 0.5. Evaluation is BLIP-2's `blip_image_eval`: the whole image resized to a
+square, with the same pixels as `model/processing_xformer.py`.
 
-A flipped image no longer fits a caption that says left or right. BLIP-2 flips anyway; flip=False does not.
+A flipped image no longer matches a caption that says left or right. BLIP-2 flips anyway; flip=False does not.
 """
 
 import math
@@ -23,13 +23,13 @@ from xformer_mllm.model.images import load_image
 SCALE = (0.5, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
-FINER = 2.0  # what a JPEG is decoded to has at least so many pixels a side for one of the result; Pillow's thumbnail's
+REDUCING_GAP = 2.0  # least ratio of a reduced JPEG's side to the result's, as in Pillow's `thumbnail`
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112  # in EXIF
 
 
 class Transform(Protocol):
-    """An image as `Image.open` gives it, not decoded yet -> uint8[3, S, S].
+    """An image as opened by `Image.open`, not yet decoded -> uint8[3, S, S].
 
     rng: the source of all randomness.
     """
@@ -40,16 +40,16 @@ class Transform(Protocol):
 
 
 class TrainTransform:
-    """A random crop, resized, perhaps flipped.
+    """A random crop, resized and randomly flipped.
 
-    A JPEG whose crop is at least four times as wide and high as `size` is decoded at a half, a quarter or an eighth of its
-    size (Pillow's draft mode), which is still at least `FINER` times as fine as the result.
+    A JPEG whose crop is at least four times as wide and high as `size` is decoded at a half, a quarter or an eighth
+    of its size (Pillow's draft mode), which is still at least `REDUCING_GAP` times as large as the result.
     """
 
     def __init__(self, size: int, scale: tuple[float, float] = SCALE, flip: bool = True):
-        """size: of the square, in pixels. scale: smallest and largest share of the image's area.
+        """size: side of the result, in pixels. scale: smallest and largest share of the image's area.
 
-        Raises ValueError for what cannot be.
+        Raises ValueError for an invalid value.
         """
         if size < 1:
             raise ValueError(f"an image's size must be at least 1 pixel, not {size}")
@@ -60,19 +60,19 @@ class TrainTransform:
     def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
         width, height = _upright_size(image)
         left, top, right, bottom = draw_crop(width, height, self.scale, rng)
-        factor = min(right - left, bottom - top) / (self.size * FINER)
+        factor = min(right - left, bottom - top) / (self.size * REDUCING_GAP)
         if factor >= 2:
             image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
         image = load_image(image)
-        across, down = image.width / width, image.height / height  # 1, unless decoded at a part of its size
+        across, down = image.width / width, image.height / height  # 1 unless decoded at a reduced size
         crop = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
-        # Pillow's bicubic resizing but for a grey level or two here and there, and several times as fast.
+        # Equal to Pillow's bicubic resizing within two grey levels, and several times as fast.
         pixels = torch.nn.functional.interpolate(_tensor(crop)[None], self.size, mode="bicubic", antialias=True)[0]
         return pixels.flip(2) if self.flip and rng.random() < 0.5 else pixels
 
 
 class EvalTransform:
-    """The whole image, resized by Pillow: the very pixels that the processor gives the model at inference."""
+    """The whole image, resized by Pillow as the processor does at inference."""
 
     def __init__(self, size: int):
         self.size = size
@@ -84,7 +84,7 @@ class EvalTransform:
 def draw_crop(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a random crop, as torchvision's RandomResizedCrop draws it.
 
-    The area is uniform in `scale` and the ratio log-uniform in `RATIO`; after ten that do not fit into the image it is
+    The area is uniform in `scale` and the ratio log-uniform in `RATIO`; after ten that do not fit into the image, it is
     the largest centred crop whose ratio is within `RATIO`.
     """
     for _ in range(TRIES):
@@ -101,11 +101,11 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], rng: random.R
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once the EXIF orientation is applied."""
+    """Width and height after applying the EXIF orientation."""
     sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
     return (image.height, image.width) if sideways else image.size
 
 
 def _tensor(image: Image.Image) -> torch.Tensor:
-    """RGB -> uint8[3, H, W], the channels innermost in memory."""
+    """RGB image -> uint8[3, H, W], channels last in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -102,7 +102,9 @@ def records_of(dataset: Dataset, count: int) -> list[Any]:
 
 def described(dataset: Dataset) -> str:
     """The size of a data set, for the log."""
-    return "an endless stream" if isinstance(dataset, IterableDataset) else f"{len(dataset):,} training records"  # type: ignore[arg-type]
+    if isinstance(dataset, IterableDataset):
+        return "an endless stream"
+    return f"{len(dataset):,} training records"  # type: ignore[arg-type]
 
 
 def _how(config: RunConfig, size: int) -> dict[str, Any]:
