@@ -141,7 +141,7 @@ def test_at_step_0_the_model_answers_bit_for_bit_as_before(pixels, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @hosts
-def test_step_0_holds_in_half_precision_and_the_fusion_stays_fp32(pixels, kind, dtype):
+def test_step_0_in_half_precision_with_an_fp32_fusion(pixels, kind, dtype):
     model, inputs = host(kind)
     model, pixels = model.to(dtype), pixels.to(dtype)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_it_is_our_own_x_former_with_the_same_weights(images, pixels):
     assert torch.equal(ours.generate(images, ids, mask, max_new_tokens=6), generated[:, ids.shape[1] :])
 
 
-def test_pixels_that_were_normalised_otherwise_are_undone_otherwise(images, pixels):
+def test_pixels_are_denormalised_by_the_given_statistics(images, pixels):
     mae, half, seen = tiny_mae(), ([0.5] * 3, [0.25] * 3), []
     given = {"clip_mean": half[0], "clip_std": half[1]}
     for settings, normalised in (({}, pixels), (given, scaled(images, 32, *half, torch.float32))):
@@ -364,14 +364,14 @@ def test_what_cannot_be_attached_is_said_in_one_line(pixels, tmp_path):
     ("mae", "settings", "message"),
     [
         (None, {}, "mae must be a vision tower of transformers or a saved fusion's folder, not a NoneType"),
-        (lambda: OPTModel(tiny_config().text_config), {}, "must be a vision tower, and a OPTModel is none"),
-        (tiny_mae, {"fusion": "concat"}, "no setting of a fusion: fusion; there are fusion_blocks, mae_mean"),
-        (tiny_mae, {"fusion_blokcs": 2}, "no setting of a fusion: fusion_blokcs"),
+        (lambda: OPTModel(tiny_config().text_config), {}, "must be a vision tower, not a OPTModel"),
+        (tiny_mae, {"fusion": "concat"}, "unknown settings: fusion; a fusion takes fusion_blocks, mae_mean"),
+        (tiny_mae, {"fusion_blokcs": 2}, "unknown settings: fusion_blokcs"),
         (lambda: "my-fusion", {"fusion_blocks": 2}, "has its own settings; leave out fusion_blocks"),
         (lambda: detach_xformer(attach_xformer(host("blip2")[0], tiny_mae())), {"mae_mean": [0.5] * 3}, "mae_mean"),
     ],
 )
-def test_a_wrong_second_encoder_or_setting_is_said_in_one_line(mae, settings, message):
+def test_a_wrong_second_encoder_or_setting_is_an_error(mae, settings, message):
     model, _ = host("blip2")
     with pytest.raises(ValueError, match=message) as caught:
         attach_xformer(model, mae and mae(), **settings)
@@ -379,7 +379,7 @@ def test_a_wrong_second_encoder_or_setting_is_said_in_one_line(mae, settings, me
     assert not hasattr(model, "xformer")
 
 
-def test_a_saved_model_of_another_kind_is_no_attached_x_former(tmp_path):
+def test_a_saved_model_of_another_kind_is_an_error(tmp_path):
     variant = variant_config("qformer", tiny_config("blip2"))
     XFormerForConditionalGeneration(variant).save_pretrained(tmp_path)
     model, _ = host("blip2")

@@ -35,7 +35,7 @@ def test_the_shipped_weights_are_small_and_safe():
     assert {path.suffix for path in files} == {".safetensors", ".json"}
 
 
-def test_the_frozen_parts_are_the_shipped_ones_and_random_mae_is_not(images):
+def test_frozen_parts_are_the_shipped_ones(images):
     mae = ViTMAEForPreTraining.from_pretrained(WEIGHTS / "mae").eval()
     mae.config.mask_ratio = 0.5
     noise = torch.rand(3, mae.vit.embeddings.patch_embeddings.num_patches)
@@ -87,7 +87,7 @@ def test_the_seed_decides_the_new_weights():
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_an_instruction_aware_stage_2_reads_the_prompt_through_the_processor(images, tmp_path):
+def test_instruction_aware_stage_2_reads_the_prompt(images, tmp_path):
     first, processor = start_pretraining("xformer")
     randomise(first, 0.05).save_pretrained(tmp_path / "stage1")
     processor.save_pretrained(tmp_path / "stage1")
@@ -122,7 +122,7 @@ def test_stage_2_starts_with_what_stage_1_learned(variant, images, tmp_path):
     assert not [name for name in left_behind if "encoder.tower" not in name]
 
 
-def test_batched_answers_equal_single_ones_and_the_pipeline_gives_them_too(images, tmp_path):
+def test_batches_and_pipeline_equal_single_answers(images, tmp_path):
     first, processor = start_pretraining("xformer")
     randomise(first, 0.05).save_pretrained(tmp_path / "stage1")
     processor.save_pretrained(tmp_path / "stage1")

@@ -80,7 +80,7 @@ def test_a_bert_starts_stage_1_behind_any_tower(files, tower, tmp_path):
     assert torch.isfinite(model(images, **text).loss)
 
 
-def test_what_stage_1_starts_goes_on_to_stage_2(files, tmp_path):
+def test_converted_stage_1_continues_to_stage_2(files, tmp_path):
     assert run(files, tmp_path / "out", "--qformer", "itm", "--mae", "mae", "--allow", "itg_*", "temperature") == 0
     assert {"ITC scores", "ITM logits"} < set(differences(tmp_path / "out"))
     model, _ = start_generation(tmp_path / "out", str(files / "opt"))
@@ -92,7 +92,7 @@ def test_stage_1s_blip2_starts_stage_2_with_a_new_projection(files, tmp_path):
     parts = {(row["part"], row["from"]) for row in record(tmp_path / "out")["parts"]}
     assert ("language_projection", "initialised") in parts
     assert "queries" in differences(tmp_path / "out")
-    assert {row["why"] for row in record(tmp_path / "out")["left"]} == {"of stage 1 alone"}
+    assert {row["why"] for row in record(tmp_path / "out")["left"]} == {"stage 1 only"}
 
 
 def test_another_tower_behind_a_qformer_is_run_with_it(files, tmp_path):
@@ -128,10 +128,10 @@ def test_a_converted_model_is_trained_through_both_stages(files, tmp_path, capsy
     assert main([*stage2, "--output-dir", str(tmp_path / "stage2"), *few]) == 0
 
 
-def test_stage_2_goes_on_from_a_converted_language_model(converted, files):
+def test_stage_2_starts_from_a_converted_model(converted, files):
     parent = XFormerForConditionalGeneration.from_pretrained(converted)
     model, _ = start_generation(converted)
     torch.testing.assert_close(model.language_projection.weight, parent.language_projection.weight, atol=0, rtol=0)
     assert all(p.dtype == torch.float32 for n, p in model.xformer.qformer.named_parameters())
-    with pytest.raises(ValueError, match="has learned its prompt"):
+    with pytest.raises(ValueError, match="its prompt format is fixed"):
         start_generation(converted, instruction_aware=True)

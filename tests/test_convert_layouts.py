@@ -104,7 +104,7 @@ def lavis_image(files, tensors, image, config):
     return normed(tensors, "ln_vision", lavis_eva(eva_tensors, pixels, 3), 1e-5)
 
 
-def test_lavis_stage_1_gives_the_same_scores_words_and_temperature(files, image, tmp_path):
+def test_lavis_stage_1_gives_the_same_outputs(files, image, tmp_path):
     assert run(files, tmp_path / "out", "--qformer", "blip2_pretrained.pth", *LAVIS) == 0
     model, processor = load_model(tmp_path / "out", [XFormerForPreTraining])
     tensors = torch.load(files / "blip2_pretrained.pth")["model"]
@@ -144,7 +144,7 @@ def test_lavis_stage_1_gives_the_same_scores_words_and_temperature(files, image,
     assert left == {
         "tied to the word embeddings and the bias": 2,
         "numbers of positions, not weights": 1,
-        "behind the layer that is read": 13 + 4,  # the last block, the final norm and the head
+        "after the layer that is read": 13 + 4,  # the last block, the final norm and the head
     }
 
 

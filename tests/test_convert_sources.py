@@ -1,11 +1,38 @@
-"""A checkpoint that cannot be what it is named as is said in one line."""
+"""Checkpoints that cannot be found or read, or do not fit what they are named as."""
 
 import pytest
 import torch
-from published import fails
+from published import blip2_config, fails
+from torch.nn import functional
 from transformers import T5Config
 
 pytest_plugins = ["published_files"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/at/all", "no such file or folder"),
+        ("Salesforce/blip2-opt-2.7b", "not available on the Hub"),
+        ("strange", "transformers does not know ('strange')"),
+        ("empty", "no config.json in it"),
+        ("no_weights", "no weights in it"),
+        ("broken", "damaged or cut short"),
+        ("code.pth", "not a checkpoint that can be read safely"),
+        ("list.pth", "no tensors in it"),
+    ],
+)
+def test_unreadable_checkpoints_are_an_error(files, name, message, tmp_path, capsys):
+    for folder in ("strange", "empty"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "strange"}')
+    blip2_config().save_pretrained(tmp_path / "no_weights")
+    blip2_config().save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x10\0\0\0")
+    torch.save({"model": functional.gelu}, tmp_path / "code.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    named = tmp_path / name if (tmp_path / name).exists() else name
+    assert message in fails(files, capsys, tmp_path / "out", "--qformer", named, "--mae", "mae")
 
 
 @pytest.mark.parametrize(
@@ -22,24 +49,24 @@ pytest_plugins = ["published_files"]
             ("--qformer", "blip2_pretrained.pth", "--clip", "blip2_pretrained.pth", "--mae", "mae"),
             "not LAVIS's EVA-CLIP",
         ),
-        (("--qformer", "blip2", "--mae", "blip2_pretrained.pth"), "--mae takes a hub id or a folder"),
-        (("--qformer", "blip2", "--mae", "bert"), "bert is no vision tower"),
+        (("--qformer", "blip2", "--mae", "blip2_pretrained.pth"), "--mae takes a Hub id or a folder"),
+        (("--qformer", "blip2", "--mae", "bert"), "bert is not a vision tower"),
         (("--qformer", "blip2", "--mae", "dino"), "needs the decoder of a MAE"),
         (("--qformer", "itm", "--mae", "mae", "--qformer-tokenizer", "opt"), "not a BERT's tokenizer"),
     ],
 )
-def test_what_does_not_go_together_is_said_in_one_line(files, words, message, tmp_path, capsys):
+def test_sources_that_do_not_fit_are_an_error(files, words, message, tmp_path, capsys):
     assert message in fails(files, capsys, tmp_path / "out", *words)
 
 
 def test_an_encoder_decoder_is_refused(files, tmp_path, capsys):
     T5Config().save_pretrained(tmp_path / "t5")
     words = ("--qformer", "blip2", "--mae", "mae", "--llm", tmp_path / "t5")
-    assert "a t5 is no causal language model" in fails(files, capsys, tmp_path / "out", *words)
+    assert "a t5 is not a causal language model" in fails(files, capsys, tmp_path / "out", *words)
 
 
 @pytest.mark.parametrize("missing", ["pos_embed", "blocks.1.attn.v_bias"])
-def test_a_tower_that_is_not_whole_is_said(files, missing, tmp_path, capsys):
+def test_an_incomplete_tower_is_an_error(files, missing, tmp_path, capsys):
     tensors = torch.load(files / "eva_vit_g.pth")
     del tensors[missing]
     torch.save(tensors, tmp_path / "cut.pth")

@@ -467,7 +467,7 @@ def test_the_folder_of_a_run_is_a_recipe_and_no_model_before_it_is_finished(tmp_
 
 
 def test_a_language_model_that_is_not_to_be_had_is_one_line():
-    with pytest.raises(ValueError, match="llm nosuch/model: no such folder, and not to be had from the hub"):
+    with pytest.raises(ValueError, match="llm nosuch/model: no such folder, and not available on the Hub"):
         language_model_config("nosuch/model")
 
 

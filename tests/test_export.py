@@ -117,7 +117,7 @@ def alone(place: Path, *programs: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_plain_transformers_runs_the_cards_examples_and_gives_the_same(place, runs):
+def test_plain_transformers_runs_the_cards_examples(place, runs):
     programs = [
         # From the hub's cache: the card's own words, then what it made, saved by transformers and loaded again.
         program_in(place / "stage2" / "README.md")
@@ -183,7 +183,7 @@ print({name: str(parameter.dtype) for name, parameter in model.named_parameters(
         assert dtype == ("torch.bfloat16" if frozen else "torch.float32"), name
 
 
-def test_transformers_finds_every_file_of_the_code_and_none_imports_the_package(place):
+def test_exported_code_is_complete_and_standalone(place):
     code = {file.name for file in (place / "stage1").glob("*.py")}
     entries = [place / "stage1" / f"{name}_xformer.py" for name in ("configuration", "modeling", "processing")]
     followed = {Path(file).name for entry in entries for file in get_relative_import_files(entry)}
@@ -200,7 +200,7 @@ def test_transformers_finds_every_file_of_the_code_and_none_imports_the_package(
                 assert not node.module.startswith("xformer_mllm")
 
 
-def test_the_weights_are_the_models_own_in_shards_with_an_index(place, runs):
+def test_weights_are_unchanged_in_shards_with_an_index(place, runs):
     original = load_file(runs / "stage2" / "model" / "model.safetensors")
     index = json.loads((place / "stage2" / "model.safetensors.index.json").read_text())
     shards = sorted((place / "stage2").glob("*.safetensors"))
@@ -256,9 +256,15 @@ def trained(runs, tmp_path):
         shutil.copytree(runs / name, tmp_path / name)
     made = {"qformer": "Salesforce/blip2-opt-2.7b", "mae": str(tmp_path / "mae-local"), "llm": None}
     (tmp_path / "stage1" / "model" / "conversion.json").write_text(json.dumps({"settings": made}))
-    first = {"command": "train stage1", "data": "/data/pairs", "steps": 7}
+    first = {"command": "train stage1", "data": "/data/pairs", "augment": "crop", "steps": 7}
     (tmp_path / "stage1" / "config.json").write_text(json.dumps(first))
-    second = {"command": "train stage2", "data": "scenes", "llm": "facebook/opt-2.7b", "steps": 5}
+    second = {
+        "command": "train stage2",
+        "data": "scenes",
+        "augment": "crop+flip",
+        "llm": "facebook/opt-2.7b",
+        "steps": 5,
+    }
     second["from_pretraining"] = str(tmp_path / "stage1")
     (tmp_path / "stage2" / "config.json").write_text(json.dumps(second))
     evaluation = tmp_path / "stage2" / "evaluation" / "vqav2-val"
@@ -267,7 +273,7 @@ def trained(runs, tmp_path):
     return tmp_path
 
 
-def test_the_card_says_what_was_found_beside_the_model(trained, capsys):
+def test_the_card_states_runs_and_scores(trained, capsys):
     output = run(trained / "stage2", trained / "new", datasets=("you/pairs",))
     card = ModelCard.load(output / "README.md")
     fields = card.data.to_dict()
@@ -297,6 +303,7 @@ def test_the_card_says_what_was_found_beside_the_model(trained, capsys):
     ):
         assert expected in text, expected
     assert str(trained) not in text
+    assert text.count('"augment"') == 1  # the scenes are never augmented
     printed = capsys.readouterr().out
     assert "scores in the card: vqav2 val" in printed
     assert "licence is not settled" in printed
@@ -317,7 +324,7 @@ def test_a_settled_licence_has_no_note(trained):
         assert "not settled" in (output / "README.md").read_text()
 
 
-def test_scores_of_another_model_and_of_older_weights_stay_out_unless_named(trained, capsys):
+def test_stale_scores_are_left_out_unless_named(trained, capsys):
     file = trained / "stage2" / "evaluation" / "vqav2-val" / "metrics.json"
     os.utime(file, (1, 1))
     output = run(trained / "stage2", trained / "new")
@@ -337,7 +344,7 @@ def test_scores_of_another_model_and_of_older_weights_stay_out_unless_named(trai
     assert "scores in the card: vqav2 val" in capsys.readouterr().out
 
 
-def test_scores_on_exported_scenes_are_called_so_and_are_not_the_hubs(trained, capsys):
+def test_scores_on_exported_scenes_are_marked(trained, capsys):
     file = trained / "stage2" / "evaluation" / "vqav2-val" / "metrics.json"
     file.write_text(json.dumps(SCORES | {"exported_scenes": True}))
     card = ModelCard.load(run(trained / "stage2", trained / "new") / "README.md")
@@ -348,10 +355,10 @@ def test_scores_on_exported_scenes_are_called_so_and_are_not_the_hubs(trained, c
     assert "scores in the card: vqav2 val: the embedded scenes in its format" in capsys.readouterr().out
 
 
-def test_without_anything_beside_it_the_card_says_so(runs, tmp_path):
+def test_a_card_without_runs_or_scores(runs, tmp_path):
     text = (run(runs / "qformer", tmp_path / "half") / "README.md").read_text()
     assert "mae_encoder" not in text
-    assert "is not known here" in text
+    assert "training data and settings are not known" in text
     assert "## Scores" not in text
     assert "# half" in text
 
@@ -363,7 +370,7 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_cannot_be_exported_is_said_in_one_line(runs, tmp_path):
+def test_invalid_exports_are_an_error(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match="no trained model"):
         run(tmp_path / "nothing", tmp_path / "new")
     (tmp_path / "full").mkdir()
@@ -395,7 +402,7 @@ def test_a_model_without_one_of_its_files_is_named(file, runs, tmp_path):
     assert left_in(tmp_path) == ["model"]
 
 
-def test_weights_that_are_cut_short_missing_or_misshapen_are_an_error(runs, tmp_path):
+def test_damaged_or_incomplete_weights_are_an_error(runs, tmp_path):
     shutil.copytree(runs / "stage1" / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     whole = load_file(weights)

@@ -316,7 +316,7 @@ def test_a_model_without_a_chat_template_says_so(start):
 
 def test_what_is_no_language_model_is_said(tmp_path):
     ViTMAEConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a vit_mae is no language model"):
+    with pytest.raises(ValueError, match="a vit_mae is not a language model"):
         load_language_model(str(tmp_path))
 
 

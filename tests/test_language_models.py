@@ -77,7 +77,7 @@ def test_a_hub_id_that_is_not_to_be_had_names_its_flag(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(language_models, "snapshot_download", snapshot_download)
-    with pytest.raises(ValueError, match=r"--llm a/b: no such folder, and not to be had from the hub \(no ") as raised:
+    with pytest.raises(ValueError, match=r"--llm a/b: no such folder, and not available on the Hub \(no ") as raised:
         check_on_hub("--llm", "a/b")
     assert "\n" not in str(raised.value)
 
@@ -167,7 +167,7 @@ def test_a_chat_template_is_taken_apart():
 
 @pytest.mark.parametrize(
     ("template", "said"),
-    [(None, "has no chat template"), (lambda asked, said: asked.upper() + said, "changes what is said")],
+    [(None, "has no chat template"), (lambda asked, said: asked.upper() + said, "changes the text it wraps")],
 )
 def test_a_chat_template_that_cannot_be_used(template, said):
     with pytest.raises(ValueError, match=f"some-model: .*{said}") as error:

@@ -235,7 +235,7 @@ def test_a_model_with_a_language_model_goes_on_with_that_one(runs, tmp_path, cap
 
 
 def test_what_a_flag_names_and_is_not_to_be_had_is_one_line(runs, tmp_path, capsys):
-    output, hub = ["--output-dir", str(tmp_path / "run")], "no such folder, and not to be had from the hub"
+    output, hub = ["--output-dir", str(tmp_path / "run")], "no such folder, and not available on the Hub"
     stage2 = ["train", "stage2", "--from-pretraining", str(runs / "undisturbed"), "--llm", "nosuch/model"]
     assert main([*stage2, *output]) == 2
     assert f"xformer: --llm nosuch/model: {hub}" in capsys.readouterr().err

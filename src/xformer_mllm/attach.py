@@ -1,11 +1,12 @@
-"""X-Former on a BLIP-2 or InstructBLIP that exists: `attach_xformer(model, mae)` adds the fusion to it in place.
+"""X-Former on an existing BLIP-2 or InstructBLIP: `attach_xformer(model, mae)` adds the fusion in place.
 
     pixels ─┬─> model.vision_model ──> C ──> model.qformer ──> Z_q ─┐
             │                                                       ├─ fusion ──> Z' ──> model.language_projection ──> …
             └─> second encoder (frozen) ──> M ──────────────────────┘
 
-Two hooks do it: one in front of the vision model takes the pixels to the second encoder, one behind the Q-Former puts Z' in
-the place of Z_q. The model's own parts, their names and their weights stay as they are. `model.xformer` is what is new.
+C and M are the tokens of the CLIP tower and of the second encoder (a MAE, for instance), Z_q the Q-Former's output, Z' the
+fused queries. Two hooks do it: one before the vision model passes the pixels to the second encoder, one after the
+Q-Former replaces Z_q by Z'. The model's own parts, names and weights stay as they are; `model.xformer` is new.
 
 `B` batch, `Q` queries, `T` text tokens, `D` Q-Former width.
 """
@@ -33,21 +34,21 @@ class AttachedXFormer(XFormerPreTrainedModel):
     """`model.xformer`: the frozen second encoder and the dual cross-attention, saved and loaded like any model.
 
     Args:
-        config: with the model's own Q-Former and vision tower in it.
+        config: holds the model's own Q-Former and vision tower.
         mae_encoder: a pretrained tower of `config.mae_config`; a random one if None.
     """
 
-    _keys_to_ignore_on_load_unexpected = (r"^(?!xformer\.)",)  # the model's own, where it was saved as a whole
+    _keys_to_ignore_on_load_unexpected = (r"^(?!xformer\.)",)  # the model's own, if it was saved as a whole
 
     def __init__(self, config: XFormerConfig, mae_encoder: nn.Module | None = None):
         super().__init__(config)
-        self.register_module("mae_encoder", None)  # first: its dtype is what config.json calls the model's
+        self.register_module("mae_encoder", None)  # first: config.json takes the model's dtype from it
         config.qformer_config._attn_implementation = config._attn_implementation  # the fusion reads it there
         tower = config.mae_config
         self.fusion = DualCrossAttention(
             tower.hidden_size, tower.num_attention_heads, config.fusion_blocks, config.qformer_config
         )
-        self.post_init()  # initialises; so a pretrained encoder comes behind it
+        self.post_init()  # initialises, so a pretrained encoder is added after it
         self.mae_encoder = build_tower(tower) if mae_encoder is None else mae_encoder
         self.mae_tokens: torch.Tensor | None = None  # M, between the two hooks
         self.handles: list[Any] = []
@@ -62,9 +63,9 @@ class AttachedXFormer(XFormerPreTrainedModel):
     def fuse(self, _qformer: nn.Module, _args: tuple, output: Any) -> Any:
         """Hook: the Q-Former's output [B, Q+T, D] with Z' in place of Z_q."""
         if self.mae_tokens is None:
-            raise ValueError("the Q-Former was called without the vision model: X-Former has no pixels to read")
+            raise ValueError("the Q-Former was called without the vision model, so X-Former has no pixels")
         states, count = output.last_hidden_state, self.config.num_query_tokens
-        dtype = next(self.fusion.parameters()).dtype  # fp32, whatever the model is in
+        dtype = next(self.fusion.parameters()).dtype  # fp32, whatever the model's dtype
         queries, mae_tokens = (x.to(states.device, dtype) for x in (states[:, :count], self.mae_tokens))
         self.mae_tokens = None
         fused = self.fusion(queries, mae_tokens).queries.to(states.dtype)
@@ -75,37 +76,37 @@ class AttachedXFormer(XFormerPreTrainedModel):
 def attach_xformer(model: Model, mae: PreTrainedModel | str | os.PathLike, **settings) -> Model:
     """Add the dual cross-attention over a second encoder to a model, in place; at step 0 the model answers as before.
 
-    Nothing of the model is frozen or unfrozen; the second encoder is frozen, the fusion is trained (fp32). The fusion's
-    output starts at zero, so Z' = Z_q bit for bit until it is.
+    The model's own `requires_grad` is unchanged; the second encoder is frozen, the fusion trainable (fp32). The fusion's
+    output projections start at zero, so Z' = Z_q bit for bit until it is trained.
 
     Args:
         model: a BLIP-2 or an InstructBLIP.
         mae: the second encoder, pretrained: a `ViTMAEModel`, a `ViTMAEForPreTraining`, or any vision tower of transformers.
-            Or the folder (or hub id) that `model.save_pretrained` or `model.xformer.save_pretrained` wrote: it comes back
-            as trained. Or what `detach_xformer` gave.
+            Or the folder (or Hub id) that `model.save_pretrained` or `model.xformer.save_pretrained` wrote, which
+            restores the trained fusion. Or the result of `detach_xformer`.
         settings: fields of `XFormerConfig` for a fresh fusion: fusion_blocks; the second encoder's mae_mean, mae_std,
-            mae_image_size; clip_mean, clip_std if the model's processor normalises by others than CLIP's;
-            initializer_range. A fusion that was saved has its own.
+            mae_image_size; clip_mean, clip_std if the model's processor does not normalise as CLIP's;
+            initializer_range. A saved fusion has its own.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: in one line, if this cannot be attached.
+        ValueError: if this cannot be attached.
     """
     if not isinstance(model, Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration):
         kinds = "Blip2ForConditionalGeneration or InstructBlipForConditionalGeneration"
         raise ValueError(f"X-Former attaches to a {kinds}, not to a {type(model).__name__}")
     if hasattr(model, "xformer"):
-        raise ValueError("an X-Former is attached to this model already; detach_xformer(model) takes it off")
+        raise ValueError("an X-Former is attached to this model already; detach_xformer(model) removes it")
     if not isinstance(mae, PreTrainedModel | str | os.PathLike):
         raise ValueError(
             f"mae must be a vision tower of transformers or a saved fusion's folder, not a {type(mae).__name__}"
         )
     if unknown := [name for name in settings if name not in SETTINGS]:
-        raise ValueError(f"no setting of a fusion: {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
+        raise ValueError(f"unknown settings: {', '.join(unknown)}; a fusion takes {', '.join(SETTINGS)}")
     if settings and isinstance(mae, AttachedXFormer | str | os.PathLike):
-        raise ValueError(f"a fusion that was saved or taken off has its own settings; leave out {', '.join(settings)}")
+        raise ValueError(f"a saved or detached fusion has its own settings; leave out {', '.join(settings)}")
     if isinstance(mae, str | os.PathLike):
         mae = _load(mae)
     if isinstance(mae, AttachedXFormer):
@@ -114,7 +115,7 @@ def attach_xformer(model: Model, mae: PreTrainedModel | str | os.PathLike, **set
         whole = mae if hasattr(mae, "embeddings") else mae.base_model  # a DINOv3's base model lacks its embeddings
         tower = getattr(whole, "vision_model", whole)
         if getattr(tower, "main_input_name", "pixel_values") != "pixel_values":
-            raise ValueError(f"the second encoder must be a vision tower, and a {type(mae).__name__} is none")
+            raise ValueError(f"the second encoder must be a vision tower, not a {type(mae).__name__}")
         part = AttachedXFormer(_config(model, tower, settings), tower)
         part.freeze()
     part.to(model.query_tokens.device)
@@ -124,12 +125,12 @@ def attach_xformer(model: Model, mae: PreTrainedModel | str | os.PathLike, **set
         model.qformer.register_forward_hook(part.fuse),
     ]
     model.xformer = part
-    model.config.xformer_config = part.config.to_dict()  # in config.json, for who loads the whole model
+    model.config.xformer_config = part.config.to_dict()  # saved in config.json, for loading the whole model
     return model
 
 
 def detach_xformer(model: Model) -> AttachedXFormer:
-    """Take it off again: the model is what it was (its own weights as trained since). `attach_xformer` puts it back.
+    """Remove and return the fusion; the model keeps its own weights, as trained. `attach_xformer` accepts the result.
 
     Raises:
         ValueError: if nothing is attached.
@@ -166,7 +167,7 @@ def _load(folder: str | os.PathLike) -> AttachedXFormer:
     config = XFormerConfig.from_dict(whole or fields)
     part, report = AttachedXFormer.from_pretrained(folder, config=config, dtype="auto", output_loading_info=True)
     if report["missing_keys"]:
-        raise ValueError(f"{folder}: no attached X-Former there, its {min(report['missing_keys'])} is missing")
+        raise ValueError(f"{folder}: no attached X-Former was saved there ({min(report['missing_keys'])} is missing)")
     part.freeze()
     return part
 

@@ -1,6 +1,6 @@
 """Assembling models: parts -> a starting X-Former; stage 1's result and a language model -> the start of stage 2.
 
-Nothing is copied by half: a tensor that the new model has and the part lacks is an error.
+A tensor that the new model has and a part lacks is an error.
 """
 
 import logging
@@ -48,7 +48,7 @@ STAGES = {
 
 
 def copy_weights(source: dict[str, torch.Tensor], target: nn.Module, name: str) -> None:
-    """Load what `target` has from `source`, which may hold more.
+    """Load all of `target` from `source`, which may hold more.
 
     Raises:
         ValueError: naming the first tensor that `source` lacks or has in another shape.
@@ -66,14 +66,14 @@ def copy_weights(source: dict[str, torch.Tensor], target: nn.Module, name: str) 
 
 
 def continue_pretraining(folder: Path, variant: str) -> tuple[XFormerForPreTraining, XFormerProcessor]:
-    """A model that `xformer convert` assembled, or that was trained before, at the start of stage 1.
+    """Load a model made by `xformer convert`, or trained before, to start stage 1.
 
     Args:
         folder: of the model or of its run.
-        variant: what it must be of.
+        variant: the variant that it must be.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, if there is none, or one of another kind or variant.
+        FileNotFoundError, ValueError: if there is no such model, or one of another kind or variant.
     """
     folder = model_folder(folder)
     config = XFormerConfig.from_pretrained(folder)
@@ -82,7 +82,7 @@ def continue_pretraining(folder: Path, variant: str) -> tuple[XFormerForPreTrain
     fields = ("fusion", "reconstruction", "clip_shallow_layer", "reconstruction_in_stage2")
     asked = variant_config(variant, config)
     if different := [name for name in fields if getattr(asked, name) != getattr(config, name)]:
-        raise ValueError(f"{folder}: is not of the variant {variant} (other {', '.join(different)}); convert it anew")
+        raise ValueError(f"{folder}: is not of the variant {variant} (other {', '.join(different)}); convert it again")
     model = XFormerForPreTraining.from_pretrained(folder, attn_implementation=attention_for_device())
     return model, XFormerProcessor.from_pretrained(folder)
 
@@ -99,7 +99,7 @@ def load_second_encoder(model: Any, source: str | Path) -> None:
 
 
 def attention_for_device() -> str:
-    """sdpa on a GPU; eager on a CPU, where bf16 sdpa trains five times slower (docs/decisions/model.md)."""
+    """Return sdpa on a GPU; eager on a CPU, where bf16 sdpa trains five times slower (docs/decisions/model.md)."""
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
@@ -114,16 +114,16 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """A frozen language model, causal or an encoder-decoder, without dropout, and its tokenizer.
 
     Args:
-        name: "opt" (the shipped tiny one), "smollm2", a directory or a hub id. What was saved in fp16 comes in bf16.
+        name: "opt" (the shipped tiny one), "smollm2", a directory or a Hub id. fp16 weights are loaded in bf16.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, if there is no such language model.
+        ValueError, FileNotFoundError: if there is no such language model.
     """
     source = language_model_dir(name)
     config = without_dropout(AutoConfig.from_pretrained(source))
     kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in kinds:
-        raise ValueError(f"{name}: a {config.model_type} is no language model")
+        raise ValueError(f"{name}: a {config.model_type} is not a language model")
     # Under bf16 autocast every fp16 weight would be cast in every step, and the casts kept for the backward pass.
     dtype = torch.bfloat16 if config.dtype == torch.float16 else "auto"
     model = language_model_class(config).from_pretrained(
@@ -143,29 +143,28 @@ def start_generation(
     chat_template: bool = False,
     lora_rank: int = 0,
 ) -> tuple[XFormerForConditionalGeneration, XFormerProcessor]:
-    """Stage 1's result with a language model behind it: the start of stage 2 (paper section "Stage 2").
+    """Put a language model after stage 1's result: the start of stage 2 (paper section "Stage 2").
 
-    The Q-Former leaves its text feed-forwards and word embeddings behind, as BLIP-2 does, unless it is to be
-    instruction-aware.
+    Unless it is instruction-aware, the Q-Former drops its text feed-forwards and word embeddings, as in BLIP-2.
 
     Args:
         pretrained: directory of a saved `XFormerForPreTraining` with its processor; or of `xformer convert --llm`, which
-            has its language model and projection already: `llm` and `seed` then say nothing.
+            has its language model and projection already: `llm` and `seed` are then ignored.
         llm: as `load_language_model` takes it.
         seed: of the new projection and adapters.
         instruction_aware: the queries read the prompt, too (InstructBLIP).
-        chat_template: speak to the language model by its chat template.
-        lora_rank: of LoRA adapters on the language model; 0 for none, as in the paper.
+        chat_template: use the language model's chat template.
+        lora_rank: rank of the LoRA adapters on the language model; 0 for none, as in the paper.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, for a language model that is none, or has no chat template.
-        ModuleNotFoundError: for adapters without the package peft.
+        ValueError, FileNotFoundError: if there is no such language model, or it has no chat template.
+        ModuleNotFoundError: if adapters are requested and peft is not installed.
     """
     processor = XFormerProcessor.from_pretrained(pretrained)
     if XFormerConfig.from_pretrained(pretrained).architectures == [XFormerForConditionalGeneration.__name__]:
         if instruction_aware or chat_template:
             raise ValueError(
-                f"{pretrained}: has learned its prompt; leave out the chat template, add --no-instruction-aware"
+                f"{pretrained}: its prompt format is fixed; leave out --chat-template and pass --no-instruction-aware"
             )
         whole = XFormerForConditionalGeneration.from_pretrained(pretrained, attn_implementation=attention_for_device())
         without_dropout(whole.config.text_config)
@@ -175,7 +174,7 @@ def start_generation(
         return whole, processor
     first = XFormerForPreTraining.from_pretrained(pretrained)
     language_model, tokenizer = load_language_model(llm)
-    turn = _speak(language_model, tokenizer, chat_template)
+    turn = configure_chat(language_model, tokenizer, chat_template)
     processor = XFormerProcessor(
         processor.image_processor,
         tokenizer,
@@ -191,8 +190,8 @@ def start_generation(
     config.image_token_index = processor.image_token_id
     config.qformer_config.use_qformer_text_input = config.instruction_aware = instruction_aware
     config._attn_implementation = attention_for_device()
-    config.qformer_config.dtype = torch.float32  # it is trained, whatever the frozen parts are in
-    with torch.device("meta"):  # the parts come from elsewhere; nothing large is initialised for nothing
+    config.qformer_config.dtype = torch.float32  # trained, whatever the frozen parts' dtype
+    with torch.device("meta"):  # the parts are loaded below; nothing large is initialised twice
         model = XFormerForConditionalGeneration(config)
     torch.manual_seed(seed)
     model.xformer = XFormerModel(config)
@@ -202,7 +201,7 @@ def start_generation(
     nn.init.zeros_(model.language_projection.bias)
     model.language_model = language_model
     for name, part in model.xformer.named_children():
-        if name in FROZEN:  # one dtype for all that is frozen
+        if name in FROZEN:  # one dtype for all frozen parts
             part.to(language_model.dtype)
     if lora_rank:
         add_lora(language_model, lora_rank)
@@ -211,12 +210,12 @@ def start_generation(
     return model, processor
 
 
-def _speak(
+def configure_chat(
     language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: bool
 ) -> list[str] | None:
-    """The turn of the chat template, if it is asked for; and in the generation settings what ends a text and what pads.
+    """Return the chat template's turn, if requested, and set the generation settings' end and padding tokens.
 
-    The first eos_token_id there is the one that training puts behind what is to be said.
+    Training appends the first eos_token_id to the target text.
     """
     settings, turn = language_model.generation_config, None
     ends = end_tokens(tokenizer, settings.eos_token_id)

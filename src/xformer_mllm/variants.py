@@ -1,4 +1,4 @@
-"""One function for each row of the paper's tables: what a variant changes in a base configuration, and nothing else.
+"""One function for each row of the paper's tables: what a variant changes in a base configuration.
 
 config = VARIANTS["concat"](XFormerConfig.paper())
 """
@@ -56,15 +56,15 @@ def reconstruction_in_stage2(base: XFormerConfig) -> XFormerConfig:
 def random_mae(base: XFormerConfig) -> XFormerConfig:
     """Not in the paper, a control: `no_reconstruction` with a MAE that was never trained.
 
-    What it gains over `qformer` is owed to a second set of tokens, not to what masked reconstruction has learned.
+    Its gain over `qformer` comes from a second set of tokens, not from masked reconstruction.
     """
     return no_reconstruction(base)
 
 
 def with_second_encoder(base: XFormerConfig, tower: PreTrainedConfig) -> XFormerConfig:
-    """`base` with another MAE, or any other vision tower, in place of its MAE.
+    """Return `base` with another MAE, or any other vision tower, in place of its MAE.
 
-    Where the tower is no MAE there is no reconstruction.
+    A tower that is not a MAE disables reconstruction.
     """
     changes = {"mae_config": tower, "mae_mean": None, "mae_std": None, "mae_image_size": None}
     if tower.model_type != ViTMAEConfig.model_type:
@@ -73,7 +73,7 @@ def with_second_encoder(base: XFormerConfig, tower: PreTrainedConfig) -> XFormer
 
 
 def dinov2(base: XFormerConfig) -> XFormerConfig:
-    """Ours, not a row of the paper: X-Former whose M comes from a DINOv2; nothing is reconstructed.
+    """Not in the paper: X-Former whose MAE tokens come from a DINOv2, without reconstruction.
 
     A base whose second encoder is a MAE gets a DINOv2 of the same size; another tower (`with_second_encoder`) stays.
     """
@@ -108,10 +108,10 @@ VARIANTS: dict[str, Callable[[XFormerConfig], XFormerConfig]] = {
 
 
 def variant_config(name: str, base: XFormerConfig) -> XFormerConfig:
-    """The named variant of a base configuration.
+    """Return the named variant of a base configuration.
 
     Raises:
-        ValueError: naming the variants, if there is none of that name.
+        ValueError: if there is no such variant.
     """
     if name not in VARIANTS:
         raise ValueError(f"variant '{name}' is unknown; choose one of {', '.join(VARIANTS)}")

@@ -44,9 +44,9 @@ from xformer_mllm.model.modeling_xformer import FROZEN, XFormerForConditionalGen
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
 from xformer_mllm.variants import variant_config, with_second_encoder
 
-EVA_HEADS = 16  # of LAVIS's EVA-CLIP ViT-g (eva_vit.py create_eva_vit_g); no shape tells it
+EVA_HEADS = 16  # of LAVIS's EVA-CLIP ViT-g (eva_vit.py create_eva_vit_g); not visible in any shape
 BERT_HEAD_WIDTH = 64
-BERT_SETTINGS = (  # which a Q-Former has, too
+BERT_SETTINGS = (  # shared by the Q-Former
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps"),
 )
@@ -55,7 +55,7 @@ BERT_SETTINGS = (  # which a Q-Former has, too
 def build_config(
     settings: ConvertConfig, sources: Sources, pieces: Pieces, tower_pieces: Pieces, tokenizer: PreTrainedTokenizerBase
 ) -> XFormerConfig:
-    """The variant of what the sources are. Raises ValueError where they do not go together."""
+    """Build the variant's configuration from the sources. Raises ValueError if they do not fit together."""
     vision, layer = vision_config(sources, tower_pieces)
     qformer = qformer_config(sources, pieces, tokenizer, vision.hidden_size)
     mean, deviation = pixel_statistics(sources.tower.folder)
@@ -88,12 +88,12 @@ def _size(pieces: Pieces, name: str, dim: int = 0) -> int | None:
 
 
 def layer_numbers(pieces: Pieces, pattern: str) -> list[int]:
-    """In the first group of `pattern`."""
+    """Return the sorted layer numbers in the first group of `pattern`."""
     return sorted({int(match[1]) for name in pieces if (match := re.match(pattern, name))})
 
 
 def vision_config(sources: Sources, pieces: Pieces) -> tuple[Any, int]:
-    """The tower's configuration, and which of its layers gives C: the penultimate, -1 where the last is cut off."""
+    """Return the tower's configuration and the layer that gives C: the penultimate (-1 if the last is cut off)."""
     if sources.tower_kind == "blip-2":
         return sources.tower.config.vision_config, -1
     if sources.tower_kind == "tower":
@@ -124,7 +124,7 @@ def vision_config(sources: Sources, pieces: Pieces) -> tuple[Any, int]:
 def qformer_config(
     sources: Sources, pieces: Pieces, tokenizer: PreTrainedTokenizerBase, clip_width: int
 ) -> Blip2QFormerConfig:
-    """The Q-Former's configuration: the source's, or for LAVIS, which saves none, read off the shapes."""
+    """Return the Q-Former's configuration: the source's; for LAVIS, which saves none, derived from the shapes."""
     source, words = sources.qformer, _size(pieces, "embeddings.word_embeddings.weight")
     vocabulary = words if words and sources.kind != "bert" else len(tokenizer)
     if vocabulary < len(tokenizer):
@@ -145,7 +145,7 @@ def qformer_config(
 
 
 def _qformer_shape(source: Source, pieces: Pieces) -> dict[str, Any]:
-    """The fields of a Q-Former's configuration that its shapes tell."""
+    """Derive a Q-Former's configuration fields from its shapes."""
     layers = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.")
     crossing = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.crossattention")
     width = _size(pieces, "qformer.layernorm.weight")
@@ -162,7 +162,7 @@ def _qformer_shape(source: Source, pieces: Pieces) -> dict[str, Any]:
 
 
 def pixel_statistics(folder: Path | None) -> tuple[list | None, list | None]:
-    """Mean and deviation that a checkpoint's image processor states; None for the default of its kind of tower."""
+    """Return the mean and deviation of a checkpoint's image processor; None for the tower's default."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if folder is not None and (folder / name).is_file():
             stated = read_json(folder / name)
@@ -172,7 +172,7 @@ def pixel_statistics(folder: Path | None) -> tuple[list | None, list | None]:
 
 
 def qformer_tokenizer(settings: ConvertConfig, sources: Sources) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer with [DEC], which starts a text that is to be generated (LAVIS blip2.py `init_tokenizer`)."""
+    """BERT's tokenizer with [DEC], which starts a generated text (LAVIS blip2.py `init_tokenizer`)."""
     name = settings.qformer_tokenizer or (settings.qformer if sources.kind == "bert" else "bert-base-uncased")
     tokenizer = read_tokenizer(local(name, weights=False), name)
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
@@ -183,7 +183,7 @@ def qformer_tokenizer(settings: ConvertConfig, sources: Sources) -> PreTrainedTo
 
 
 def llm_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The language model's own; without a padding token, its end token pads."""
+    """Return the language model's tokenizer; if it has no padding token, the end token pads."""
     assert source.folder is not None
     tokenizer = read_tokenizer(source.folder, source.label)
     if tokenizer.pad_token is None:
@@ -193,10 +193,10 @@ def llm_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Target:
-    """What is made, and of what.
+    """The new model, still empty, and its sources.
 
     dtype: of the frozen parts. model: on the meta device. pieces, tower_pieces: the Q-Former's and the tower's, by
-    transformers' names of BLIP-2. wanted: our names of all that is saved, on the meta device in the dtype it is saved in.
+    transformers' names of BLIP-2. wanted: the tensors to save by their new names, on the meta device, in their saved dtype.
     """
 
     settings: ConvertConfig
@@ -218,7 +218,7 @@ class Target:
 
 
 def build_target(settings: ConvertConfig, sources: Sources) -> Target:
-    """The configuration, processor and empty model that the sources make. Raises ValueError where they cannot."""
+    """Build the configuration, processor and empty model. Raises ValueError if the sources do not fit."""
     pieces = tower_pieces = blip2_pieces(sources.qformer, sources.kind)
     if not sources.own_tower:
         tower_pieces = blip2_pieces(sources.tower, sources.tower_kind)
@@ -235,7 +235,7 @@ def build_target(settings: ConvertConfig, sources: Sources) -> Target:
         config.image_token_index = processor.image_token_id
     with torch.device("meta"):
         model = kind(config)
-    if sources.kind == "bert":  # [DEC] is new to its vocabulary
+    if sources.kind == "bert":  # its vocabulary lacks [DEC]
         for name, deviation in (("embeddings.word_embeddings.weight", config.initializer_range), ("itg_bias", 0.0)):
             if name in pieces:
                 pieces[name] = grown(pieces[name], config.qformer_config.vocab_size, deviation)
@@ -244,7 +244,7 @@ def build_target(settings: ConvertConfig, sources: Sources) -> Target:
 
 
 def _wanted(model: PreTrainedModel, frozen: torch.dtype) -> dict[str, torch.Tensor]:
-    """All that is saved, on the meta device; `frozen`: the frozen parts' dtype."""
+    """Return the tensors to save, on the meta device. `frozen`: dtype of the frozen parts."""
     wanted = {}
     for name, tensor in model.state_dict().items():
         if name not in model.all_tied_weights_keys:
@@ -254,7 +254,7 @@ def _wanted(model: PreTrainedModel, frozen: torch.dtype) -> dict[str, torch.Tens
 
 
 def part_of(name: str) -> str:
-    """The part of the model that one of our names is in, as the printed table has it."""
+    """Return the part of the model that a name belongs to, as in the printed table."""
     name = name.removeprefix("xformer.")
     if re.match(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.", name):
         return "qformer (text)"
@@ -275,32 +275,32 @@ WRITES_TEXT = r"itg_|temperature$"
 PROJECTION = r"language_projection\."
 LANGUAGE_MODEL = r"language_model\."
 
-# What a source of its kind never has: initialised without asking.
+# Never in a source of its kind: initialised without --allow.
 ALWAYS_FRESH = r"xformer\.(fusion|clip_encoder\.tower\.post_layernorm)\."  # the latter (a BLIP-2 tower's) is never run
-FRESH_BEHIND_BERT = r"xformer\.(query_tokens$|clip_layernorm\.|qformer\..*\.crossattention\.)|temperature$|" + SCORES
+FRESH_AFTER_BERT = r"xformer\.(query_tokens$|clip_layernorm\.|qformer\..*\.crossattention\.)|temperature$|" + SCORES
 
 LeftOver = dict[tuple[str, str], list[str]]
-"""(source, why) -> its tensors; where nobody knows why and nobody allowed it, why is ""."""
+"""(source, reason) -> its tensors; the reason is "" if it is unknown and not allowed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """copied: our names and what makes them. fresh: our names that are initialised. left: what nothing is made of."""
+    """The origin of each tensor. copied: name -> piece. fresh: initialised names. left: unused source tensors."""
 
     copied: Pieces
     fresh: list[str]
     left: LeftOver
 
     def initialises(self, *patterns: str) -> bool:
-        """Whether any tensor whose name begins so is initialised."""
+        """Return whether any initialised tensor's name matches one of `patterns`."""
         return any(re.match("|".join(patterns), name) for name in self.fresh)
 
 
 def make_plan(target: Target) -> Plan:
-    """Where every tensor comes from.
+    """Determine the origin of every tensor.
 
     Raises:
-        ValueError: in one line, naming what is missing, misshapen or left over though nobody allowed it.
+        ValueError: naming a tensor that is missing, of another shape or left over, and not allowed.
     """
     copied: Pieces = {}
     misshapen: Pieces = {}
@@ -314,18 +314,20 @@ def make_plan(target: Target) -> Plan:
     if errors := list(_errors(target, plan, misshapen)):
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         hint = _hint(target, plan)
-        raise ValueError(f"{errors[0]}{more}; {hint}--allow NAME lets it be initialised or left over (* is anything)")
+        raise ValueError(
+            f"{errors[0]}{more}; {hint}--allow NAME allows it to be initialised or left over (* matches anything)"
+        )
     return plan
 
 
 def our_pieces(target: Target) -> Pieces:
-    """Every piece by our names, without those that are not for this model by design."""
+    """Return every piece by its new name, without those this model does not use by design."""
     sources, config = target.sources, target.config
     ours = translate(target.pieces, BLIP2)
     if not target.stage2:
-        drop(ours, PROJECTION, "of stage 2 alone")
+        drop(ours, PROJECTION, "stage 2 only")
     else:
-        drop(ours, f"{READS_TEXT}|{SCORES}|{WRITES_TEXT}", "of stage 1 alone")
+        drop(ours, f"{READS_TEXT}|{SCORES}|{WRITES_TEXT}", "stage 1 only")
         if not sources.llm_fits:
             drop(ours, PROJECTION, "made for another language model")
     if not sources.own_tower:
@@ -335,11 +337,11 @@ def our_pieces(target: Target) -> Pieces:
     layers = r"xformer\.clip_encoder\.tower\.(?:.+\.)?layers?\.({})\."
     for number in layer_numbers(ours, layers.format(r"\d+")):
         if number > max(target.model.xformer.clip_encoder.read_layers):
-            drop(ours, layers.format(number), "behind the layer that is read")
+            drop(ours, layers.format(number), "after the layer that is read")
     if sources.mae is not None and config.has_mae:
         ours |= translate(as_they_are(sources.mae, current_mae_name), MAE)
         if not config.reconstruction:
-            drop(ours, r"xformer\.mae_decoder\.", "the variant reconstructs nothing")
+            drop(ours, r"xformer\.mae_decoder\.", "the variant has no reconstruction")
     elif sources.mae is not None:
         ours |= as_they_are(sources.mae, "xformer.mae_encoder.{}".format)
     if sources.llm is not None:
@@ -364,7 +366,7 @@ def allowed(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _errors(target: Target, plan: Plan, misshapen: Pieces) -> Iterable[str]:
-    """What is wrong with a plan, most telling first."""
+    """Yield what is wrong with a plan, most informative first."""
     allow, wanted = target.settings.allow, target.wanted
     for name, piece in misshapen.items():
         if not allowed(name, allow):
@@ -372,7 +374,7 @@ def _errors(target: Target, plan: Plan, misshapen: Pieces) -> Iterable[str]:
             yield f"'{name}' is {has} in {piece.source.label}, the model needs {needs}"
     usual = [ALWAYS_FRESH]
     if target.sources.kind == "bert":
-        usual.append(FRESH_BEHIND_BERT)
+        usual.append(FRESH_AFTER_BERT)
     if "language_projection.weight" not in target.pieces:
         usual.append(PROJECTION)
     for name in plan.fresh:
@@ -386,9 +388,9 @@ def _errors(target: Target, plan: Plan, misshapen: Pieces) -> Iterable[str]:
 def _hint(target: Target, plan: Plan) -> str:
     parts = {part_of(name) for name in plan.fresh}
     if "mae_decoder" in parts:
-        return "this MAE has no decoder, so nothing can be reconstructed: --variant no_reconstruction does without; "
+        return "this MAE has no decoder to reconstruct with: use --variant no_reconstruction; "
     if "embeddings" in parts:
-        return "a BLIP-2 of stage 2 has lost what stage 1 needs for texts, LAVIS's blip2_pretrained.pth has it; "
+        return "a stage-2 BLIP-2 lacks the text branch that stage 1 needs; LAVIS's blip2_pretrained.pth has it; "
     if "language_projection" in parts and not target.sources.llm_fits:
         return "the Q-Former's projection was made for another language model; "
     return ""
@@ -398,9 +400,9 @@ SHARD_BYTES = 2 * 1024**3
 
 
 def write_model(folder: Path, plan: Plan, target: Target) -> None:
-    """Write all that `from_pretrained` needs; the language model, which is in memory, is let go of.
+    """Write everything `from_pretrained` needs, then release the language model, which is held in memory.
 
-    Raises OSError, before any weight is written if there is no room for them.
+    Raises OSError before any weight is written if the disk has too little space.
     """
     target.config.architectures = [type(target.model).__name__]
     target.config.save_pretrained(folder)
@@ -412,11 +414,11 @@ def write_model(folder: Path, plan: Plan, target: Target) -> None:
         raise OSError(f"{folder.parent}: the model needs {size / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
     write_weights(folder, plan, target)
     if target.sources.llm is not None:
-        target.sources.llm.let_go()
+        target.sources.llm.release()
 
 
 def write_weights(folder: Path, plan: Plan, target: Target) -> None:
-    """Safetensors shards, and their index where there is more than one."""
+    """Write safetensors shards, and their index if there are several."""
     new = initialised(target.model, plan.fresh, target.settings.seed)
     shards = split_torch_state_dict_into_shards(target.wanted, max_shard_size=SHARD_BYTES)
     for file, names in shards.filename_to_tensors.items():
@@ -428,14 +430,14 @@ def write_weights(folder: Path, plan: Plan, target: Target) -> None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder.parent}: the weights could not be written ({error})") from None
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read it
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it private to its owner
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def initialised(model: PreTrainedModel, names: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
-    """Tensors of a model on the meta device, drawn as its own `_init_weights` does; the others stay there."""
+    """Initialise the named tensors of a meta-device model by its `_init_weights`; the others stay on meta."""
     for name in names:
         parent, _, leaf = name.rpartition(".")
         shape = getattr(model.get_submodule(parent), leaf).shape
@@ -453,7 +455,7 @@ def initialised(model: PreTrainedModel, names: Sequence[str], seed: int) -> dict
 
 
 def generation_settings(plan: Plan, target: Target) -> GenerationConfig:
-    """The language model's; behind a BLIP-2's projection a text ends where BLIP-2's do, at the end of its line."""
+    """Return the language model's settings; after a BLIP-2's projection a text ends at a newline, as in BLIP-2."""
     llm, qformer = target.sources.llm, target.sources.qformer
     assert llm is not None
     assert llm.folder is not None

@@ -18,7 +18,7 @@ Names = tuple[tuple[str, str], ...]
 class Layout(NamedTuple):
     """How a checkpoint names its tensors: (pattern, name in the next layout), and (pattern, why it has no use).
 
-    A tensor goes to every name whose pattern fits; none and no reason: it is unknown.
+    A tensor is copied to every name whose pattern matches. Without a match or a reason it is unknown.
     """
 
     names: Names
@@ -42,7 +42,7 @@ def _eva(prefix: str) -> Names:
 TIED = (r".*cls\.predictions\.decoder\.(weight|bias)", "tied to the word embeddings and the bias")
 POSITIONS = (r".*\.position_ids", "numbers of positions, not weights")
 
-EVA = Layout(_eva(""), ((r"(norm|fc_norm|head)\..*", "behind the layer that is read"),))
+EVA = Layout(_eva(""), ((r"(norm|fc_norm|head)\..*", "after the layer that is read"),))
 
 _LAVIS_LAYER = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
 LAVIS = Layout(  # LAVIS lavis/models/blip2_models/{blip2,Qformer,blip2_qformer,blip2_opt}.py
@@ -99,10 +99,10 @@ MAE = Layout(((r"vit\.(.+)", r"xformer.mae_encoder.\1"), (r"decoder\.(.+)", r"xf
 
 
 def current_mae_name(name: str) -> str:
-    """A tensor of a MAE -> the name that transformers gives it in memory.
+    """Return the name that transformers gives a MAE's tensor in memory.
 
-    On the hub are the names of transformers 4; `save_pretrained` of transformers 5 writes those, too, but of the decoder's
-    layers another one. A ViTMAEModel alone has no `vit.` in front.
+    The Hub has the names of transformers 4. `save_pretrained` of transformers 5 writes them too, except for the decoder's
+    layers. A ViTMAEModel alone has no `vit.` prefix.
     """
     name = re.sub(r"^(?=(embeddings|encoder|layers|layernorm)\.)", "vit.", name)
     name = name.replace("vit.encoder.layer.", "vit.layers.").replace(".decoder_encoder.layer.", ".decoder_layers.")
@@ -112,13 +112,13 @@ def current_mae_name(name: str) -> str:
 
 
 def current_bert_name(name: str) -> str:
-    """bert-base-uncased still has the names of BERT's first release for its layer norms."""
+    """Rename the layer norms of bert-base-uncased, which are named as in BERT's first release."""
     return name.replace(".LayerNorm.gamma", ".LayerNorm.weight").replace(".LayerNorm.beta", ".LayerNorm.bias")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the new model: the source's tensors that make it, and how (most are one tensor as it is)."""
+    """One tensor of the new model: the source tensors it is made from, and how (usually one tensor, unchanged)."""
 
     source: Source
     names: tuple[str, ...]
@@ -131,7 +131,7 @@ class Piece:
         return self.make(*(self.source.tensors[name] for name in self.names)).shape
 
     def leave(self, reason: str) -> None:
-        """Note that nothing is made of it, and why ("": nobody knows)."""
+        """Record that it is not used, and why ("" if unknown)."""
         self.source.left.update(dict.fromkeys(self.names, reason))
 
 
@@ -143,7 +143,7 @@ def as_they_are(source: Source, rename: Callable[[str], str] = str) -> Pieces:
 
 
 def translate(pieces: Pieces, layout: Layout) -> Pieces:
-    """Pieces by a layout's names -> by the next layout's."""
+    """Rename pieces from one layout to the next."""
     result = {}
     for name, piece in pieces.items():
         found = [re.sub(f"^(?:{pattern})$", to, name) for pattern, to in layout.names if re.fullmatch(pattern, name)]
@@ -154,13 +154,13 @@ def translate(pieces: Pieces, layout: Layout) -> Pieces:
 
 
 def drop(pieces: Pieces, pattern: str, reason: str) -> None:
-    """Take out what is not for this model."""
+    """Remove the pieces that this model does not use."""
     for name in [name for name in pieces if re.match(pattern, name)]:
         pieces.pop(name).leave(reason)
 
 
 def blip2_pieces(source: Source, kind: str) -> Pieces:
-    """Any --qformer or --clip source by transformers' BLIP-2 names; another tower's own behind `vision_model.`."""
+    """Any --qformer or --clip source by transformers' BLIP-2 names; another tower's own names follow `vision_model.`."""
     if kind == "blip-2":
         return as_they_are(source)
     if kind == "tower":
@@ -175,12 +175,12 @@ def blip2_pieces(source: Source, kind: str) -> Pieces:
 
 
 def _with_key_bias(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """EVA has biases for queries and values alone."""
+    """Insert a zero key bias: EVA has biases for queries and values only."""
     return torch.cat([query, torch.zeros_like(query), value])
 
 
 def grown(piece: Piece, rows: int, deviation: float) -> Piece:
-    """The same with rows for tokens that the source's vocabulary lacks, drawn from N(0, deviation)."""
+    """Add rows for tokens that the source's vocabulary lacks, drawn from N(0, deviation)."""
 
     def make(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:]).normal_(0, deviation)])

@@ -33,8 +33,8 @@ from xformer_mllm.variants import variant_config
 class ConvertConfig:
     """Assemble a starting X-Former from published checkpoints: stage 1's, or with --llm stage 2's.
 
-    A source is a hub id or a local folder of transformers, or one of LAVIS's .pth files. The command ends by comparing
-    what it wrote with the sources, and leaves nothing behind if they differ.
+    A source is a Hub id or a local folder of transformers, or one of LAVIS's .pth files. The command ends by comparing
+    what it wrote with the sources, and keeps nothing if they differ.
     """
 
     qformer: str
@@ -44,19 +44,19 @@ class ConvertConfig:
     mae: str | None = None
     """The MAE with its decoder (facebook/vit-mae-huge), or any vision tower for a variant without reconstruction."""
     llm: str | None = None
-    """The frozen language model (facebook/opt-2.7b), for the start of stage 2; none: the start of stage 1."""
+    """The frozen language model (facebook/opt-2.7b), for the start of stage 2; by default the start of stage 1."""
     clip: str | None = None
-    """The CLIP tower, where it is not the Q-Former's own: LAVIS's eva_vit_g.pth, a BLIP-2, or any vision tower."""
+    """The CLIP tower, if not the Q-Former's own: LAVIS's eva_vit_g.pth, a BLIP-2, or any vision tower."""
     variant: str = "xformer"
-    """Which model: a row of the paper's tables (xformer, qformer, concat, ...; see variants.py)."""
+    """The model variant, a row of the paper's tables (xformer, qformer, concat, ...; see variants.py)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the frozen parts; what is trained is float32."""
+    """Dtype of the frozen parts; trainable parts are float32."""
     qformer_tokenizer: str | None = None
-    """A BERT tokenizer; none: that of --qformer where it is a BERT's, else bert-base-uncased."""
+    """A BERT tokenizer; by default that of --qformer if it is a BERT, otherwise bert-base-uncased."""
     allow: tuple[str, ...] = ()
-    """Names (* stands for anything) of tensors that may be initialised or left over where that is an error."""
+    """Names (* matches anything) of tensors that may be initialised or left over; otherwise either is an error."""
     seed: int = 0
-    """Of what is initialised."""
+    """Random seed of the initialised tensors."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Source:
     """A checkpoint.
 
     label: as the user named it. tensors: shapes and dtypes, on the meta device. read: one tensor by its name. folder,
-    config: None for a .pth file. left: names that have no use in the new model, and why ("": nobody knows).
+    config: None for a .pth file. left: names without a use in the new model -> the reason ("" if unknown).
     """
 
     label: str
@@ -74,13 +74,13 @@ class Source:
     config: Any = None
     left: dict[str, str] = field(default_factory=dict)
 
-    def let_go(self) -> None:
-        """Nothing is read any more: what is held in memory for it may go."""
+    def release(self) -> None:
+        """Free what is held in memory; nothing can be read afterwards."""
         self.read = dict[str, torch.Tensor]().__getitem__
 
 
 def local(name: str, weights: bool = True) -> Path:
-    """A file or folder as it is; a hub id downloaded (weights as safetensors where there are any) -> its folder."""
+    """Return a file or folder as it is, and for a Hub id the downloaded folder (safetensors weights preferred)."""
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -94,19 +94,19 @@ def local(name: str, weights: bool = True) -> Path:
                 snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: no such file or folder, and not to be had from the hub ({first_line(error)}); download it where "
-            "there is a network and give its folder"
+            f"{name}: no such file or folder, and not available on the Hub ({first_line(error)}); download it on a "
+            "machine with network access and pass its folder"
         ) from None
     return folder
 
 
 def first_line(error: Exception) -> str:
-    """Of what another library says, which may be a page."""
+    """Return the first line of another library's message, which may be a page long."""
     return str(error).strip().split("\n")[0][:160]
 
 
 def read_config(folder: Path, label: str) -> PreTrainedConfig:
-    """The configuration in a folder of transformers. Raises ValueError if there is none, or of an unknown kind."""
+    """Read a transformers folder's configuration. Raises ValueError if it is missing or of an unknown kind."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{label}: not a checkpoint of transformers (no config.json in it)")
     kind = read_json(folder / "config.json").get("model_type")
@@ -117,7 +117,7 @@ def read_config(folder: Path, label: str) -> PreTrainedConfig:
 
 
 def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder. Raises ValueError if there is none."""
+    """Read a folder's tokenizer. Raises ValueError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -125,7 +125,7 @@ def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
 
 
 def open_folder(label: str, folder: Path, config: PreTrainedConfig) -> Source:
-    """A folder of transformers, in its own names."""
+    """Open a transformers folder, with the names as they are saved."""
     if files := sorted(folder.glob("model*.safetensors")):
         handles = [_open_safetensors(file) for file in files]
         where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
@@ -137,7 +137,7 @@ def open_folder(label: str, folder: Path, config: PreTrainedConfig) -> Source:
 
 
 def open_pth(label: str, file: Path) -> Source:
-    """A file of torch.save, as LAVIS publishes."""
+    """Open a torch.save file, as LAVIS publishes them."""
     return _pickled(label, [file])
 
 
@@ -149,7 +149,7 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def _meta(part: Any) -> torch.Tensor:
-    """What a safetensors file says of a tensor, on the meta device; of its dtype only whether it is a count."""
+    """Describe a safetensors tensor on the meta device; its dtype only tells floats from integers."""
     floating = part.get_dtype().startswith(("F", "BF"))
     return torch.empty(part.get_shape(), dtype=torch.float32 if floating else torch.int64, device="meta")
 
@@ -160,14 +160,14 @@ def _pickled(label: str, files: Sequence[Path], folder: Path | None = None, conf
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file of torch.save, where nothing but tensors and plain containers is unpickled.
+    """Read the state dict of a torch.save file; only tensors and plain containers are unpickled.
 
-    LAVIS puts it under "model". The tensors stay on disk until they are used, where the file's format allows it.
+    LAVIS puts it under "model". The tensors stay on disk until used, if the file's format allows it.
     """
     try:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # torch before 1.6 wrote another format, which cannot be mapped
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling foreign bytes raises anything
         raise ValueError(f"{file}: not a checkpoint that can be read safely ({first_line(error)})") from None
@@ -180,7 +180,10 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Sources:
-    """Those of a conversion. kind: of --qformer, "blip-2", "bert" or "lavis"; tower_kind: "blip-2", "eva", "tower"."""
+    """The checkpoints of a conversion.
+
+    kind: that of --qformer, "blip-2", "bert" or "lavis". tower_kind: "blip-2", "eva" or "tower".
+    """
 
     qformer: Source
     kind: str
@@ -201,7 +204,7 @@ class Sources:
 
     @property
     def llm_fits(self) -> bool:
-        """Whether --llm is what a BLIP-2's projection was trained for, as far as its configuration can tell."""
+        """Whether a BLIP-2's projection was trained for --llm, judging by the configurations."""
         if self.kind != "blip-2" or self.llm is None:
             return True
         sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -217,10 +220,10 @@ def open_sources(settings: ConvertConfig) -> Sources:
     """Open every checkpoint that the settings name.
 
     Raises:
-        ValueError, OSError: in one line, for one that cannot be read or cannot be what it is named as.
+        ValueError, OSError: if one cannot be read, or is of the wrong kind for its flag.
     """
     if settings.variant == "random_mae":
-        raise ValueError("variant random_mae has a MAE that was never trained: there is nothing to convert for it")
+        raise ValueError("variant random_mae has an untrained MAE: there is nothing to convert")
     second = variant_config(settings.variant, XFormerConfig.paper()).mae_config is not None
     if second and settings.mae is None:
         raise ValueError(
@@ -278,10 +281,10 @@ def _open_clip(settings: ConvertConfig, qformer: Source, kind: str) -> tuple[Sou
 
 
 def _open_mae(name: str, dtype: str) -> Source:
-    """The second encoder: a MAE, read tensor by tensor, or any other vision tower."""
+    """Open the second encoder: a MAE, read tensor by tensor, or any other vision tower."""
     folder = local(name)
     if folder.is_file():
-        raise ValueError(f"{name}: --mae takes a hub id or a folder of transformers (facebook/vit-mae-huge)")
+        raise ValueError(f"{name}: --mae takes a Hub id or a folder of transformers (facebook/vit-mae-huge)")
     config = read_config(folder, name)
     if config.model_type == "vit_mae":
         return open_folder(name, folder, config)
@@ -289,10 +292,10 @@ def _open_mae(name: str, dtype: str) -> Source:
 
 
 def _load_tower(name: str, folder: Path, config: Any, dtype: str) -> Source:
-    """Any vision tower that AutoModel knows, alone or within a CLIP or SigLIP, loaded by transformers."""
+    """Load any vision tower known to AutoModel, alone or as part of a CLIP or SigLIP."""
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "patch_size"):
-        raise ValueError(f"{name}: a {config.model_type} is no vision tower")
+        raise ValueError(f"{name}: a {config.model_type} is not a vision tower")
     try:
         with torch.device("meta"):
             kind = type(build_tower(vision))
@@ -302,21 +305,21 @@ def _load_tower(name: str, folder: Path, config: Any, dtype: str) -> Source:
     if vision is not config:
         for key in source.left:
             if re.match(r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$", key):
-                source.left[key] = "outside of the vision tower"
+                source.left[key] = "not part of the vision tower"
     return source
 
 
 def _open_language_model(name: str, dtype: str) -> Source:
-    """A frozen causal language model, without dropout, loaded by transformers: its layout may be any."""
+    """Load a frozen causal language model of any layout with transformers, without dropout."""
     folder = local(str(language_model_dir(name)))
     config = read_config(folder, name)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name}: a {config.model_type} is no causal language model")
+        raise ValueError(f"{name}: a {config.model_type} is not a causal language model")
     return _loaded(name, folder, AutoModelForCausalLM, without_dropout(config), dtype)
 
 
 def _loaded(name: str, folder: Path, kind: Any, config: Any, dtype: str) -> Source:
-    """A checkpoint by transformers' own loader; what it found missing or misshapen is so in the source, too."""
+    """Load a checkpoint with transformers; tensors it reports missing or mismatched are so in the source, too."""
     try:
         model, report = kind.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True

@@ -57,9 +57,9 @@ Answers = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """The test image, uint8[1, 3, S, S], noise [1, L] for its masking, and ids and mask of two texts.
+    """The test image, uint8[1, 3, S, S], the noise [1, L] for its masking, and ids and mask of two texts.
 
-    caption: for the Q-Former. question: for the language model, with the placeholders; empty if there is none.
+    caption: for the Q-Former. question: for the language model, with the placeholders; empty without one.
     """
 
     pixels: torch.Tensor
@@ -68,12 +68,12 @@ class Example:
     question: tuple[torch.Tensor, ...]
 
     def seen_by_clip(self, config: XFormerConfig, dtype: torch.dtype) -> torch.Tensor:
-        """The test image as the CLIP tower takes it."""
+        """Return the test image as the CLIP tower's input."""
         return scaled(self.pixels, config.clip_config.image_size, config.clip_mean, config.clip_std, dtype)
 
 
 def make_example(config: XFormerConfig, processor: XFormerProcessor) -> Example:
-    """An image of waves in three colours, and two sentences: the same for everybody."""
+    """Return a fixed example: an image of waves in three colours, and two sentences."""
     side = torch.linspace(0, 1, config.clip_config.image_size)
     rows, columns = side[:, None], side[None, :]
     waves = [torch.sin(9 * rows + 4 * columns), torch.cos(23 * columns * rows), torch.sin(40 * columns) * rows]
@@ -91,7 +91,7 @@ def make_example(config: XFormerConfig, processor: XFormerProcessor) -> Example:
 
 
 def tower_reference(target: Target, example: Example) -> torch.Tensor:
-    """C before its layer norm, [1, N, D], by the tower's own class with its own hidden states."""
+    """Return C before its layer norm, [1, N, D], from the hidden states of the tower's own class."""
     config = target.config
     tower = filled(lambda: build_tower(config.clip_config), target.tower_pieces, "vision_model.", target.dtype)
     states = tower(example.seen_by_clip(config, target.dtype), output_hidden_states=True).hidden_states
@@ -99,7 +99,7 @@ def tower_reference(target: Target, example: Example) -> torch.Tensor:
 
 
 def filled(build: Callable[[], nn.Module], pieces: Pieces, prefix: str, dtype: torch.dtype) -> Any:
-    """A module of transformers with a source's tensors, copied one at a time."""
+    """Build a transformers module and copy a source's tensors into it, one at a time."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -114,10 +114,10 @@ def filled(build: Callable[[], nn.Module], pieces: Pieces, prefix: str, dtype: t
 
 
 def qformer_reference(target: Target, plan: Plan, example: Example, tokens: torch.Tensor) -> Answers:
-    """A BLIP-2's queries, and its scores or logits; `tokens`: C before its layer norm."""
+    """Return a BLIP-2's queries, and its scores or logits. `tokens`: C before its layer norm."""
     config, pieces = target.config, target.pieces
     if config.fusion == "concat" or plan.initialises(ATTENDS, READS_IMAGES):
-        return {}  # the queries are not the source's any more
+        return {}  # the queries differ from the source's by design
     weight, bias = (pieces[f"vision_model.post_layernorm.{name}"].tensor().float() for name in ("weight", "bias"))
     states = nn.functional.layer_norm(tokens.float(), weight.shape, weight, bias, LN_VISION_EPSILON)
     qformer = filled(lambda: Blip2QFormerModel(config.qformer_config), pieces, "qformer.", torch.float32)
@@ -132,14 +132,14 @@ def qformer_reference(target: Target, plan: Plan, example: Example, tokens: torc
 
 
 def bert_reference(source: Source, example: Example) -> torch.Tensor:
-    """BERT's states of the caption; without token types, as LAVIS has it."""
+    """Return BERT's states of the caption, without token types, as in LAVIS."""
     bert = BertModel.from_pretrained(source.folder, dtype="float32").eval()
     bert.embeddings.token_type_embeddings.weight.zero_()
     return bert(*example.caption).last_hidden_state
 
 
 def load_blip2(kind: type[PreTrainedModel], target: Target) -> Any:
-    """A BLIP-2 as transformers loads it, with what we train in float32 beside the frozen parts in half precision."""
+    """Load a BLIP-2 with transformers: trainable parts in float32, frozen parts in `target.dtype`."""
     trained = ["query_tokens", "qformer", r"^embeddings\.", "(language|vision|text)_projection", "itm_head"]
     ours: Any = type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": [*trained, "post_layernorm"]})
     model = ours.from_pretrained(target.sources.qformer.folder, dtype=target.dtype).eval()
@@ -149,8 +149,8 @@ def load_blip2(kind: type[PreTrainedModel], target: Target) -> Any:
     return model
 
 
-class Shown(nn.Module):
-    """Stands in a BLIP-2 where its vision tower would be: gives what another tower has seen."""
+class FixedTower(nn.Module):
+    """Replaces a BLIP-2's vision tower and returns another tower's states."""
 
     def __init__(self, states: torch.Tensor):
         super().__init__()
@@ -161,7 +161,7 @@ class Shown(nn.Module):
 
 
 def scores_reference(target: Target, example: Example, states: torch.Tensor) -> Answers:
-    """A stage-1 BLIP-2's scores of the test image with the caption; `states`: C behind its layer norm, [1, N, D]."""
+    """Return a stage-1 BLIP-2's scores of image and caption. `states`: C after its layer norm, [1, N, D]."""
     config = target.config
     if target.sources.whole_blip2:
         model = load_blip2(Blip2ForImageTextRetrieval, target)
@@ -176,7 +176,7 @@ def scores_reference(target: Target, example: Example, states: torch.Tensor) -> 
         )
         pieces = {name: piece for name, piece in target.pieces.items() if not name.startswith("vision_model.")}
         model = filled(lambda: Blip2ForImageTextRetrieval(blip2), pieces, "", torch.float32)
-        model.vision_model, pixels = Shown(states), example.pixels
+        model.vision_model, pixels = FixedTower(states), example.pixels
     model.config.image_token_index = None  # no placeholders in the caption
     return {
         "ITC scores": model(pixels, *example.caption, return_dict=True).logits_per_image,
@@ -185,7 +185,7 @@ def scores_reference(target: Target, example: Example, states: torch.Tensor) -> 
 
 
 def logits_reference(target: Target, example: Example, queries: torch.Tensor) -> torch.Tensor:
-    """The language model's logits for the question behind the test image; `queries`: Z_q, [1, Q, D]."""
+    """Return the language model's logits for the question after the image. `queries`: Z_q, [1, Q, D]."""
     llm = target.sources.llm
     assert llm is not None
     ids, mask = example.question
@@ -193,7 +193,7 @@ def logits_reference(target: Target, example: Example, queries: torch.Tensor) ->
     if target.sources.whole_blip2:
         model = load_blip2(Blip2ForConditionalGeneration, target)
         unused = next(number for number in range(ids.numel() + 1) if number not in ids)
-        model.config.image_token_index = unused  # theirs may be another than ours
+        model.config.image_token_index = unused  # the two models' placeholders may differ
         pixels = example.seen_by_clip(target.config, target.dtype)
         return model(pixels, ids.masked_fill(at, unused), mask).logits
     weight, bias = (target.pieces[f"language_projection.{name}"].tensor().float() for name in ("weight", "bias"))
@@ -204,7 +204,7 @@ def logits_reference(target: Target, example: Example, queries: torch.Tensor) ->
 
 
 def second_reference(source: Source, target: Target, example: Example) -> tuple[str, torch.Tensor]:
-    """A MAE's own reconstruction loss; where nothing is reconstructed, the second encoder's tokens."""
+    """Return a MAE's own reconstruction loss, or without reconstruction the second encoder's tokens."""
     config, dtype = target.config, target.dtype
     pixels = scaled(example.pixels, config.mae_image_size, config.mae_mean, config.mae_std, dtype)
     if not config.has_mae:
@@ -215,13 +215,13 @@ def second_reference(source: Source, target: Target, example: Example) -> tuple[
     if not config.reconstruction:
         order = torch.arange(mae.vit.embeddings.patch_embeddings.num_patches)[None]
         return "second encoder's tokens", mae.vit(pixels, noise=order).last_hidden_state
-    # The loss is taken in float32, as ours is, whatever the MAE computes in.
+    # The loss is taken in float32, as in this package, whatever dtype the MAE computes in.
     mae.vit.embeddings.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
     mae.decoder.decoder_pred.register_forward_hook(lambda _module, _inputs, output: output.float())
     return "reconstruction loss", mae(pixels.float(), noise=example.noise).loss
 
 
-# Of the largest difference, relative to the largest value.
+# The largest allowed difference, relative to the largest value.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
 
 
@@ -236,16 +236,16 @@ class Check:
 
     def demand(self) -> None:
         """Raises ValueError if the difference is too large."""
-        if not self.difference <= self.tolerance:  # nan is a difference, too
+        if not self.difference <= self.tolerance:  # nan counts as a difference
             raise ValueError(
-                f"{self.what}: the new model is {self.difference:.1e} away from {self.against} (of the largest value; at "
-                f"most {self.tolerance:.0e}), so it is not kept; were the sources made for each other?"
+                f"{self.what}: the new model differs from {self.against} by {self.difference:.1e} of the largest value (at "
+                f"most {self.tolerance:.0e}), so it is not kept; check that the sources belong together"
             )
 
 
 @torch.no_grad()
 def verify(folder: Path, plan: Plan, target: Target) -> list[Check]:
-    """Compare what the sources say with what the written model says, but for what depends on initialised tensors."""
+    """Compare the written model's outputs with the sources', except where initialised tensors take part."""
     sources, example = target.sources, make_example(target.config, target.processor)
     expected = {}
     if not plan.initialises(TOWER):
@@ -267,7 +267,7 @@ def verify(folder: Path, plan: Plan, target: Target) -> list[Check]:
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value; of vocabularies that differ, of their common part."""
+    """Return the largest difference relative to the largest value, over the common part of the vocabularies."""
     ours, theirs = torch.atleast_1d(ours.float()), torch.atleast_1d(theirs.float())
     columns = min(ours.shape[-1], theirs.shape[-1])
     theirs = theirs[..., :columns]
@@ -275,7 +275,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def own_answers(model: Any, example: Example) -> Answers:
-    """All that the written model says of the example."""
+    """Return the written model's outputs on the example."""
     config, xformer = model.config, model.xformer
     tower, image = xformer.clip_encoder, xformer.encode_image(example.pixels)
     seen = example.seen_by_clip(config, next(tower.parameters()).dtype)
@@ -295,7 +295,7 @@ def own_answers(model: Any, example: Example) -> Answers:
 
 
 def summary(plan: Plan, target: Target) -> dict[str, list[dict]]:
-    """As plain data: `parts` (what is made, from where) and `left` (what of the sources is not used)."""
+    """Return as plain data `parts` (each part's origin) and `left` (unused source tensors)."""
     rows: dict[tuple[str, str, str], dict] = {}
     for name, tensor in target.wanted.items():
         part, dtype = part_of(name), str(tensor.dtype).removeprefix("torch.")
@@ -318,7 +318,7 @@ def show_summary(table: dict[str, list[dict]]) -> str:
     text = _columns(("part", "from", "tensors", "parameters", "dtype"), rows)
     if table["left"]:
         rows = [list(row.values()) for row in table["left"]]
-        text += "\n\n" + _columns(("left over in", "tensors", "why", "the first of them"), rows)
+        text += "\n\n" + _columns(("left over in", "tensors", "why", "first"), rows)
     return text
 
 
@@ -328,7 +328,7 @@ def show_checks(checks: Sequence[Check]) -> str:
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as text; numbers to the right."""
+    """Format a table as text, numbers aligned right."""
     shown = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
     aligned = []
     for title, *cells in zip(head, *shown, strict=True):
@@ -338,8 +338,10 @@ def _columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def record(target: Target, table: dict[str, list[dict]], checks: Sequence[Check]) -> dict[str, Any]:
-    """How the weights came to be, as data."""
+    """Return the content of conversion.json: settings, revisions, parts and checks."""
     settings = {name: value for name, value in asdict(target.settings).items() if name != "output_dir"}
     folders = {source.label: source.folder for source in target.sources.all() if source.folder}
-    revisions = {label: path.name for label, path in folders.items() if path.parent.name == "snapshots"}  # hub's cache
+    revisions = {
+        label: path.name for label, path in folders.items() if path.parent.name == "snapshots"
+    }  # the Hub's cache
     return {"settings": settings, "revisions": revisions, **table, "checks": [asdict(check) for check in checks]}

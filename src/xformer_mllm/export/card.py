@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from xformer_mllm import defaults
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.export.facts import Facts, Metrics, benchmark_of, is_of_scenes, part_of, title_of, without_folders
 from xformer_mllm.model.modeling_xformer import FROZEN
@@ -16,7 +17,7 @@ from xformer_mllm.report.contents import BLIND
 
 
 def model_card(facts: Facts) -> str:
-    """README.md: what the hub reads, in YAML, and what people read."""
+    """Return README.md: YAML for the Hub, then the text."""
     sections = [
         introduction(facts),
         usage(facts),
@@ -30,7 +31,7 @@ def model_card(facts: Facts) -> str:
 
 
 def hub_fields(facts: Facts) -> str:
-    """The card's YAML."""
+    """Return the card's YAML."""
     settings, task = facts.settings, facts.kind.task
     data = ModelCardData(
         license=settings.license,
@@ -48,7 +49,7 @@ def hub_fields(facts: Facts) -> str:
 
 
 def hub_results(metrics: Metrics, task: str) -> list[EvalResult]:
-    """The overall scores; none of the embedded scenes, which the hub would list as the benchmark's."""
+    """Return the overall scores; none on the embedded scenes, which the Hub would list as the benchmark's."""
     if is_of_scenes(metrics):
         return []
     name, split = benchmark_of(metrics)
@@ -75,7 +76,7 @@ frozen encoder (a MAE, in the paper) keeps detail; a Q-Former and a dual cross-a
 From [X-Former: Unifying Contrastive and Reconstruction Learning for MLLMs](https://arxiv.org/abs/2407.13851) (ECCV 2024), in
 the open implementation xformer-mllm {version("xformer-mllm")}, which is not the authors'.
 
-What it says can be wrong, and carries the biases of its frozen parts and of its training data."""
+Its output can be wrong, and carries the biases of its frozen parts and of its training data."""
 
 
 def usage(facts: Facts) -> str:
@@ -92,7 +93,7 @@ Needs {needed}. `trust_remote_code=True` runs the Python files of this folder: r
 
 
 def contents(facts: Facts) -> str:
-    """What the parts are, their sizes and dtypes."""
+    """List the parts, their sizes and dtypes."""
     config = facts.config
     what = {
         "clip_encoder": tower(config.clip_config),
@@ -125,29 +126,29 @@ def contents(facts: Facts) -> str:
 
 
 def tower(config: Any) -> str:
-    """'vit_mae, 32 layers × 1280'."""
+    """Describe a tower, as in 'vit_mae, 32 layers × 1280'."""
     return "" if config is None else f"{config.model_type}, {config.num_hidden_layers} layers × {config.hidden_size}"
 
 
 def training(facts: Facts) -> str:
-    """The data, and all settings of the runs and conversions."""
+    """State the data and all settings of the runs and conversions."""
     parts = ["## Training"]
     if datasets := facts.settings.datasets:
         parts.append(f"Data: {', '.join(f'[{name}](https://huggingface.co/datasets/{name})' for name in datasets)}.")
     for run in facts.runs:
         shown = {key: without_folders(value) for key, value in run.items() if key != "command"}
-        if shown.get("data") == "scenes":
-            shown.pop("augment", None)  # embedded scenes are never augmented
+        if run.get("data") in defaults.DATA:
+            shown.pop("augment", None)  # only images from elsewhere are augmented
         data = f" on `{shown['data']}`" if "data" in shown else ""
         content = json.dumps(shown, indent=2, ensure_ascii=False)
         parts.append(f"`xformer {run['command']}`{data}, with these settings:\n\n```json\n{content}\n```")
     if not datasets and not facts.runs:
-        parts.append("What it was trained on, and how, is not known here.")
+        parts.append("The training data and settings are not known.")
     return "\n\n".join(parts)
 
 
 def scores_of(metrics: Metrics) -> str:
-    """One benchmark: the overall scores, what belongs to them, and the other groups, folded."""
+    """Show one benchmark: overall scores, how they were obtained, and the other groups, folded."""
     groups = metrics["scores"]
     columns = list(dict.fromkeys(metric for group in groups.values() for metric in group if metric != "ci95"))
     rows = [[name, *(number(metric, group.get(metric)) for metric in columns)] for name, group in groups.items()]
@@ -172,7 +173,7 @@ def scores_of(metrics: Metrics) -> str:
 
 
 def licence(facts: Facts) -> str:
-    """The whole's, that of each thing it was made from, and what is not known."""
+    """State the licence of the whole and of each base model, and what is not known."""
     settings = facts.settings
     whole = settings.license_name or settings.license
     if settings.license_link:
@@ -185,8 +186,8 @@ def licence(facts: Facts) -> str:
     if not facts.settled:
         parts.append("""\
 **The licence is not settled.** The weights contain frozen parts (CLIP tower, second encoder, language model), each under
-its own licence, and not all of these are known here. Whoever publishes this model must look them up and choose a licence
-for the whole that they allow.""")
+its own licence, and not all of these are known. Whoever publishes this model must look them up and choose a licence
+for the whole that they permit.""")
     return "\n\n".join(parts)
 
 
@@ -206,6 +207,6 @@ CITATION = """\
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """In Markdown."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

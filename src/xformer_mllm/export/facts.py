@@ -21,34 +21,34 @@ from xformer_mllm.model.processing_xformer import XFormerProcessor
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Make a self-contained folder of a model, with a model card: ready for the hub, and for transformers alone."""
+    """Export a model as a self-contained folder with a model card, for the Hub and for transformers alone."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, or of its model."""
     output_dir: Path
     """The new folder; must not exist yet, or be empty."""
     max_shard_size: str = "5GB"
-    """At most so much in one file of weights (a larger tensor has a file of its own)."""
+    """Largest size of one weight file (a larger tensor gets its own file)."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of the frozen parts, in place of the one that they have; what is trained stays as it is."""
+    """Dtype of the frozen parts; by default unchanged. Trainable parts always keep theirs."""
     repo_id: str | None = None
-    """The model's name on the hub (you/xformer-opt-2.7b), for the card; by default the new folder's name."""
+    """The model's name on the Hub (you/xformer-opt-2.7b), for the card; by default the new folder's name."""
     license: str = "other"
-    """Of the whole, frozen parts included, as the hub names it (apache-2.0, cc-by-nc-4.0, ...): yours to choose."""
+    """Licence of the whole model, frozen parts included, by its Hub identifier (apache-2.0, cc-by-nc-4.0, ...)."""
     license_name: str | None = None
-    """What the licence is called, where --license is other."""
+    """Name of the licence if --license is other."""
     license_link: str | None = None
-    """Where it can be read, where --license is other."""
+    """Link to the licence if --license is other."""
     base_models: tuple[str, ...] = ()
-    """What the model was made from, each with its licence: facebook/opt-2.7b=other facebook/vit-mae-huge=cc-by-nc-4.0.
-    Names are found beside the model where they can be; licences are not."""
+    """The models it was made from, each with its licence: facebook/opt-2.7b=other facebook/vit-mae-huge=cc-by-nc-4.0.
+    Names are detected from the run's files where possible; licences are not."""
     datasets: tuple[str, ...] = ()
-    """What it was trained on, as the hub names it."""
+    """Training data sets, by their Hub names."""
     metrics: tuple[Path, ...] = ()
-    """metrics.json of evaluations; those that `xformer evaluate` put beside the model are found."""
+    """Further metrics.json files; those that `xformer evaluate` wrote to the run's folder are found."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for settings that cannot be."""
+        """Raises ValueError for invalid settings."""
         if self.repo_id is not None:
             validate_repo_id(self.repo_id)
         if self.license != "other" and (self.license_name or self.license_link):
@@ -63,7 +63,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A class that can be exported: the Auto class that loads it, the hub's name of its task, its words in the card."""
+    """A class that can be exported: the Auto class that loads it, its task on the Hub, its texts in the card."""
 
     model: type[PreTrainedModel]
     auto_class: str
@@ -79,7 +79,7 @@ KINDS = {
             XFormerForPreTraining,
             "AutoModelForPreTraining",
             "feature-extraction",
-            "stage 1, before it meets a language model",
+            "stage 1, without a language model",
             """\
 from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor
 
@@ -118,7 +118,7 @@ print(pipe(images="image.png", text={prompt}, max_new_tokens=20))""",
 
 
 def kind_of(folder: Path) -> Kind:
-    """Raises ValueError if the folder holds another kind of model."""
+    """Return the kind of model in a folder. Raises ValueError if it cannot be exported."""
     name = next(iter(read_json(folder / "config.json").get("architectures") or []), "unknown")
     if name not in KINDS:
         raise ValueError(f"{folder}: holds a model of kind {name}; what can be exported: {' or '.join(KINDS)}")
@@ -126,13 +126,13 @@ def kind_of(folder: Path) -> Kind:
 
 
 def open_weights(folder: Path) -> Tensors:
-    """Name -> tensor, mapped from its file and read when it is used. Raises OSError or ValueError."""
+    """Return name -> tensor, mapped from its file and read when used. Raises OSError or ValueError."""
     index = folder / "model.safetensors.index.json"
     files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(files):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder}: its weights are not there ({file} is missing)")
+            raise FileNotFoundError(f"{folder}: the weight file {file} is missing")
         try:
             opened = safe_open(folder / file, "pt")
         except SafetensorError as error:
@@ -142,9 +142,9 @@ def open_weights(folder: Path) -> Tensors:
 
 
 def open_processor(folder: Path) -> XFormerProcessor:
-    """Raises FileNotFoundError if there is none beside the model."""
+    """Load the model's processor. Raises FileNotFoundError if there is none."""
     if not (folder / "processor_config.json").is_file():
-        raise FileNotFoundError(f"{folder}: has no processor (processor_config.json); save it beside the model")
+        raise FileNotFoundError(f"{folder}: has no processor_config.json; save the processor in the model's folder")
     return XFormerProcessor.from_pretrained(folder)
 
 
@@ -153,18 +153,18 @@ def part_of(name: str) -> str:
     return name.removeprefix("xformer.").split(".")[0]
 
 
-# What --llm may be called, where that is no name on the hub -> what it is, its licence.
+# Names of --llm that are not on the Hub -> what they are, their licence.
 KNOWN = {"opt": ("the tiny OPT of xformer-mllm", "apache-2.0"), "smollm2": (SMOLLM2_ON_HUB, "apache-2.0")}
 
-Metrics = Mapping[str, Any]  # what metrics.json of an evaluation holds
+Metrics = Mapping[str, Any]  # content of an evaluation's metrics.json
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the card says.
+    """Everything the card states.
 
-    name: the model's. wanted: its tensors on the meta device, in the dtype that they are written in. runs: settings of the
-    runs and conversions that made it, the last one first. bases: what it was made from -> licence, None if not known.
+    name: the model's. wanted: its tensors on the meta device, in the dtype they are written in. runs: settings of the
+    runs and conversions that made it, the last one first. bases: what it was made from -> licence, None if unknown.
     """
 
     settings: ExportConfig
@@ -181,7 +181,7 @@ class Facts:
 
     @property
     def settled(self) -> bool:
-        """Whether somebody has chosen a licence, and those of all named parts are known."""
+        """Whether a licence was chosen and those of all named parts are known."""
         settings = self.settings
         return (settings.license != "other" or settings.license_name is not None) and None not in self.bases.values()
 
@@ -191,9 +191,9 @@ class Facts:
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:
-    """Settings of the run that trained the model, or of the conversion that made it, and of those that it began from.
+    """Return the settings of the run or conversion that made the model, and of those it started from.
 
-    As far as their folders are still where they were; each has its "command".
+    Folders that no longer exist are skipped. Each entry names its "command".
     """
     found = []
     run: dict[str, Any] = {}
@@ -210,7 +210,7 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
 
 
 def made_from(runs: list[dict[str, Any]], given: tuple[str, ...]) -> dict[str, str | None]:
-    """What the model was made from -> its licence, None if that is not known."""
+    """Return what the model was made from -> its licence, None if unknown."""
     found: dict[str, str | None] = {}
     for run in runs:
         for name in filter(None, (run.get(key) for key in ("qformer", "clip", "mae", "llm"))):
@@ -220,15 +220,15 @@ def made_from(runs: list[dict[str, Any]], given: tuple[str, ...]) -> dict[str, s
 
 
 def without_folders(value: Any) -> Any:
-    """Of a path on this machine only the last part."""
+    """Reduce a path on this machine to its last part."""
     here = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
     return Path(value).name if here else value
 
 
 def evaluations(folder: Path, named: Sequence[Path]) -> tuple[list[Metrics], list[str]]:
-    """What metrics.json of the model's evaluations hold, and a line for each that is not taken, with the reason.
+    """Return the metrics of the model's evaluations, and a line with the reason for each one left out.
 
-    Those that are `named` are taken in any case.
+    Those in `named` are always included.
     """
     weights = max(file.stat().st_mtime for file in folder.glob("*.safetensors"))
     found, left_out = [read_metrics(file) for file in named], []
@@ -243,7 +243,7 @@ def evaluations(folder: Path, named: Sequence[Path]) -> tuple[list[Metrics], lis
 
 
 def read_metrics(file: Path) -> Metrics:
-    """Raises OSError or ValueError, in one line, if that is no metrics.json."""
+    """Read a metrics.json. Raises OSError or ValueError if it is not one."""
     metrics = read_json(file)
     if not isinstance(metrics, dict) or "all" not in metrics.get("scores", {}):
         raise ValueError(f"{file}: holds no scores; it should be the metrics.json of an evaluation")
@@ -251,17 +251,17 @@ def read_metrics(file: Path) -> Metrics:
 
 
 def benchmark_of(metrics: Metrics) -> tuple[str, str]:
-    """Its name and its split."""
+    """Return the benchmark's name and split."""
     config = metrics.get("config", {})
     return metrics.get("benchmark") or config.get("data") or "unnamed", config.get("split") or ""
 
 
 def is_of_scenes(metrics: Metrics) -> bool:
-    """Whether these are scores on the embedded scenes in a benchmark's format, and so none of the benchmark."""
+    """Return whether the scores are on the embedded scenes in a benchmark's format, not on the benchmark."""
     return bool(metrics.get("exported_scenes"))
 
 
 def title_of(metrics: Metrics) -> str:
-    """'vqav2 val', and what else its reader must not miss."""
+    """Return a title such as 'vqav2 val', marked if the scores are on the embedded scenes."""
     title = " ".join(filter(None, benchmark_of(metrics)))
     return f"{title}: the embedded scenes in its format" if is_of_scenes(metrics) else title

@@ -26,14 +26,14 @@ MODEL_CODE = Path(__file__).parents[1] / "model"
 
 
 def dtype_of(name: str, tensor: torch.Tensor, frozen: str | None) -> torch.dtype:
-    """That of a tensor in the new folder; `frozen`, if given, is that of the frozen parts."""
+    """Return a tensor's dtype in the new folder; `frozen`, if given, applies to the frozen parts."""
     is_frozen = part_of(name) in FROZEN and LORA not in name
     changes = frozen is not None and is_frozen and tensor.is_floating_point()
     return getattr(torch, str(frozen)) if changes else tensor.dtype
 
 
 def write_weights(folder: Path, facts: Facts, tensors: Tensors) -> None:
-    """Shards, and their index where there are several. Raises OSError, before it begins if there is no room."""
+    """Write shards, and an index if there are several. Raises OSError, before writing if space is short."""
     split = split_torch_state_dict_into_shards(dict(facts.wanted), max_shard_size=facts.settings.max_shard_size)
     free = shutil.disk_usage(folder).free / 1e9
     if facts.gigabytes > free:
@@ -41,16 +41,16 @@ def write_weights(folder: Path, facts: Facts, tensors: Tensors) -> None:
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].to(facts.wanted[name].dtype).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read it
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it private to its owner
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def check_whole(folder: Path, kind: Kind, source: Path) -> None:
-    """Load the new folder without its numbers. Raises ValueError for weights that are missing or of another shape."""
+    """Load the new folder on the meta device. Raises ValueError if weights are missing or of another shape."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers' own table of them
+    logging.set_verbosity_error()  # transformers' own report
     try:
         _, report = kind.model.from_pretrained(
             folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
@@ -63,7 +63,7 @@ def check_whole(folder: Path, kind: Kind, source: Path) -> None:
 
 
 def new_config(source: Path, kind: Kind) -> XFormerConfig:
-    """The model's, which names its code, and no path of this machine."""
+    """Return the model's configuration, which names its code and no path of this machine."""
     config = XFormerConfig.from_pretrained(source)
     config.auto_map = {
         "AutoConfig": "configuration_xformer.XFormerConfig",
@@ -76,19 +76,19 @@ def new_config(source: Path, kind: Kind) -> XFormerConfig:
 
 
 def write_settings(folder: Path, source: Path, facts: Facts, processor: XFormerProcessor) -> None:
-    """config.json, the processor's files, generation_config.json."""
+    """Write config.json, the processor's files and generation_config.json."""
     dtypes = {part_of(name): tensor.dtype for name, tensor in facts.wanted.items() if tensor.is_floating_point()}
     frozen = dtypes.get("language_model", dtypes["clip_encoder"])
     config = facts.config
     for part in filter(None, (config, config.clip_config, config.mae_config, config.text_config)):
-        part.dtype = str(frozen).removeprefix("torch.")  # transformers loads all but the trained parts in it
+        part.dtype = str(frozen).removeprefix("torch.")  # transformers loads all but the trainable parts in it
     config.save_pretrained(folder)
 
     processor.auto_map = {"AutoProcessor": "processing_xformer.XFormerProcessor"}
     processor.save_pretrained(folder)
     for file in folder.rglob("tokenizer_config.json"):
         kept = read_json(file)
-        for name in ("is_local", "local_files_only"):  # how it was loaded here
+        for name in ("is_local", "local_files_only"):  # specific to this machine
             kept.pop(name, None)
         write_whole(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     if (source / "generation_config.json").is_file():
@@ -96,7 +96,7 @@ def write_settings(folder: Path, source: Path, facts: Facts, processor: XFormerP
 
 
 def write_code(folder: Path) -> None:
-    """The model's modules: those that transformers asks for, and all that they import of each other."""
+    """Write the modules that transformers asks for, and the siblings they import."""
     todo, done = ["configuration_xformer", "modeling_xformer", "processing_xformer"], set()
     while todo:
         module = todo.pop()
@@ -109,9 +109,9 @@ def write_code(folder: Path) -> None:
 
 
 def followable(code: str) -> str:
-    """Each module of `from . import a, b` named once more in the one form in which transformers looks for files to copy.
+    """Repeat each module of `from . import a, b` in the form by which transformers finds the files to copy.
 
-    It reads lines such as `from .a import name` (dynamic_module_utils.py `get_relative_imports`).
+    It matches lines such as `from .a import name` (dynamic_module_utils.py `get_relative_imports`).
     """
 
     def add(line: re.Match) -> str:

@@ -1,8 +1,11 @@
-"""Every tensor has a place, or is an error: with changed tiny files, and in the published sizes on the meta device."""
+"""The origin of each tensor, and the written files."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from published import (
+    BLIP2,
     LAVIS,
     PUBLISHED,
     TINY,
@@ -19,7 +22,9 @@ from published import (
     random_tensors,
     run,
 )
+from safetensors import SafetensorError
 from transformers import (
+    AutoModelForImageTextToText,
     BertConfig,
     BertForPreTraining,
     Blip2Config,
@@ -31,10 +36,11 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from xformer_mllm import XFormerConfig
+from xformer_mllm import XFormerConfig, XFormerForConditionalGeneration
 from xformer_mllm.convert import ConvertConfig
 from xformer_mllm.convert.assembly import build_target, make_plan, part_of
 from xformer_mllm.convert.sources import Source, Sources
+from xformer_mllm.model.modeling_xformer import FROZEN
 
 pytest_plugins = ["published_files"]
 
@@ -104,7 +110,7 @@ def test_another_language_model_needs_another_projection(files, tmp_path, capsys
 @pytest.mark.parametrize("mae", ["mae_encoder", "mae_model"])
 def test_a_mae_without_decoder_cannot_reconstruct(files, mae, tmp_path, capsys):
     words = ("--qformer", "blip2", "--mae", mae, "--llm", "opt")
-    assert "--variant no_reconstruction does without" in fails(files, capsys, tmp_path / "out", *words)
+    assert "use --variant no_reconstruction" in fails(files, capsys, tmp_path / "out", *words)
     assert run(files, tmp_path / "out", *words, "--variant", "no_reconstruction") == 0
     assert run(files, tmp_path / "new", *words, "--allow", "xformer.mae_decoder.*") == 0
     assert "reconstruction loss" not in differences(tmp_path / "new")
@@ -197,7 +203,7 @@ def test_the_published_lavis_stage_1_maps_completely(monkeypatch):
     plan, target = plan_of(monkeypatch, qformer, "lavis", tower)
     assert initialised_parts(plan) == {"fusion"}
     assert {reason for _, reason in plan.left} == {
-        "tied to the word embeddings and the bias", "numbers of positions, not weights", "behind the layer that is read"
+        "tied to the word embeddings and the bias", "numbers of positions, not weights", "after the layer that is read"
     }  # fmt: skip
     assert target.config.clip_config.num_hidden_layers == 39
     assert target.config.clip_config.num_attention_heads == 16
@@ -213,7 +219,7 @@ def test_the_published_lavis_stage_2_maps_completely(monkeypatch):
     assert initialised_parts(plan) == {"fusion"}
     assert {reason for _, reason in plan.left} == {
         "numbers of positions, not weights",
-        "behind the layer that is read",
+        "after the layer that is read",
     }
 
 
@@ -225,3 +231,48 @@ def test_the_published_bert_maps_completely(monkeypatch):
     }  # fmt: skip
     assert all(".crossattention." in name for name in plan.fresh if name.startswith("xformer.qformer."))
     assert len(target.model.itg_bias) == 30523
+
+
+def test_frozen_parts_are_bf16_and_trained_ones_fp32(files, tmp_path):
+    assert run(files, tmp_path / "out", *BLIP2) == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        frozen = set(FROZEN) & set(name.split(".")[:2])
+        assert parameter.dtype == (torch.bfloat16 if frozen else torch.float32), name
+    assert max(differences(tmp_path / "out").values()) < 1e-2
+
+
+def test_shards_load_as_one_file_does(files, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr("xformer_mllm.convert.assembly.SHARD_BYTES", 300_000)
+    assert run(files, tmp_path / "out", *BLIP2, "--dtype", "float32") == 0
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    a, b = (
+        XFormerForConditionalGeneration.from_pretrained(path).state_dict() for path in (converted, tmp_path / "out")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_seed_decides_what_is_initialised(files, converted, tmp_path):
+    assert run(files, tmp_path / "out", *BLIP2, "--dtype", "float32", "--seed", 1) == 0
+    a, b = (
+        XFormerForConditionalGeneration.from_pretrained(path).state_dict() for path in (converted, tmp_path / "out")
+    )
+    changed = {name.split(".")[1] for name in a if not torch.equal(a[name], b[name])}
+    assert changed == {"fusion"}
+
+
+def test_a_full_disk_is_reported_before_writing(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("xformer_mllm.convert.assembly.shutil.disk_usage", lambda _: SimpleNamespace(free=1e6))
+    assert "the model needs 0.0 GB" in fails(files, capsys, tmp_path / "out", *BLIP2)
+
+
+def test_a_disk_that_fills_up_is_reported(files, tmp_path, capsys, monkeypatch):
+    def save_file(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("xformer_mllm.convert.assembly.save_file", save_file)
+    assert "No space left on device" in fails(files, capsys, tmp_path / "out", *BLIP2)
+
+
+def test_weights_have_the_configurations_permissions(converted):
+    assert (converted / "model.safetensors").stat().st_mode == (converted / "config.json").stat().st_mode
