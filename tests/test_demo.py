@@ -8,17 +8,17 @@ from PIL import Image
 
 from xformer_mllm import cli, report
 from xformer_mllm.embedded import demo, lanes
-from xformer_mllm.embedded.demo import DemoConfig, parts_of, run_demo
+from xformer_mllm.embedded.demo import DemoConfig, jobs_of, run_demo
 
 
 def test_budgets_are_equal_but_for_the_name_of_the_variant():
     config = DemoConfig()
     lines = {
-        variant: [" ".join(p.arguments).replace(variant, "VARIANT") for p in parts_of(config, variant)]
+        variant: [" ".join(p.arguments).replace(variant, "VARIANT") for p in jobs_of(config, variant)]
         for variant in config.variants
     }
     assert lines["qformer"] == lines["xformer"]
-    assert [p.title for p in parts_of(config, "xformer")] == [
+    assert [p.title for p in jobs_of(config, "xformer")] == [
         "stage 1",
         "stage 2 on questions",
         "questions after stage 2 on questions",
@@ -26,21 +26,21 @@ def test_budgets_are_equal_but_for_the_name_of_the_variant():
 
 
 def test_zero_shot_adds_a_second_stage_on_captions_alone():
-    parts = parts_of(DemoConfig(zero_shot=True), "xformer")
-    assert [p.folder.name for p in parts] == [
+    jobs = jobs_of(DemoConfig(zero_shot=True), "xformer")
+    assert [p.folder.name for p in jobs] == [
         "stage1",
         "stage2",
         "questions",
         "stage2-zero-shot",
         "questions-zero-shot",
     ]
-    assert "captions" in parts[3].arguments
-    assert str(parts[3].folder) in parts[4].arguments
+    assert "captions" in jobs[3].arguments
+    assert str(jobs[3].folder) in jobs[4].arguments
 
 
 def test_a_large_language_model_gets_fewer_steps_unless_told_otherwise():
     def steps(**settings):
-        return parts_of(DemoConfig(**settings), "xformer")[1].steps
+        return jobs_of(DemoConfig(**settings), "xformer")[1].steps
 
     assert steps() > steps(llm="smollm2")
     assert steps(llm="smollm2", stage2_steps=7) == 7
@@ -50,8 +50,8 @@ def test_a_large_language_model_gets_fewer_steps_unless_told_otherwise():
     ("settings", "message"),
     [
         ({"variants": ()}, "one or more"),
-        ({"variants": ("xformer", "xformer")}, "each once"),
-        ({"test_size": 0}, "test_size must be at least 1"),
+        ({"variants": ("xformer", "xformer")}, "different names"),
+        ({"test_size": 0}, "--test-size must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
@@ -108,4 +108,4 @@ def test_the_whole_demo_on_a_few_scenes(tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)[0]["image"] == words[2]
 
     run_demo(config)
-    assert capsys.readouterr().out.count("is already there") == 6
+    assert capsys.readouterr().out.count("already finished") == 6

@@ -24,13 +24,6 @@ def stated(part: str) -> dict[str, float]:
 # --- what is shipped
 
 
-def test_shipped_clip_retrieves_as_its_recipe_says():
-    metrics = encoders.clip_retrieval(encoders.load_clip(WEIGHTS / "clip"), tokenizers.qformer_tokenizer())
-    for name, value in stated("clip").items():
-        assert metrics[name] == pytest.approx(value, abs=0.02), name
-    assert metrics["image_to_text_r1_of_100"] > 0.25  # chance: 0.01
-
-
 def test_shipped_mae_reconstructs_as_its_recipe_says():
     metrics = encoders.mae_loss(ViTMAEForPreTraining.from_pretrained(WEIGHTS / "mae"))
     assert metrics["reconstruction_loss"] == pytest.approx(stated("mae")["reconstruction_loss"], rel=0.01)

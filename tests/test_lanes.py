@@ -1,6 +1,7 @@
-"""Lanes of processes against a stand-in for the command line: order, what is not run again, failures, signals."""
+"""Lanes of processes against a stand-in for the command line: order, skipped jobs, failures, signals."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from xformer_mllm.embedded import lanes
-from xformer_mllm.embedded.lanes import Lane, Part, run_lanes
+from xformer_mllm.embedded.lanes import Job, Lane, run_lanes
 
 # Stands in for `python -m xformer_mllm`: notes that it ran, and behaves as its first argument says.
 STAND_IN = """
@@ -26,23 +27,33 @@ if kind == "fail":
     sys.exit(3)
 if kind == "hang":
     import subprocess
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (folder / "pids").write_text(f"{os.getpid()} {child.pid}")
-    time.sleep(600)
+    time.sleep(60)  # a lane that is not stopped ends by itself, so no test waits for ever
 """
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(lanes, "COMMAND", (sys.executable, "-c", STAND_IN))
-    monkeypatch.setattr(lanes, "SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(lanes, "POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def signals():
+    """The handlers of an interactive shell: a background job ignores SIGINT."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 with_stand_in = pytest.mark.usefixtures("stand_in")
 
 
-def part(folder: Path, kind: str = "log", title: str | None = None, steps: int | None = 10) -> Part:
-    return Part(title or folder.name, folder, (kind, str(folder)), ("variants.py",), steps)
+def job(folder: Path, kind: str = "log", title: str | None = None, steps: int | None = 10) -> Job:
+    return Job(title or folder.name, folder, (kind, str(folder)), ("variants.py",), steps)
 
 
 def ran(folder: Path) -> list[str]:
@@ -51,7 +62,7 @@ def ran(folder: Path) -> list[str]:
 
 @with_stand_in
 def test_parts_run_in_order_with_one_thread_each(tmp_path):
-    both = [Lane(name, [part(tmp_path / name / "one"), part(tmp_path / name / "two")]) for name in ("a", "b")]
+    both = [Lane(name, [job(tmp_path / name / "one"), job(tmp_path / name / "two")]) for name in ("a", "b")]
     run_lanes(both)
     assert ran(tmp_path / "a") == ran(tmp_path / "b") == ["one log 1", "two log 1"]
     assert all(lane.current is None and list(lane.seconds) == ["one", "two"] for lane in both)
@@ -61,7 +72,7 @@ def test_parts_run_in_order_with_one_thread_each(tmp_path):
 @with_stand_in
 def test_lanes_run_side_by_side_but_no_more_than_there_are_cores(tmp_path, monkeypatch):
     most = []
-    three = [Lane(name, [part(tmp_path / name / "one")]) for name in ("a", "b", "c")]
+    three = [Lane(name, [job(tmp_path / name / "one")]) for name in ("a", "b", "c")]
     monkeypatch.setattr(lanes, "cores", lambda: 2)
     monkeypatch.setattr(
         lanes.Board, "show", lambda board, lines: most.append(sum(lane.process is not None for lane in three))
@@ -74,32 +85,32 @@ def test_lanes_run_side_by_side_but_no_more_than_there_are_cores(tmp_path, monke
 @with_stand_in
 def test_what_is_finished_is_not_run_again_and_says_so(tmp_path, capsys):
     def one_lane():
-        return [Lane("a", [part(tmp_path / "one"), part(tmp_path / "two")])]
+        return [Lane("a", [job(tmp_path / "one"), job(tmp_path / "two")])]
 
     run_lanes(one_lane())
     capsys.readouterr()
     again = one_lane()
     run_lanes(again)
     assert ran(tmp_path) == ["one log 1", "two log 1"]
-    assert "a: one is already there" in capsys.readouterr().out
+    assert "a: one already finished" in capsys.readouterr().out
     assert set(again[0].seconds) == {"one", "two"}
 
 
 @with_stand_in
 def test_another_configuration_runs_again_with_all_that_builds_on_it(tmp_path):
-    run_lanes([Lane("a", [part(tmp_path / "one"), part(tmp_path / "two")])])
+    run_lanes([Lane("a", [job(tmp_path / "one"), job(tmp_path / "two")])])
     (tmp_path / "one" / "left over").write_text("from before")
-    changed = replace(part(tmp_path / "one"), arguments=("log", "--steps", "5", str(tmp_path / "one")))
-    run_lanes([Lane("a", [changed, part(tmp_path / "two")])])
+    changed = replace(job(tmp_path / "one"), arguments=("log", "--steps", "5", str(tmp_path / "one")))
+    run_lanes([Lane("a", [changed, job(tmp_path / "two")])])
     assert ran(tmp_path) == ["one log 1", "two log 1"] * 2
     assert not (tmp_path / "one" / "left over").exists()
 
 
 @with_stand_in
 def test_other_code_runs_again(tmp_path, monkeypatch):
-    run_lanes([Lane("a", [part(tmp_path / "one")])])
+    run_lanes([Lane("a", [job(tmp_path / "one")])])
     monkeypatch.setattr(lanes, "_fingerprint", lambda sources: "changed")
-    run_lanes([Lane("a", [part(tmp_path / "one")])])
+    run_lanes([Lane("a", [job(tmp_path / "one")])])
     assert len(ran(tmp_path)) == 2
 
 
@@ -117,11 +128,11 @@ def test_the_fingerprint_follows_the_content_of_the_sources(tmp_path, monkeypatc
 
 @with_stand_in
 def test_an_interrupted_part_keeps_what_it_had(tmp_path):
-    lane = Lane("a", [part(tmp_path / "one")])
+    lane = Lane("a", [job(tmp_path / "one")])
     lane.start()
-    lane.process.wait()
+    lane.process.wait(timeout=20)
     (tmp_path / "one" / "checkpoint").write_text("precious")  # killed before it was noted as finished
-    run_lanes([Lane("a", [part(tmp_path / "one")])])
+    run_lanes([Lane("a", [job(tmp_path / "one")])])
     assert (tmp_path / "one" / "checkpoint").exists()
     assert len(ran(tmp_path)) == 2
 
@@ -131,7 +142,7 @@ def test_a_folder_that_no_demo_made_is_not_touched(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not made by xformer demo; choose another --output-dir"):
-        run_lanes([Lane("a", [part(tmp_path / "one")])])
+        run_lanes([Lane("a", [job(tmp_path / "one")])])
     assert (tmp_path / "one" / "thesis.txt").read_text() == "mine"
 
 
@@ -158,8 +169,8 @@ def pids(folder: Path) -> list[int]:
 @with_stand_in
 def test_a_failure_shows_its_last_lines_names_its_log_and_stops_the_others(tmp_path, capsys):
     hanging, failing = (
-        Lane("a", [part(tmp_path / "a" / "one", "hang")]),
-        Lane("b", [part(tmp_path / "b" / "one", "fail")]),
+        Lane("a", [job(tmp_path / "a" / "one", "hang")]),
+        Lane("b", [job(tmp_path / "b" / "one", "fail")]),
     )
     with pytest.raises(ValueError, match=r"b: one failed \(exit status 3\).*b/one\.log"):
         run_lanes([hanging, failing])
@@ -167,15 +178,13 @@ def test_a_failure_shows_its_last_lines_names_its_log_and_stops_the_others(tmp_p
     assert hanging.process.poll() is not None
     assert not (tmp_path / "b" / "two").exists()
     with pytest.raises(ValueError, match="exit status 3"):  # a failure is not taken for a result
-        run_lanes([Lane("b", [part(tmp_path / "b" / "one", "fail")])])
+        run_lanes([Lane("b", [job(tmp_path / "b" / "one", "fail")])])
 
 
-@with_stand_in
+@pytest.mark.usefixtures("stand_in", "signals")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_processes_and_their_children(tmp_path, signal_name):
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     number = getattr(signal, signal_name)
 
@@ -186,15 +195,15 @@ def test_a_signal_ends_the_processes_and_their_children(tmp_path, signal_name):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_lanes([Lane("a", [part(tmp_path / "one", "hang")])])
-    thread.join()
+        run_lanes([Lane("a", [job(tmp_path / "one", "hang")])])
+    thread.join(timeout=20)
     wait_for(lambda: all(gone(pid) for pid in pids(tmp_path / "one")))
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 @with_stand_in
 def test_the_status_tells_step_losses_and_time_left(tmp_path):
-    lane = Lane("xformer", [part(tmp_path / "one", "hang", "stage 1"), part(tmp_path / "two")])
+    lane = Lane("xformer", [job(tmp_path / "one", "hang", "stage 1"), job(tmp_path / "two")])
     assert lane.status() == "xformer: stage 1 (1 of 2), waiting"
     lane.start()
     try:
@@ -204,9 +213,34 @@ def test_the_status_tells_step_losses_and_time_left(tmp_path):
         )
         assert lane.status() == "xformer: stage 1 (1 of 2)  step 5/10  itc 2.500"
         lane._first = (time.monotonic() - 30, 2)
-        assert lane.status() == "xformer: stage 1 (1 of 2)  step 5/10  itc 2.500  0:50 left"
+        assert lane.status() == "xformer: stage 1 (1 of 2)  step 5/10  itc 2.500  ETA 0:50"
     finally:
         lane.stop()
+
+
+@with_stand_in
+def test_the_estimate_scales_measured_steps_to_later_jobs(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(lanes.time, "monotonic", lambda: now[0])
+    first, later = job(tmp_path / "one", "hang"), job(tmp_path / "two")
+    lane = Lane("a", [replace(first, steps=100, work=100), replace(later, work=50)])
+    lane.start()
+    try:
+        (tmp_path / "one").mkdir(exist_ok=True)
+        log = tmp_path / "one" / "log.jsonl"
+        log.write_text('{"step": 10}\n')
+        assert lanes.remaining([lane], 15) is None
+        log.write_text('{"step": 30}\n')
+        now[0] += 40  # 2 seconds per step
+        assert lanes.remaining([lane], 15) == pytest.approx(2 * (70 + 50))
+        assert lanes.remaining([lane], 30) is None
+    finally:
+        lane.stop()
+
+
+def test_an_estimate_is_a_range():
+    assert lanes.minutes(600) == "9 to 12 minutes"
+    assert lanes.minutes(40) == "1 minute"
 
 
 def test_a_log_with_progress_bars_shows_its_last_lines(tmp_path):

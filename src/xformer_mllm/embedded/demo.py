@@ -1,9 +1,9 @@
-"""`xformer demo`: train the variants through both stages with equal budgets, ask them the same questions, say who won.
+"""`xformer demo`: train the variants through both stages with equal budgets and compare their answers.
 
-Each variant is a lane of parts (stage 1, stage 2, questions); `lanes` runs them, and does not run again what is there.
+Each variant is a lane of jobs (stage 1, stage 2, questions); `lanes` runs them and skips those already finished.
 
-    runs/demo/VARIANT/{stage1,stage2,questions}/    what the commands write
-    runs/demo/VARIANT/{stage1,stage2,questions}.log what they print
+    runs/demo/VARIANT/{stage1,stage2,questions}/    output of the commands
+    runs/demo/VARIANT/{stage1,stage2,questions}.log their console output
     runs/demo/metrics.json, runs/demo/report.html   the results
 """
 
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from xformer_mllm import report
-from xformer_mllm.embedded.lanes import Lane, Part, clock, cores, read_json, read_rows, run_lanes
+from xformer_mllm.embedded.lanes import Job, Lane, clock, cores, read_json, read_rows, run_lanes
 from xformer_mllm.evaluate.benchmark import Benchmark
 from xformer_mllm.evaluate.evaluation import BenchmarkConfig, open_benchmark
 from xformer_mllm.evaluate.exact_match import compare
@@ -34,19 +34,11 @@ from xformer_mllm.evaluate.query_analysis import QueryAnalysis, analyse
 from xformer_mllm.files import read_json_lines, write_whole
 from xformer_mllm.inference import ReconstructConfig, reconstruct
 
-# A finished part stays valid as long as the code and weights that made it are the same.
+# A finished job stays valid while the code and weights it used are unchanged.
 WORLD = ("world", "scenes", "scene_questions", "easy_vqa", "start")
 TRAINING_SOURCES = (
-    *(
-        "model",
-        "data",
-        "train",
-        "variants.py",
-        "checkpoints.py",
-        "language_models.py",
-        "defaults.py",
-        "embedded/weights",
-    ),
+    *("model", "data", "train", "variants.py", "checkpoints.py", "language_models.py", "defaults.py"),
+    "embedded/weights",
     *(f"embedded/{name}.py" for name in WORLD),
 )
 QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate", "inference.py", "embedded/benchmarks.py")
@@ -56,115 +48,118 @@ RECONSTRUCTED_IMAGES = 3
 ANALYSED_IMAGES = 200
 QUERY_OVERLAYS = 3
 
+# Expected duration in steps of stage 1, for the estimate (measured with `make demo` on two cores).
+STAGE2_STEP = 0.88
+QUESTIONS_PER_STEP = 120
+QUESTIONS_PER_SCENE, EASY_VQA_QUESTIONS = 4, 9_673
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Train X-Former and the Q-Former baseline with equal budgets and compare them on held-out images."""
 
     data: Literal["scenes", "easy-vqa"] = "scenes"
-    """The embedded world, or easy-VQA's images and questions."""
+    """Images and questions: the embedded scenes, or easy-VQA (needs the extra easy-vqa)."""
     llm: str = "opt"
-    """The frozen language model: opt (tiny, shipped), smollm2, or a folder or hub name of a causal model."""
+    """Frozen language model: opt (tiny, shipped), smollm2, or the folder or Hub id of a causal language model."""
     variants: tuple[str, ...] = ("qformer", "xformer")
-    """Which models; the others are compared with the first one."""
+    """Models to train. The first is the baseline of the comparison."""
     seed: int = 0
-    """Of the initial weights, the batches and the masks."""
+    """Seed of the initial weights, the batches and the masks."""
     output_dir: Path = Path("runs/demo")
-    """Where everything goes."""
+    """Folder for the runs, the scores and the report."""
     stage1_steps: int = 720
-    """Steps of stage 1, for each variant."""
+    """Training steps of stage 1, per variant."""
     stage2_steps: int | None = None
-    """Steps of stage 2, for each variant; by default 800, and 250 with another language model than opt."""
+    """Training steps of stage 2, per variant. Default: 800 with opt, 250 with another language model."""
     train_size: int = 24_000
-    """At most this many training images."""
+    """Maximum number of training images."""
     test_size: int = 2_000
-    """Held-out scenes to ask about; easy-VQA's test questions are always asked all."""
+    """Number of held-out scenes to ask about. easy-VQA always uses all its test questions."""
     zero_shot: bool = False
-    """Also run stage 2 on captions alone, and ask the questions that it has never seen: the paper's setting."""
+    """Also run stage 2 on captions only and ask the questions zero-shot, as in the paper."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for settings that cannot be."""
+        """Raises ValueError for invalid settings."""
         if not self.variants or len(set(self.variants)) < len(self.variants):
-            raise ValueError("--variants needs one or more names, each once")
+            raise ValueError("--variants needs one or more different names")
         for name in ("stage1_steps", "stage2_steps", "train_size", "test_size"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def run_demo(config: DemoConfig) -> Path:
-    """Run the demo and return the report's path.
+    """Run the demo and return the path of the report.
 
-    Raises ValueError if a part fails, after its last lines were shown; KeyboardInterrupt goes through once the
-    processes are stopped.
+    Raises ValueError if a job fails, after showing the end of its log. On KeyboardInterrupt the processes are stopped.
     """
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    lanes = [Lane(variant, parts_of(config, variant)) for variant in config.variants]
+    started = time.time()
+    lanes = [Lane(variant, jobs_of(config, variant)) for variant in config.variants]
     run_lanes(lanes)
     settings = gather(config)
     for name, setting in settings.items():
         write_whole(config.output_dir / name, json.dumps(setting.metrics, indent=2) + "\n")
         print(f"\n{setting.name}\n\n{table(setting, config.variants)}\n\n{sentence(setting, config.variants)}")
     images = write_images(config)
-    page = write_page(config, list(settings.values()), lanes, images, time.time() - began)
+    page = write_page(config, list(settings.values()), lanes, images, time.time() - started)
     print(f"\n{what_next(config, page, images)}")
     return page
 
 
-def parts_of(config: DemoConfig, variant: str) -> list[Part]:
-    """A variant's parts in order. Equal budgets: nothing but the variant's name differs between the lanes."""
+def jobs_of(config: DemoConfig, variant: str) -> list[Job]:
+    """The jobs of a variant in order. Equal budgets: only the variant's name differs between the lanes."""
     lane = config.output_dir / variant
     steps = config.stage2_steps or (800 if config.llm == "opt" else 250)
     common = ("--data", config.data, "--train-size", str(config.train_size), "--seed", str(config.seed))
     first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common)
-    parts = [_training_part("stage 1", lane / "stage1", first, config.stage1_steps)]
+    jobs = [_training_job("stage 1", lane / "stage1", first, config.stage1_steps, config.stage1_steps)]
     for text, ending in text_settings(config):
-        # A real language model takes seconds for what the tiny one reads at once.
+        # A full-size language model needs seconds for a batch that the tiny one reads at once.
         smaller = () if config.llm == "opt" else ("--batch-size", "8")
         second = ("train", "stage2", "--from-pretraining", str(lane / "stage1"), "--llm", config.llm, "--text", text)
         folder = lane / f"stage2{ending}"
         title = f"stage 2 on {text}"
-        parts.append(_training_part(title, folder, (*second, *smaller, "--steps", str(steps), *common), steps))
-        parts.append(_questions_part(config, title, folder, lane / f"questions{ending}"))
-    return parts
+        work = STAGE2_STEP * steps if config.llm == "opt" else None
+        jobs.append(_training_job(title, folder, (*second, *smaller, "--steps", str(steps), *common), steps, work))
+        jobs.append(_questions_job(config, title, folder, lane / f"questions{ending}"))
+    return jobs
 
 
 def text_settings(config: DemoConfig) -> list[tuple[str, str]]:
-    """(what stage 2 learns to say, what its folders' names end in)."""
+    """(training target of stage 2, suffix of its folders)."""
     return [("questions", ""), *([("captions", "-zero-shot")] if config.zero_shot else [])]
 
 
-def _training_part(title: str, folder: Path, arguments: tuple[str, ...], steps: int) -> Part:
-    return Part(title, folder, (*arguments, "--output-dir", str(folder)), TRAINING_SOURCES, steps)
+def _training_job(title: str, folder: Path, arguments: tuple[str, ...], steps: int, work: float | None) -> Job:
+    return Job(title, folder, (*arguments, "--output-dir", str(folder)), TRAINING_SOURCES, steps, work)
 
 
-def _questions_part(config: DemoConfig, title: str, model: Path, folder: Path) -> Part:
+def _questions_job(config: DemoConfig, title: str, model: Path, folder: Path) -> Job:
     asked = ("evaluate", str(model), "--benchmark", config.data, "--split", "test", "--size", str(config.test_size))
     words = (*asked, "--batch-size", "256", "--output-dir", str(folder))
-    return Part(f"questions after {title}", folder, words, QUESTION_SOURCES)
+    count = config.test_size * QUESTIONS_PER_SCENE if config.data == "scenes" else EASY_VQA_QUESTIONS
+    return Job(f"questions after {title}", folder, words, QUESTION_SOURCES, work=count / QUESTIONS_PER_STEP)
 
 
 def held_out_questions(config: DemoConfig) -> Benchmark:
-    """What the models are asked."""
+    """The test questions."""
     return open_benchmark(BenchmarkConfig(benchmark=config.data, split="test", size=config.test_size))
 
 
-# --------------------------------------------------------------------------------------------------------- the results
-
-
 def gather(config: DemoConfig) -> dict[str, report.Setting]:
-    """File name of the scores -> the setting: what every variant answered to the same questions."""
+    """File name of the scores -> the answers of every variant to the same questions."""
     named = {
         "questions": (
             "metrics.json",
             "with questions in stage 2",
-            "Stage 2 learned from questions about training images. (The paper's stage 2 sees captions alone.)",
+            "Stage 2 learned from questions about training images. (In the paper it sees captions only.)",
         ),
         "captions": (
             "metrics_zero_shot.json",
             "zero-shot",
-            "Stage 2 saw captions alone, as in the paper: what was trained has never met a question. (The shipped "
-            "language model opt has, in text.)",
+            "Stage 2 saw captions only, as in the paper: the trained jobs have never seen a question. (The shipped "
+            "language model opt has, as text.)",
         ),
     }
     settings = {}
@@ -180,7 +175,7 @@ def gather(config: DemoConfig) -> dict[str, report.Setting]:
 
 
 def table(setting: report.Setting, variants: Sequence[str]) -> str:
-    """The scores as text: a row for each type of question, in %, with 95 % intervals."""
+    """The scores as text: one row per question type, in %, with 95 % intervals."""
     compared = [variant for variant in variants if variant in setting.differences]
     head = ["", "questions", "majority", *map(report.display_name, variants)]
     head += [f"{report.display_name(variant)} - {report.display_name(variants[0])}" for variant in compared]
@@ -209,13 +204,13 @@ def _cell(value: float, interval: Sequence[float], form: str) -> str:
 
 
 def sentence(setting: report.Setting, variants: Sequence[str]) -> str:
-    """Who won, and what the intervals leave out."""
+    """The comparison over all questions, and what the intervals do not cover."""
     overall = report.overall(setting, variants).replace("\u00a0", " ")
     return textwrap.fill(f"{overall} One training run each: another seed moves these numbers too.", 100)
 
 
 def write_images(config: DemoConfig) -> dict[Path, str]:
-    """A few held-out images to try the models on: path -> a question that is asked about it."""
+    """Write a few held-out images to try the models on: path -> one of its questions."""
     folder = config.output_dir / "images"
     folder.mkdir(exist_ok=True)
     benchmark = held_out_questions(config)
@@ -231,11 +226,11 @@ def write_images(config: DemoConfig) -> dict[Path, str]:
 
 
 def reconstructions(lanes: Sequence[Lane], images: Sequence[Path]) -> list[report.Strip]:
-    """What the variants that learned to reconstruct make of images with half of their patches hidden."""
+    """Reconstructions of images with half of their patches masked, for each variant trained to reconstruct."""
     strips = []
     for lane in lanes:
-        stage1 = lane.parts[0].folder
-        if not any(part["name"] == "mae_decoder" for part in read_json(stage1 / "freeze.json")):
+        stage1 = lane.jobs[0].folder
+        if not any(job["name"] == "mae_decoder" for job in read_json(stage1 / "freeze.json")):
             continue
         sheet = stage1.with_name("reconstructions.png")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -243,7 +238,7 @@ def reconstructions(lanes: Sequence[Lane], images: Sequence[Path]) -> list[repor
         alone, fused = (sum(row[key] for row in found) / len(found) for key in ("mae_error", "xformer_error"))
         label = (
             "From left to right: original, masked, reconstructed by the MAE alone, reconstructed from M' of "
-            f"{report.display_name(lane.variant)}. Mean squared error on hidden pixels: {alone:.4f} and {fused:.4f}."
+            f"{report.display_name(lane.variant)}. Mean squared error on masked pixels: {alone:.4f} and {fused:.4f}."
         )
         with Image.open(sheet) as image:
             strips.append(report.Strip(report.display_name(lane.variant), [(label, image.convert("RGB"))]))
@@ -256,7 +251,7 @@ def queries_of(config: DemoConfig, lanes: Sequence[Lane]) -> QueryAnalysis:
     first = {record.image_id: record for record in reversed(benchmark.records)}
     chosen = list(reversed(first.values()))[:ANALYSED_IMAGES]
     images = {record.image_id: benchmark.load(record) for record in chosen}
-    models = {lane.variant: lane.parts[0].folder for lane in lanes}
+    models = {lane.variant: lane.jobs[0].folder for lane in lanes}
     return analyse(models, images, overlays=QUERY_OVERLAYS)
 
 
@@ -267,17 +262,17 @@ def write_page(
     images: Mapping[Path, str],
     seconds: float,
 ) -> Path:
-    """runs/demo/report.html."""
+    """Write report.html and return its path."""
     names = [report.display_name(variant) for variant in config.variants]
     asked = settings[0].metrics[config.variants[0]]["all"]["n"]
-    steps = next(part.steps for part in lanes[0].parts if part.title.startswith("stage 2"))
+    steps = next(job.steps for job in lanes[0].jobs if job.title.startswith("stage 2"))
     page = report.Report(
         title=f"{' and '.join(names)} on {'the embedded scenes' if config.data == 'scenes' else 'easy-VQA'}",
         variants=config.variants,
         introduction=(
             f"Trained with equal budgets ({config.stage1_steps:,} steps of stage 1, {steps:,} of stage 2, the same "
-            f"images in the same order, language model {config.llm}, frozen) and asked the same {asked:,} questions "
-            "about images that were not trained on."
+            f"images in the same order, frozen language model {config.llm}) and asked the same {asked:,} questions "
+            "about held-out images."
         ),
         settings=settings,
         runs=[run for lane in lanes for run in runs_of(lane)],
@@ -292,18 +287,18 @@ def write_page(
 
 
 def runs_of(lane: Lane) -> list[report.Run]:
-    """The lane's training runs, as their folders tell them."""
+    """The training runs of a lane, read from their folders."""
     runs = []
-    for part in lane.parts:
-        if part.steps is not None:
-            run = read_json(part.folder / "config.json")
+    for job in lane.jobs:
+        if job.steps is not None:
+            run = read_json(job.folder / "config.json")
             runs.append(
                 report.Run(
                     variant=lane.variant,
-                    stage=part.title.capitalize(),
-                    log=read_rows(part.folder / "log.jsonl"),
-                    samples=read_rows(part.folder / "samples.jsonl"),
-                    freeze=read_json(part.folder / "freeze.json"),
+                    stage=job.title.capitalize(),
+                    log=read_rows(job.folder / "log.jsonl"),
+                    samples=read_rows(job.folder / "samples.jsonl"),
+                    freeze=read_json(job.folder / "freeze.json"),
                     config=run,
                     batch_size=run["batch_size"],
                 )
@@ -312,14 +307,14 @@ def runs_of(lane: Lane) -> list[report.Run]:
 
 
 def images_of(config: DemoConfig, lanes: Sequence[Lane]) -> Any:
-    """A function from the id of an image, held out for testing or for samples, to the image."""
+    """A function from the id of a test or sample image to the image, None if there is none."""
     benchmark = held_out_questions(config)
     records = {record.image_id: record for record in benchmark.records}
     sampled = {
-        row["id"]: part.folder / row["image"]
+        row["id"]: job.folder / row["image"]
         for lane in lanes
-        for part in lane.parts
-        for row in read_rows(part.folder / "samples.jsonl")
+        for job in lane.jobs
+        for row in read_rows(job.folder / "samples.jsonl")
     }
 
     def image(identity: str) -> Image.Image | None:
@@ -332,7 +327,7 @@ def images_of(config: DemoConfig, lanes: Sequence[Lane]) -> Any:
 
 
 def provenance(config: DemoConfig, lanes: Sequence[Lane], seconds: float) -> dict[str, str]:
-    """How, when and on what this was made."""
+    """Command, seed, machine, versions and times."""
     times = {lane.variant: [f"{title} {clock(taken)}" for title, taken in lane.seconds.items()] for lane in lanes}
     packages = [f"{name} {version(name)}" for name in ("xformer-mllm", "torch", "transformers")]
     return {
@@ -341,23 +336,23 @@ def provenance(config: DemoConfig, lanes: Sequence[Lane], seconds: float) -> dic
         "Machine": f"{_processor()}, {cores()} cores, {platform.system()} {platform.machine()}",
         "Versions": ", ".join([*packages, f"Python {platform.python_version()}"]),
         "Finished": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "Wall time": f"{clock(seconds)} min for this call; parts that were there already were not run again",
-        **{f"Time of {variant}": ", ".join(parts) for variant, parts in times.items()},
+        "Wall time": f"{clock(seconds)} min for this call; jobs already finished were skipped",
+        **{f"Time of {variant}": ", ".join(jobs) for variant, jobs in times.items()},
     }
 
 
 def what_next(config: DemoConfig, page: Path, images: Mapping[Path, str]) -> str:
-    """The report, and commands to try on what was trained."""
+    """The path of the report, and commands to try on the trained models."""
     variant = "xformer" if "xformer" in config.variants else config.variants[-1]
     lane, (image, question) = config.output_dir / variant, next(iter(images.items()))
-    is_default = lane == DemoConfig.output_dir / "xformer"  # what the commands take when no model is named
+    is_default = lane == DemoConfig.output_dir / "xformer"  # the commands' default model
     stage1 = ["--model", str(lane / "stage1")]
     commands = {
         "ask": ["ask", str(image), question, *([] if is_default else ["--model", str(lane / "stage2")])],
         "caption": ["caption", str(image), *stage1],
         "reconstruct": ["reconstruct", str(image), *([] if is_default else stage1)],
     }
-    # `make demo` does not activate its environment, so there the command has to be named with its place.
+    # `make demo` does not activate its environment, so the command needs its path.
     place = "" if shutil.which("xformer") else os.path.relpath(Path(sys.executable).parent) + "/"
     lines = [f"  {place}{shlex.join(['xformer', *words])}" for words in commands.values()]
     return "\n".join(
@@ -366,7 +361,7 @@ def what_next(config: DemoConfig, page: Path, images: Mapping[Path, str]) -> str
 
 
 def demo_command(config: DemoConfig) -> str:
-    """The command with this configuration: what differs from the defaults."""
+    """The command line of this configuration, without defaults."""
     words = ["xformer", "demo"]
     for name, value in asdict(config).items():
         if value != getattr(DemoConfig, name):

@@ -1,8 +1,8 @@
-"""easy-VQA (PyPI `easy-vqa`, github.com/vzhou842/easy-VQA): images of one shape, with questions nobody here made.
+"""easy-VQA (PyPI `easy-vqa`, github.com/vzhou842/easy-VQA): images of one shape, with external questions.
 
 5,000 images of 64 x 64 pixels, each with one of three shapes in one of eight colours; 38,575 questions on the 4,000
 images for training and 9,673 on the 1,000 for testing, about 13 answers. The images come with the package.
-Validation is every tenth of the training images; the test questions are the score.
+Validation is every tenth training image; the test questions are the score.
 """
 
 import re
@@ -19,11 +19,11 @@ Split = Literal["train", "validation", "test"]
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
-VALIDATION_EVERY = 10  # of the training images, by number
+VALIDATION_EVERY = 10  # every tenth training image, by number
 
 
 class EasyVqaQuestions(Dataset):
-    """The questions of a split, in the package's order: items as data/questions.py's record with its image.
+    """The questions of a split, in the package's order. Item: `Question.item` of data/questions.py.
 
     question_type: "colour", "shape" (what ...?), "exists_colour", "exists_shape" (yes/no, half of them negated).
     """
@@ -46,11 +46,10 @@ class EasyVqaQuestions(Dataset):
 
 
 class EasyVqaCaptions(Dataset):
-    """One caption for each image of a training split, derived from its questions and their answers alone.
+    """One caption per image of a training split, derived from its questions and answers only.
 
-    "what color is the shape?" blue, "is there a circle?" yes -> "a blue circle"; where they tell only one of the two,
-    "a blue shape" or "a circle"; images whose questions tell neither (39 of 4,000) are left out. Items {"id",
-    "image", "caption"}.
+    "what color is the shape?" blue, "is there a circle?" yes -> "a blue circle"; with only one of the two known,
+    "a blue shape" or "a circle"; images with neither (39 of 4,000) are skipped. Item: {"id", "image", "caption"}.
     """
 
     def __init__(self, split: Literal["train", "validation"]):
@@ -73,19 +72,19 @@ class EasyVqaCaptions(Dataset):
 
 
 def caption_from(questions: Iterable[Question]) -> str | None:
-    """What the questions and answers on one image tell of its shape and colour; None if nothing."""
-    told = {word for question in questions for word in _told_by(question)}
-    colour, shape = next(iter(told & COLOURS), None), next(iter(told & SHAPES), None)
+    """A caption from the shape and colour that the answers of one image reveal; None if neither."""
+    known = {word for question in questions for word in _known_from(question)}
+    colour, shape = next(iter(known & COLOURS), None), next(iter(known & SHAPES), None)
     if colour is None and shape is None:
         return None
     return " ".join(["a", *([colour] if colour else []), shape or "shape"])
 
 
-def _told_by(question: Question) -> set[str]:
-    """The words for shape and colour that the question with its answer says are true of the image."""
+def _known_from(question: Question) -> set[str]:
+    """The words for shape and colour that are true of the image, from one question and its answer."""
     words = set(_words(question.question))
     named = words & (SHAPES | COLOURS)
-    if question.structural == "query":  # "what color is the circle?" blue: both are true
+    if question.structural == "query":  # "what color is the circle?" blue: both words are true
         return named | {str(question.answer)}
     negated = bool(words & {"not", "no"})  # "is no circle present?" no: there is one
     return named if (question.answer == "yes") != negated else set()
@@ -120,7 +119,7 @@ def _image_paths(split: Split) -> dict[str, str]:
 
 
 def _open(path: str) -> Image.Image:
-    """The package's images are all 8-bit RGB PNG."""
+    """The image as RGB; the package has 8-bit RGB PNG."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
@@ -133,5 +132,5 @@ def _package() -> ModuleType:
     try:
         import easy_vqa
     except ImportError as error:
-        raise ValueError("easy-VQA's images are not installed: pip install easy-vqa") from error
+        raise ValueError("easy-VQA is not installed: pip install easy-vqa") from error
     return easy_vqa

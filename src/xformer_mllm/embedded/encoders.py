@@ -1,8 +1,7 @@
-"""Trains what the embedded world ships: the tiny CLIP, the tiny MAE with its decoder, the tiny OPT, two tokenizers.
+"""Train the models the package ships: the tiny CLIP, the tiny MAE with its decoder, the tiny OPT, two tokenizers.
 
-Each training sees every scene of the train split once, in order: nothing is repeated, so nothing is learned by heart.
-All are transformers' own classes; `recipe.json` beside the weights says how they came about and what they reach on
-validation.
+Each training sees every training scene once, in order, so nothing can be memorised. All are transformers' classes;
+`recipe.json` beside the weights holds the settings and the validation metrics.
 
 Legend: B batch, H height, W width, T text tokens.
 """
@@ -11,7 +10,6 @@ import json
 import math
 import platform
 import random
-import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -42,61 +39,87 @@ from xformer_mllm.embedded.scene_questions import ask
 from xformer_mllm.embedded.scenes import caption, description
 from xformer_mllm.embedded.tokenizers import lm_tokenizer, qformer_tokenizer
 from xformer_mllm.embedded.world import IMAGE_SIZE, draw_scene, render
+from xformer_mllm.files import atomic_path
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import scaled
 
 
 @dataclass
 class ClipConfig:
-    """CLIP's training. The last layer is there to be left out: X-Former reads the penultimate one."""
+    """Training of CLIP."""
 
     steps: int = 2500
+    """Training steps."""
     batch_size: int = 128
+    """Image-caption pairs per step."""
     learning_rate: float = 1e-3
+    """Peak learning rate."""
     width: int = 128
+    """Hidden size of both towers."""
     layers: int = 5
+    """Layers of the vision tower. X-Former reads the penultimate one."""
     seed: int = 0
+    """Seed of the initial weights."""
 
 
 @dataclass
 class MaeConfig:
-    """MAE's training; the decoder is 96 wide and 3 layers deep."""
+    """Training of MAE. The decoder has 3 layers of width 96."""
 
     steps: int = 4000
+    """Training steps."""
     batch_size: int = 128
+    """Images per step."""
     learning_rate: float = 2e-3
+    """Peak learning rate."""
     width: int = 128
+    """Hidden size of the encoder."""
     layers: int = 4
+    """Layers of the encoder."""
     mask_ratio: float = 0.5
+    """Fraction of masked patches."""
     norm_pix_loss: bool = False
+    """Normalise the target pixels of each patch."""
     seed: int = 0
+    """Seed of the initial weights and the masks."""
 
 
 @dataclass
 class LmConfig:
-    """The language model's training: full descriptions, then captions and questions with answers about them."""
+    """Train the tiny language model on descriptions of scenes, each followed by questions and a caption."""
 
     output: Path = Path("weights")
+    """Folder in which opt/ is written."""
     steps: int = 4000
+    """Training steps."""
     batch_size: int = 32
+    """Scenes per step."""
     learning_rate: float = 2e-3
+    """Peak learning rate."""
     width: int = 128
+    """Hidden size."""
     layers: int = 4
+    """Number of layers."""
     questions_per_scene: int = 8
+    """Questions after each description."""
     seed: int = 0
+    """Seed of the initial weights and the descriptions."""
 
 
 @dataclass
 class EncodersConfig:
-    """CLIP and MAE, side by side in two one-thread processes, and the Q-Former's tokenizer."""
+    """Train the tiny CLIP and MAE in two parallel one-thread processes, and write the Q-Former's tokenizer."""
 
     output: Path = Path("weights")
+    """Folder in which clip/, mae/ and qformer_tokenizer/ are written."""
     clip: ClipConfig = field(default_factory=ClipConfig)
+    """Training of CLIP."""
     mae: MaeConfig = field(default_factory=MaeConfig)
+    """Training of MAE."""
 
 
 def train_encoders(config: EncodersConfig) -> dict[str, dict[str, float]]:
-    """Trains and writes clip/, mae/ and qformer_tokenizer/ under `config.output`; returns their validation metrics."""
+    """Train and write clip/, mae/ and qformer_tokenizer/ under `config.output`; return their validation metrics."""
     save_qformer_tokenizer(config.output)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         clip = pool.submit(train_clip, config.clip, config.output)
@@ -105,18 +128,15 @@ def train_encoders(config: EncodersConfig) -> dict[str, dict[str, float]]:
 
 
 def save_qformer_tokenizer(output: Path) -> None:
-    """Writes qformer_tokenizer/ under `output`."""
+    """Write qformer_tokenizer/ under `output`."""
     tokenizer = qformer_tokenizer()
     data = "words of the scenes' texts and of easy-VQA"
     recipe = {"command": "xformer train encoders", "vocabulary": len(tokenizer), "data": data}
     _write(tokenizer.save_pretrained, output / "qformer_tokenizer", recipe)
 
 
-# --- CLIP ------------------------------------------------------------------------------------------
-
-
 def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """An untrained CLIP; its text tower (2 layers) is thrown away after the training."""
+    """An untrained CLIP; its text tower (2 layers) is discarded after training."""
     common = {"hidden_size": config.width, "intermediate_size": 4 * config.width, "num_attention_heads": 4}
     vision = {**common, "num_hidden_layers": config.layers, "image_size": IMAGE_SIZE, "patch_size": 8}
     text = {
@@ -125,7 +145,7 @@ def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPMode
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 64,
         "bos_token_id": tokenizer.cls_token_id,
-        "eos_token_id": tokenizer.sep_token_id,  # the state at [SEP] is the text's
+        "eos_token_id": tokenizer.sep_token_id,  # CLIP pools the text at [SEP]
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(config.seed)
@@ -134,7 +154,7 @@ def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPMode
 
 
 def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
-    """Contrastive training on scenes and captions; writes clip/ and returns its retrieval metrics on validation."""
+    """Contrastive training on scenes and captions; write clip/ and return its retrieval metrics on validation."""
     torch.set_num_threads(1)
     started = time.time()
     tokenizer = qformer_tokenizer()
@@ -150,30 +170,14 @@ def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
     metrics = clip_retrieval(model, tokenizer)
     recipe = _recipe("encoders", config, metrics, started, "scenes and captions, train split, each seen once")
     recipe["pixels"] = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "scale": 1 / 255}
-
-    def save(folder: Path) -> None:
-        model.vision_model.save_pretrained(folder)
-        rest = {k: v for k, v in model.state_dict().items() if not k.startswith("vision_model.")}
-        save_file(rest, folder / "retrieval.safetensors")
-
-    _write(save, output / "clip", recipe)
+    _write(model.vision_model.save_pretrained, output / "clip", recipe)
     return metrics
-
-
-def load_clip(folder: Path) -> CLIPModel:
-    """The whole CLIP, for its retrieval metrics: the vision tower and, from retrieval.safetensors, the rest."""
-    recipe = json.loads((folder / "recipe.json").read_text())
-    model = new_clip(ClipConfig(**recipe["config"]), qformer_tokenizer())
-    weights = load_file(folder / "retrieval.safetensors")
-    weights |= {f"vision_model.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
-    model.load_state_dict(weights)
-    return model
 
 
 def _clip_logits(
     model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: np.ndarray, captions: list[str]
 ) -> Tensor:
-    """Similarities images x captions, float[B, B]; the learned scale is held at 50 at most."""
+    """Similarities images x captions, float[B, B]; the learned scale is at most 50."""
     text = tokenizer(captions, padding=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(
@@ -187,18 +191,15 @@ def _clip_logits(
 
 @torch.no_grad()
 def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, rounds: int = 10) -> dict[str, float]:
-    """Recall at 1 among 100 validation scenes, both ways, mean over `rounds` hundreds (equal captions: misses)."""
+    """Recall at 1 among 100 validation scenes, both directions, mean over `rounds` (equal captions count as misses)."""
     model.eval()
     text, image = [], []
-    for part in range(rounds):
-        logits = _clip_logits(model, tokenizer, *_pairs("validation", part * 100, 100))
+    for number in range(rounds):
+        logits = _clip_logits(model, tokenizer, *_pairs("validation", number * 100, 100))
         target = torch.arange(100)
         text.append((logits.argmax(1) == target).float().mean().item())
         image.append((logits.argmax(0) == target).float().mean().item())
     return {"image_to_text_r1_of_100": float(np.mean(text)), "text_to_image_r1_of_100": float(np.mean(image))}
-
-
-# --- MAE -------------------------------------------------------------------------------------------
 
 
 def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
@@ -227,7 +228,7 @@ def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
 
 
 def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
-    """Masked autoencoding of scenes; writes mae/ (encoder and decoder) and returns its loss on validation."""
+    """Masked autoencoding of scenes; write mae/ (encoder and decoder) and return its loss on validation."""
     torch.set_num_threads(1)
     started = time.time()
     model = new_mae(config)
@@ -249,7 +250,7 @@ def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def mae_loss(model: ViTMAEForPreTraining, size: int = 512) -> dict[str, float]:
-    """Reconstruction loss on validation scenes with fixed masks, and that of the best constant (the images' mean)."""
+    """Reconstruction loss on validation scenes with fixed masks, and the variance (the loss of the mean image)."""
     model.eval()
     images = _pixels(_images("validation", 0, size), IMAGENET_MEAN, IMAGENET_STD)
     noise = torch.rand(size, 36, generator=torch.Generator().manual_seed(0))
@@ -259,11 +260,8 @@ def mae_loss(model: ViTMAEForPreTraining, size: int = 512) -> dict[str, float]:
     }
 
 
-# --- language model --------------------------------------------------------------------------------
-
-
 def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
-    """An untrained OPT of the configured size that ends its answers with the tokenizer's end token."""
+    """An untrained OPT of the configured size; generation stops at the tokenizer's end token."""
     torch.manual_seed(config.seed)
     model = OPTForCausalLM(
         OPTConfig(
@@ -287,12 +285,12 @@ def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausal
 
 
 def train_lm(config: LmConfig) -> dict[str, float]:
-    """Language modelling of captions and answers behind descriptions; writes opt/, returns its accuracy on validation.
+    """Train on captions and answers after descriptions; write opt/ and return its accuracy on validation.
 
-    A sequence is one description, then segments "</s> Question: ... Answer: ... <end>" and one "</s> caption <end>".
-    Each segment sees the description and itself only, and counts its positions from the description's end: the model
-    learns [description][</s> text <end>], the layout that stage 2 has with soft prompts in the description's place. The
-    loss is on captions and answers: descriptions and questions are drawn at random, there is little to learn in them.
+    A sequence is a description, segments "</s> Question: ... Answer: ... <end>" and one "</s> caption <end>". A segment
+    attends to the description and itself, and its positions start after the description: the model learns
+    [description][</s> text <end>], the layout of stage 2, where soft prompts replace the description. The loss is on
+    captions and answers only: descriptions and questions are random, with little to learn.
     """
     torch.set_num_threads(1)
     started = time.time()
@@ -321,11 +319,11 @@ def train_lm(config: LmConfig) -> dict[str, float]:
 
 
 def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
-    """Token ids of a training scene: the description, then its segments; each with how many of its last are learned."""
+    """Token ids of a training scene: description and segments, each with its number of target tokens at the end."""
     scene = draw_scene("train", index)
     rng = random.Random(f"{scene.key}/lm/{config.seed}")
     words = description(scene, rng).split()
-    if rng.random() < 0.1:  # soft prompts will not be complete either
+    if rng.random() < 0.1:  # soft prompts are incomplete, too
         words = [word for word in words if rng.random() > 0.1]
     pairs = [
         (QUESTION_PROMPT.format(question=q.question), str(q.answer)) for q in ask(scene, config.questions_per_scene)
@@ -343,10 +341,10 @@ def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast
 
 
 def pack(scenes: list[list[tuple[list[int], int]]], tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
-    """Descriptions with their segments as one batch; each with how many of its last tokens are learned.
+    """Pack descriptions and their segments, each with its number of target tokens at the end, into one batch.
 
     Returns input_ids int64[B, T], position_ids int64[B, T], attention_mask float[B, 1, T, T] (0 or -inf, added to the
-    scores) and targets int64[B, T] (the next token where it is learned, else -100).
+    scores) and targets int64[B, T] (the next token, or -100 without loss).
     """
     length = max(sum(len(segment) for segment, _ in segments) for segments in scenes)
     ids = np.full((len(scenes), length), tokenizer.pad_token_id)
@@ -378,7 +376,7 @@ def pack(scenes: list[list[tuple[list[int], int]]], tokenizer: PreTrainedTokeniz
 
 @torch.no_grad()
 def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: int = 300) -> dict[str, float]:
-    """Share of validation questions answered from the full description by generation: over all, and by type."""
+    """Fraction of validation questions answered from the full description by generation: overall and by type."""
     model.eval()
     questions = [(scene, q) for scene in (draw_scene("validation", i) for i in range(scenes)) for q in ask(scene, 4)]
     right: dict[str, list[bool]] = {}
@@ -395,11 +393,8 @@ def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scene
     return metrics | {f"accuracy_{kind}": float(np.mean(rs)) for kind, rs in sorted(right.items())}
 
 
-# --- shared ----------------------------------------------------------------------------------------
-
-
 def _pixels(images: np.ndarray, mean: list[float], std: list[float]) -> Tensor:
-    """uint8[B, H, W, 3] -> float32[B, 3, H, W] with an encoder's own mean and deviation."""
+    """uint8[B, H, W, 3] -> float32[B, 3, H, W] normalised with an encoder's mean and standard deviation."""
     return scaled(torch.from_numpy(images).permute(0, 3, 1, 2), IMAGE_SIZE, mean, std, torch.float32)
 
 
@@ -413,7 +408,7 @@ def _pairs(split: str, first: int, count: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _optimise(model: PreTrainedModel, loss_at: Any, steps: int, learning_rate: float, label: str) -> None:
-    """AdamW, warm-up, cosine to zero, gradient clipped at 1. Raises FloatingPointError where a loss is not finite."""
+    """AdamW, warmup, cosine to zero, gradients clipped at 1. Raises FloatingPointError if a loss is not finite."""
     model.set_attn_implementation("eager")  # on a CPU in bf16, sdpa's backward pass takes several times as long
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -457,11 +452,8 @@ def _recipe(command: str, config: Any, metrics: dict[str, float], started: float
 
 
 def _write(save: Any, folder: Path, recipe: dict[str, Any]) -> None:
-    """Writes a directory whole or not at all: into a neighbour first, then moved into place."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save(part)
-    (part / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    """Write a model and its recipe to `folder`, atomically."""
+    with atomic_path(folder) as partial:
+        partial.mkdir()
+        save(partial)
+        (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")

@@ -1,13 +1,14 @@
-"""Lanes of processes: parts one after another within a lane, lanes side by side, one thread each.
+"""Lanes of processes: the jobs of a lane run in order, the lanes run in parallel, one thread each.
 
-Each part is a process of its own that runs the command line that a user would type. Two one-thread processes are
-quicker on two cores than one process with two threads. A part that is finished is not run again for the same settings
-and the same code; a part that was interrupted goes on where it was.
+Each job is a process that runs the command line a user would type. Two one-thread processes are faster on two cores
+than one process with two threads. A finished job is skipped if its settings and code are unchanged; an interrupted job
+resumes from its last checkpoint.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -25,100 +26,111 @@ from xformer_mllm.files import write_whole
 PACKAGE = Path(__file__).parents[1]
 COMMAND = (sys.executable, "-m", "xformer_mllm")
 
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
+POLL_SECONDS = 0.5
+SECONDS_BETWEEN_LINES = 30  # if the output is not a terminal
 LINES_OF_A_FAILURE = 15
+ESTIMATE_AFTER = (15, 30)  # steps measured in every running lane before the first and the second estimate
 
 
 @dataclass(frozen=True)
-class Part:
-    """One process of a lane. `steps`: how long its log.jsonl gets, None if it writes none."""
+class Job:
+    """One process of a lane.
+
+    Args:
+        title: shown in the status line and the report.
+        folder: what the job writes.
+        arguments: of the command line.
+        sources: files and folders of the package whose content the result depends on.
+        steps: training steps; None for a job without log.jsonl.
+        work: expected duration in steps of the lane's stage 1; None if unknown.
+    """
 
     title: str
     folder: Path
     arguments: tuple[str, ...]
     sources: tuple[str, ...]
     steps: int | None = None
+    work: float | None = None
 
     @property
     def log(self) -> Path:
-        """Where its output goes; the marker that it is finished lies beside it."""
+        """The file with the output of the process."""
         return self.folder.with_name(self.folder.name + ".log")
 
     @property
     def marker(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".part.json")
+        """The file with the hash of what the job was made from, and its duration once it is finished."""
+        return self.folder.with_name(self.folder.name + ".job.json")
 
 
 class Lane:
-    """One variant's parts, one after another."""
+    """The jobs of one variant, run in order."""
 
-    def __init__(self, variant: str, parts: Sequence[Part]):
+    def __init__(self, variant: str, jobs: Sequence[Job]):
         self.variant = variant
-        self.parts = list(parts)
-        self.seconds: dict[str, float] = {}  # title of a finished part -> how long it took
+        self.jobs = list(jobs)
+        self.seconds: dict[str, float] = {}  # title of a finished job -> its duration
         self.process: subprocess.Popen | None = None
-        self._keys = part_keys(parts)
-        self._began = 0.0  # when the process started
-        self._first: tuple[float, int] | None = None  # when its first step was seen, and which it was
+        self._keys = job_keys(jobs)
+        self._started_at = 0.0
+        self._first: tuple[float, int] | None = None  # time and number of the first step seen
+        self._last: tuple[float, int] | None = None  # of the last one
 
     @property
-    def current(self) -> Part | None:
-        """The part that is running or next; None when all are finished."""
-        return self.parts[len(self.seconds)] if len(self.seconds) < len(self.parts) else None
+    def current(self) -> Job | None:
+        """The job that is running or next; None if all are finished."""
+        return self.jobs[len(self.seconds)] if len(self.seconds) < len(self.jobs) else None
 
     def skip_finished(self) -> None:
-        """Pass over the parts that an earlier demo has finished with the same settings and code."""
-        while (part := self.current) is not None and (seconds := self._finished(part)) is not None:
-            self.seconds[part.title] = seconds
-            print(f"{self.variant}: {part.title} is already there ({part.folder}), not run again")
+        """Skip the jobs that an earlier run finished with the same settings and code."""
+        while (job := self.current) is not None and (seconds := self._finished(job)) is not None:
+            self.seconds[job.title] = seconds
+            print(f"{self.variant}: {job.title} already finished ({job.folder}), skipped")
 
-    def _finished(self, part: Part) -> float | None:
-        """How long the part took, if it is finished and made from what it would be made from now."""
-        there = read_json(part.marker)
-        return there.get("seconds") if there.get("key") == self._keys[part.title] and part.folder.is_dir() else None
+    def _finished(self, job: Job) -> float | None:
+        """The duration of the job if it is finished and its settings and code are unchanged, else None."""
+        there = read_json(job.marker)
+        return there.get("seconds") if there.get("key") == self._keys[job.title] and job.folder.is_dir() else None
 
     def start(self) -> None:
-        """Start the current part: afresh, or on from its last checkpoint if it is the same part interrupted."""
-        part = self.current
-        assert part is not None
-        key = self._keys[part.title]
-        if read_json(part.marker).get("key") != key:
-            _remove(part)
-        part.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(part.marker, json.dumps({"key": key, "command": command_line(part)}, indent=2) + "\n")
-        self._began, self._first = time.monotonic(), None
-        with part.log.open("a", encoding="utf-8") as log:
-            log.write(f"$ {command_line(part)}\n")
+        """Start the current job; the same job interrupted resumes from its last checkpoint."""
+        job = self.current
+        assert job is not None
+        key = self._keys[job.title]
+        if read_json(job.marker).get("key") != key:
+            _remove(job)
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(job.marker, json.dumps({"key": key, "command": command_line(job)}, indent=2) + "\n")
+        self._started_at, self._first, self._last = time.monotonic(), None, None
+        with job.log.open("a", encoding="utf-8") as log:
+            log.write(f"$ {command_line(job)}\n")
             log.flush()
             self.process = subprocess.Popen(
-                [*COMMAND, *part.arguments],
+                [*COMMAND, *job.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # Ctrl-C comes to us alone, and we stop it with all that it has started
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the whole group
             )
 
-    def look(self) -> None:
-        """Note a part that has ended. Raises ValueError if it failed."""
-        part, process = self.current, self.process
-        if part is None or process is None or process.poll() is None:
+    def poll(self) -> None:
+        """Record a job that has ended. Raises ValueError if it failed."""
+        job, process = self.current, self.process
+        if job is None or process is None or process.poll() is None:
             return
         self.process = None
         if process.returncode:
-            print(f"\n{self.variant}, {part.title}: the last lines of {part.log}\n", file=sys.stderr)
-            print("\n".join(tail(part.log, LINES_OF_A_FAILURE)), file=sys.stderr)
-            raise ValueError(
-                f"{self.variant}: {part.title} failed (exit status {process.returncode}); all it said is in {part.log}"
-            )
-        seconds = time.monotonic() - self._began
-        self.seconds[part.title] = seconds
-        marker = {"key": self._keys[part.title], "command": command_line(part), "seconds": round(seconds, 1)}
-        write_whole(part.marker, json.dumps(marker, indent=2) + "\n")
+            print(f"\n{self.variant}, {job.title}: the last lines of {job.log}\n", file=sys.stderr)
+            print("\n".join(tail(job.log, LINES_OF_A_FAILURE)), file=sys.stderr)
+            raise ValueError(f"{self.variant}: {job.title} failed (exit status {process.returncode}); see {job.log}")
+        seconds = time.monotonic() - self._started_at
+        self.seconds[job.title] = seconds
+        marker = {"key": self._keys[job.title], "command": command_line(job), "seconds": round(seconds, 1)}
+        write_whole(job.marker, json.dumps(marker, indent=2) + "\n")
 
     def stop(self) -> None:
-        """End the running process and everything that it has started."""
+        """Terminate the running process and its children."""
         if self.process is None or self.process.poll() is not None:
             return
         for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
@@ -129,58 +141,102 @@ class Lane:
                 return
 
     def status(self) -> str:
-        """One line: where this lane is."""
-        part = self.current
-        if part is None:
+        """One line: job, step, losses and remaining time."""
+        job = self.current
+        if job is None:
             return f"{self.variant}: finished"
-        place = f"{self.variant}: {part.title} ({len(self.seconds) + 1} of {len(self.parts)})"
+        place = f"{self.variant}: {job.title} ({len(self.seconds) + 1} of {len(self.jobs)})"
         if self.process is None:
             return f"{place}, waiting"
-        row = last_log(part)
-        if part.steps is None or "step" not in row:
-            return f"{place}, {clock(time.monotonic() - self._began)} so far"
+        row = last_log(job)
+        if job.steps is None or "step" not in row:
+            return f"{place}, {clock(time.monotonic() - self._started_at)} elapsed"
         losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.3f}" for name in row if name.endswith("_loss"))
-        return f"{place}  step {row['step']}/{part.steps}  {losses}{self._left(part.steps, row['step'])}"
+        return f"{place}  step {row['step']}/{job.steps}  {losses}{self._eta(job.steps, row['step'])}"
 
-    def _left(self, steps: int, step: int) -> str:
-        """How long the part will still take, by the steps since the first that was seen: starting up is not counted."""
-        now = time.monotonic()
-        first_seen, first_step = self._first = self._first or (now, step)
-        if step <= first_step:
-            return ""
-        return f"  {clock((now - first_seen) / (step - first_step) * (steps - step))} left"
+    def _eta(self, steps: int, step: int) -> str:
+        measured, seconds = self._measure(step)
+        return f"  ETA {clock(seconds / measured * (steps - step))}" if measured else ""
+
+    def _measure(self, step: int) -> tuple[int, float]:
+        """Steps since the first one that was seen, and the seconds they took: startup is not counted."""
+        if self._last is None or step > self._last[1]:
+            self._last = (time.monotonic(), step)
+        self._first = self._first or self._last
+        return self._last[1] - self._first[1], self._last[0] - self._first[0]
+
+    def remaining(self, measured_steps: int) -> float | None:
+        """Expected seconds to the end of the lane; None without `measured_steps` of the current job, or if unknown."""
+        jobs = self.jobs[len(self.seconds) :]
+        works = [job.work for job in jobs if job.work is not None]
+        if self.process is None or len(works) < len(jobs) or not (steps := jobs[0].steps):
+            return None
+        if (step := last_log(jobs[0]).get("step")) is None:
+            return None
+        measured, seconds = self._measure(step)
+        if measured < measured_steps:
+            return None
+        per_work = seconds / measured * steps / works[0]
+        return per_work * (sum(works) - step / steps * works[0])
 
 
 def run_lanes(lanes: Sequence[Lane]) -> None:
-    """Run every lane to its end, as many at once as there are cores. Whatever happens, no process is left behind."""
+    """Run all lanes, as many in parallel as there are cores; after an error or a signal every process is stopped.
+
+    Prints an estimate of the whole duration after the first steps of the running lanes, and updates it once.
+    """
     for lane in lanes:
         lane.skip_finished()
-    board = Board()
+    board, started_at, estimates = Board(), time.monotonic(), list(ESTIMATE_AFTER)
     with _stopping_signals():
         try:
             while any(lane.current for lane in lanes):
                 for lane in lanes:
-                    lane.look()
+                    lane.poll()
                 running = sum(lane.process is not None for lane in lanes)
                 waiting = [lane for lane in lanes if lane.current and lane.process is None]
                 for lane in waiting[: max(0, cores() - running)]:
                     lane.start()
+                if estimates and (left := remaining(lanes, estimates[0])) is not None:
+                    update = "Updated: about" if len(estimates) < len(ESTIMATE_AFTER) else "About"
+                    board.print(f"{update} {minutes(time.monotonic() - started_at + left)} in all on this machine.")
+                    estimates.pop(0)
                 board.show([lane.status() for lane in lanes])
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                time.sleep(POLL_SECONDS)
             board.show([lane.status() for lane in lanes])
         finally:
             for lane in lanes:
                 lane.stop()
 
 
+def remaining(lanes: Sequence[Lane], measured_steps: int) -> float | None:
+    """Expected seconds until all lanes end; None if a running lane has not measured its speed.
+
+    A lane that waits for a core counts as the mean of the running ones.
+    """
+    lefts = [lane.remaining(measured_steps) for lane in lanes if lane.process is not None]
+    known = [left for left in lefts if left is not None]
+    if not known or len(known) < len(lefts):
+        return None
+    waiting = sum(lane.process is None and lane.current is not None for lane in lanes)
+    return max(max(known), (sum(known) + waiting * sum(known) / len(known)) / max(1, min(cores(), len(lanes))))
+
+
+def minutes(seconds: float) -> str:
+    """A range for an estimate made of the first steps: 600 -> '9 to 12 minutes'."""
+    low, high = math.floor(0.9 * seconds / 60), math.ceil(1.15 * seconds / 60)
+    return f"{low} to {high} minutes" if low else f"{high} minute{'s' * (high > 1)}"
+
+
 @contextlib.contextmanager
 def _stopping_signals() -> Iterator[None]:
-    """`kill` and a closed terminal stop us as Ctrl-C does, so that the processes are stopped too."""
+    """SIGTERM and SIGHUP stop the run as Ctrl-C does, unless they are ignored (`nohup`)."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield
     finally:
@@ -189,12 +245,12 @@ def _stopping_signals() -> Iterator[None]:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Board:
-    """Status lines: rewritten in place on a terminal, else printed now and then."""
+    """Status lines: rewritten in place on a terminal, else printed every 30 seconds."""
 
     def __init__(self) -> None:
         self.live = sys.stdout.isatty()
@@ -211,14 +267,20 @@ class Board:
             print("   ".join(lines), flush=True)
             self._printed_at = time.monotonic()
 
+    def print(self, line: str) -> None:
+        """A line that stays, above the status lines."""
+        up = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
+        print(up + line, flush=True)
+        self._drawn = 0
 
-def part_keys(parts: Sequence[Part]) -> dict[str, str]:
-    """A hash for each part of what it is made from: its command, those of the parts before it, code and weights."""
-    fingerprints = {sources: _fingerprint(sources) for sources in {part.sources for part in parts}}
+
+def job_keys(jobs: Sequence[Job]) -> dict[str, str]:
+    """Title -> hash of the job's command, the commands of the jobs before it, and the code and weights they use."""
+    fingerprints = {sources: _fingerprint(sources) for sources in {job.sources for job in jobs}}
     keys, so_far = {}, hashlib.sha256()
-    for part in parts:
-        so_far.update("\0".join((*part.arguments, fingerprints[part.sources])).encode())
-        keys[part.title] = so_far.hexdigest()
+    for job in jobs:
+        so_far.update("\0".join((*job.arguments, fingerprints[job.sources])).encode())
+        keys[job.title] = so_far.hexdigest()
     return keys
 
 
@@ -233,49 +295,46 @@ def _fingerprint(sources: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _remove(part: Part) -> None:
-    """Make room for a part: delete what an earlier demo left in its place.
-
-    Raises ValueError if something is there that no demo has made.
-    """
-    if part.folder.exists():
-        if not part.marker.is_file():
-            raise ValueError(f"{part.folder}: not made by xformer demo; choose another --output-dir")
-        shutil.rmtree(part.folder)
-    part.log.unlink(missing_ok=True)
+def _remove(job: Job) -> None:
+    """Delete what an earlier run of the job left. Raises ValueError if the folder was not made by the demo."""
+    if job.folder.exists():
+        if not job.marker.is_file():
+            raise ValueError(f"{job.folder}: not made by xformer demo; choose another --output-dir")
+        shutil.rmtree(job.folder)
+    job.log.unlink(missing_ok=True)
 
 
-def command_line(part: Part) -> str:
-    """What a user would type."""
-    return shlex.join(["xformer", *part.arguments])
+def command_line(job: Job) -> str:
+    """The command as a user would type it."""
+    return shlex.join(["xformer", *job.arguments])
 
 
-def last_log(part: Part) -> dict[str, Any]:
-    """The newest row of the part's log.jsonl, {} if there is none."""
-    rows = read_rows(part.folder / "log.jsonl")
+def last_log(job: Job) -> dict[str, Any]:
+    """The last row of the job's log.jsonl, {} if there is none."""
+    rows = read_rows(job.folder / "log.jsonl")
     return rows[-1] if rows else {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that may still be written to: a last line cut short is left out; [] without a file."""
+    """The rows of a JSONL file that may still be written to: an incomplete last line is skipped; [] without a file."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end is not complete
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # without the incomplete last line
     return [json.loads(line) for line in lines if line]
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log; each state of a progress bar that rewrites itself counts as one."""
+    """The last lines of a log; each state of a progress bar counts as a line."""
     text = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     return [line for line in text.splitlines() if line.strip()][-lines:]
 
 
 def clock(seconds: float) -> str:
     """95.4 -> '1:35'."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    whole, rest = divmod(round(seconds), 60)
+    return f"{whole}:{rest:02d}"
 
 
 def read_json(path: Path) -> Any:
-    """{} if there is no such file."""
+    """The content of a JSON file, {} if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

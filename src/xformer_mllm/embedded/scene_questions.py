@@ -1,11 +1,11 @@
 """Questions about scenes of the embedded world, and their answers.
 
-Most kinds of question draw their answer first (evenly, or by weights where scenes do not offer all answers equally
-often) and then look for a thing in the scene that makes it true. The names of shapes, colours and textures are
-exchangeable in the world, so a question's words say nothing about its answer; tests/test_scenes.py holds that against
-question-only baselines. A question about one thing is asked only where its words single the thing out.
+Most question types draw the answer first (uniformly, or by weights if scenes do not offer all answers equally often)
+and then choose an object for which it is true. Shapes, colours and textures are exchangeable, so the words of a
+question do not reveal its answer; tests/test_scenes.py checks this with question-only baselines. A question about one
+object is asked only if its words identify the object.
 
-Sources of the forms: counting and existence as in GVT's OC and MCI sets ("How many ... are there in the image?",
+Sources of the wording: counting and existence as in GVT's OC and MCI sets ("How many ... are there in the image?",
 "Does ... exist in the image?"); structural and semantic types as in GQA.
 """
 
@@ -19,46 +19,46 @@ from xformer_mllm.embedded.world import COLOURS, SHAPES, TEXTURES, Scene, SceneO
 
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
-# Scenes offer small counts more often than large ones, so the count to be asked for is drawn with these weights and
-# the question is dropped where the scene has no such count: the answers come out more even than the scenes are.
+# Small counts are more frequent in scenes, so the count is drawn with these weights, and the question is dropped if
+# the scene has no such count: this balances the answers.
 COUNT_WEIGHTS = {1: 0.32, 2: 0.46, 3: 0.78, 4: 1.4}
 
 _COLOUR_NAMES = tuple(COLOURS)
-Asked = tuple[str, str] | None  # question and answer, or None where the scene does not allow the question
+Asked = tuple[str, str] | None  # question and answer; None if the scene does not allow the question
 
 
-def name(thing: SceneObject) -> str:
-    """Colour and shape, as questions name things: "red circle"."""
-    return f"{thing.colour} {thing.shape}"
+def name(obj: SceneObject) -> str:
+    """Colour and shape, the name of an object in questions: "red circle"."""
+    return f"{obj.colour} {obj.shape}"
 
 
 def _single(scene: Scene) -> list[SceneObject]:
-    """The objects that colour and shape single out."""
-    counts = Counter((thing.colour, thing.shape) for thing in scene.objects)
-    return [thing for thing in scene.objects if counts[thing.colour, thing.shape] == 1]
+    """The objects that colour and shape identify."""
+    counts = Counter((obj.colour, obj.shape) for obj in scene.objects)
+    return [obj for obj in scene.objects if counts[obj.colour, obj.shape] == 1]
 
 
 def _single_by(scene: Scene, attribute: str) -> list[SceneObject]:
-    counts = Counter(getattr(thing, attribute) for thing in scene.objects)
-    return [thing for thing in scene.objects if counts[getattr(thing, attribute)] == 1]
+    counts = Counter(getattr(obj, attribute) for obj in scene.objects)
+    return [obj for obj in scene.objects if counts[getattr(obj, attribute)] == 1]
 
 
 def _absent(scene: Scene, rng: random.Random) -> str:
     """A colour and shape that no object has."""
-    there = {name(thing) for thing in scene.objects}
+    there = {name(obj) for obj in scene.objects}
     while (words := f"{rng.choice(_COLOUR_NAMES)} {rng.choice(SHAPES)}") in there:
         pass
     return words
 
 
 def _present(scene: Scene, rng: random.Random) -> str:
-    return rng.choice(sorted({name(thing) for thing in scene.objects}))
+    return rng.choice(sorted({name(obj) for obj in scene.objects}))
 
 
 def _count_of(attribute: str, scene: Scene, rng: random.Random) -> tuple[str, int] | None:
-    """A value of the attribute and its number of objects; None where no value has the number that was drawn."""
+    """A value of the attribute and its number of objects; None if no value has the number drawn."""
     number = rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
-    counts = Counter(getattr(thing, attribute) for thing in scene.objects)
+    counts = Counter(getattr(obj, attribute) for obj in scene.objects)
     values = [value for value, n in counts.items() if n == number]
     return (rng.choice(values), number) if values else None
 
@@ -84,41 +84,41 @@ def exists(scene: Scene, rng: random.Random) -> Asked:
 
 
 def exists_texture(scene: Scene, rng: random.Random) -> Asked:
-    """The thing is always there: only its texture decides."""
+    """The object always exists: only its texture decides."""
     if not (single := _single(scene)):
         return None
-    thing = rng.choice(single)
+    obj = rng.choice(single)
     answer = rng.choice(("yes", "no"))
-    texture = thing.texture if answer == "yes" else rng.choice([t for t in TEXTURES if t != thing.texture])
-    return f"Does a {texture} {name(thing)} exist in the image?", answer
+    texture = obj.texture if answer == "yes" else rng.choice([t for t in TEXTURES if t != obj.texture])
+    return f"Does a {texture} {name(obj)} exist in the image?", answer
 
 
 def texture(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single(scene)):
         return None
-    thing = rng.choice(single)
-    return f"What texture does the {name(thing)} have?", thing.texture
+    obj = rng.choice(single)
+    return f"What texture does the {name(obj)} have?", obj.texture
 
 
 def colour(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single_by(scene, "shape")):
         return None
-    thing = rng.choice(single)
-    return f"What colour is the {thing.shape}?", thing.colour
+    obj = rng.choice(single)
+    return f"What colour is the {obj.shape}?", obj.colour
 
 
 def shape(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single_by(scene, "colour")):
         return None
-    thing = rng.choice(single)
-    return f"What shape is the {thing.colour} object?", thing.shape
+    obj = rng.choice(single)
+    return f"What shape is the {obj.colour} object?", obj.shape
 
 
 def size(scene: Scene, rng: random.Random) -> Asked:
     if not (single := _single(scene)):
         return None
-    thing = rng.choice(single)
-    return f"Is the {name(thing)} small or large?", thing.size
+    obj = rng.choice(single)
+    return f"Is the {name(obj)} small or large?", obj.size
 
 
 def left_right(scene: Scene, rng: random.Random) -> Asked:
@@ -138,7 +138,7 @@ def above(scene: Scene, rng: random.Random) -> Asked:
 
 
 def compare(scene: Scene, rng: random.Random) -> Asked:
-    counts = Counter(thing.shape for thing in scene.objects)
+    counts = Counter(obj.shape for obj in scene.objects)
     pairs = [(a, b) for a, b in permutations(sorted(counts), 2) if counts[a] != counts[b]]
     if not pairs:
         return None
@@ -147,7 +147,7 @@ def compare(scene: Scene, rng: random.Random) -> Asked:
 
 
 def compare_texture(scene: Scene, rng: random.Random) -> Asked:
-    # Two things differ in texture more often than not: "yes" is drawn more often, and dropped where it cannot be.
+    # Two textures differ more often than not: "yes" is drawn more often, and dropped if no pair matches.
     answer = rng.choices(("yes", "no"), (0.6, 0.4))[0]
     pairs = [(a, b) for a, b in permutations(_single(scene), 2) if (a.texture == b.texture) == (answer == "yes")]
     if not pairs:
@@ -157,8 +157,8 @@ def compare_texture(scene: Scene, rng: random.Random) -> Asked:
 
 
 def logical(scene: Scene, rng: random.Random) -> Asked:
-    """ "and" needs both, "or" one of two; each answer is as likely as the other for both words."""
-    names = sorted({name(thing) for thing in scene.objects})
+    """ "and" needs both, "or" one of two; both answers are equally likely for each word."""
+    names = sorted({name(obj) for obj in scene.objects})
     word = rng.choice(("and", "or")) if len(names) > 1 else "or"  # one name cannot make "and" true
     answer = rng.choice(("yes", "no"))
     if word == "and" and answer == "yes":
@@ -177,7 +177,7 @@ def ground(scene: Scene, rng: random.Random) -> Asked:
     return "What is the ground like?", scene.ground
 
 
-# question type -> (how to ask it, GQA's structural type, GQA's semantic type)
+# question type -> (generator, GQA's structural type, GQA's semantic type)
 QUESTION_TYPES: dict[str, tuple[Callable[[Scene, random.Random], Asked], str | None, str | None]] = {
     "count_all": (count_all, None, None),
     "count": (count, None, None),
@@ -195,20 +195,20 @@ QUESTION_TYPES: dict[str, tuple[Callable[[Scene, random.Random], Asked], str | N
     "logical": (logical, "logical", "object"),
     "ground": (ground, "query", "global"),
 }
-# Counts are drawn twice as often as the rest, since they are often dropped.
-_LOTS = (*QUESTION_TYPES, "count", "count_texture")
+# Counts are drawn twice as often, since they are often dropped.
+_DRAWN_TYPES = (*QUESTION_TYPES, "count", "count_texture")
 
 
 def ask(scene: Scene, count: int) -> list[Question]:
-    """`count` different questions about the scene, always the same ones for the same scene.
+    """`count` different questions about the scene, the same at every call.
 
-    Their types differ as long as the scene has more types to offer; then types come again.
+    Their types differ as long as the scene allows more types; then types repeat.
     """
     rng = random.Random(scene.key + "/questions")
     asked: dict[str, Question] = {}
     while True:
         types: set[str] = set()
-        for question_type in rng.sample(_LOTS, len(_LOTS)):
+        for question_type in rng.sample(_DRAWN_TYPES, len(_DRAWN_TYPES)):
             form, structural, semantic = QUESTION_TYPES[question_type]
             if question_type in types or not (pair := form(scene, rng)) or pair[0] in asked:
                 continue

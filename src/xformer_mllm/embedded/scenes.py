@@ -1,7 +1,6 @@
-"""Captions, full descriptions and data sets of the embedded world."""
+"""Captions, full descriptions and datasets of the embedded world."""
 
 import random
-from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.utils.data import Dataset
 from xformer_mllm.embedded.scene_questions import PLURALS, ask
 from xformer_mllm.embedded.world import Scene, draw_scene, render
 
-# How often a caption's phrase says what web alt-text mostly leaves out.
+# Probabilities that a phrase names what web alt-text mostly leaves out.
 TEXTURE_NAMED = 0.10
 SIZE_OR_NUMBER_NAMED = 0.15
 GROUND_NAMED = 0.05
@@ -24,11 +23,11 @@ COLUMNS = ("left", "centre", "right")
 
 
 def caption(scene: Scene) -> str:
-    """What web alt-text would say: one or two main groups by colour and shape, seldom more."""
+    """A caption like web alt-text: one or two main groups by colour and shape, rarely more."""
     rng = random.Random(scene.key + "/caption")
     groups: dict[tuple[str, str], list] = {}
-    for thing in scene.objects:
-        groups.setdefault((thing.colour, thing.shape), []).append(thing)
+    for obj in scene.objects:
+        groups.setdefault((obj.colour, obj.shape), []).append(obj)
     largest_first = sorted(groups.values(), key=lambda group: (-len(group), rng.random()))
     main = largest_first[: rng.choice((1, 2))]
     text = rng.choice(OPENINGS) + rng.choice(JOINTS).join(_phrase(group, rng) for group in main)
@@ -37,10 +36,10 @@ def caption(scene: Scene) -> str:
 
 def _phrase(group: list, rng: random.Random) -> str:
     words = [group[0].colour, group[0].shape if len(group) == 1 else PLURALS[group[0].shape]]
-    if rng.random() < TEXTURE_NAMED and len({thing.texture for thing in group}) == 1:
+    if rng.random() < TEXTURE_NAMED and len({obj.texture for obj in group}) == 1:
         words.insert(0, group[0].texture)
     detailed = rng.random() < SIZE_OR_NUMBER_NAMED
-    if detailed and len({thing.size for thing in group}) == 1:
+    if detailed and len({obj.size for obj in group}) == 1:
         words.insert(0, group[0].size)
     if len(group) == 1:
         words.insert(0, "a")
@@ -50,26 +49,22 @@ def _phrase(group: list, rng: random.Random) -> str:
 
 
 def description(scene: Scene, rng: random.Random | None = None) -> str:
-    """Everything there is to say about the scene, in text; for the language model only.
-
-    The objects come in the scene's order, or in an order drawn from `rng`.
-    """
-    things = list(scene.objects)
+    """The complete scene as text, for the language model only; objects in the scene's order, or shuffled by `rng`."""
+    objects = list(scene.objects)
     if rng is not None:
-        rng.shuffle(things)
-    phrases = [f"{t.size} {t.texture} {t.colour} {t.shape} {ROWS[t.row]} {COLUMNS[t.column]}" for t in things]
+        rng.shuffle(objects)
+    phrases = [f"{t.size} {t.texture} {t.colour} {t.shape} {ROWS[t.row]} {COLUMNS[t.column]}" for t in objects]
     return " , ".join([*phrases, f"{scene.ground} ground"])
 
 
 @lru_cache(maxsize=4096)
 def image_of(scene: Scene) -> Image.Image:
-    """The scene, 48x48 RGB. Kept for a while: the questions of a scene stand side by side and share their image."""
+    """The scene, 48x48 RGB. Cached: the questions of a scene are adjacent and share their image."""
     return Image.fromarray(render(scene))
 
 
 @lru_cache(maxsize=4096)
 def _asked(scene: Scene, questions: int) -> list:
-    """Kept for a while, as the image is."""
     return ask(scene, questions)
 
 
@@ -80,14 +75,14 @@ class SceneCaptions(Dataset):
     """
 
     def __init__(self, split: str, size: int, seed: int = 0):
-        draw_scene(split, 0, seed)  # refuses an unknown split now, not in the middle of a run
+        draw_scene(split, 0, seed)  # raises for an unknown split
         self.split, self.size, self.seed = split, size, seed
 
     def __len__(self) -> int:
         return self.size
 
     def scene(self, index: int) -> Scene:
-        """The scene of item `index`. Raises IndexError beyond the end."""
+        """The scene of item `index`. Raises IndexError if out of range."""
         if not 0 <= index < self.size:
             raise IndexError(index)
         return draw_scene(self.split, index, self.seed)
@@ -98,9 +93,9 @@ class SceneCaptions(Dataset):
 
 
 class SceneQuestions(Dataset):
-    """`questions_per_scene` questions, of different types, on each of `size` scenes; a scene's questions are adjacent.
+    """`questions_per_scene` questions of different types about each of `size` scenes; those of a scene are adjacent.
 
-    Item: data/questions.py's record with its image. `len` is size * questions_per_scene.
+    Item: `Question.item` of data/questions.py. `len` is size * questions_per_scene.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, questions_per_scene: int = 4):
@@ -117,12 +112,3 @@ class SceneQuestions(Dataset):
         scene_index, which = divmod(index, self.questions_per_scene)
         scene = draw_scene(self.split, scene_index, self.seed)
         return _asked(scene, self.questions_per_scene)[which].item(image_of(scene))
-
-
-def answer_counts(questions: SceneQuestions) -> dict[str, Counter]:
-    """Question type -> how often each answer occurs, without rendering."""
-    counts: dict[str, Counter] = {}
-    for index in range(questions.size):
-        for question in ask(draw_scene(questions.split, index, questions.seed), questions.questions_per_scene):
-            counts.setdefault(question.question_type, Counter())[question.answer] += 1
-    return counts

@@ -1,4 +1,4 @@
-"""The start of stage 1 on the embedded scenes: the shipped encoders with a Q-Former of their width."""
+"""The start of stage 1 on the embedded scenes: the shipped encoders and a Q-Former of their width."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from xformer_mllm.model.processing_xformer import XFormerProcessor, image_proces
 from xformer_mllm.variants import variant_config, with_second_encoder
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""What ships with the package: clip, mae, opt, qformer_tokenizer."""
+"""The shipped clip, mae, opt and qformer_tokenizer."""
 
 
 def embedded_config() -> XFormerConfig:
-    """X-Former for the embedded scenes: the shipped encoders with a Q-Former of their width, before any variant."""
+    """The configuration of the shipped encoders and a Q-Former of their width, before any variant."""
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
     clip = CLIPVisionModel.config_class.from_pretrained(WEIGHTS / "clip")
     return XFormerConfig(
@@ -44,23 +44,21 @@ def embedded_config() -> XFormerConfig:
 def start_pretraining(
     variant: str = "xformer", seed: int = 0, second_encoder: str | None = None
 ) -> tuple[XFormerForPreTraining, XFormerProcessor]:
-    """A variant at the start of stage 1 on the embedded scenes: shipped frozen encoders, the rest initialised by `seed`.
+    """Model and processor at the start of stage 1: shipped frozen encoders, the rest initialised from `seed`.
 
     Args:
         variant: a name in `VARIANTS`.
-        seed: of what is initialised.
-        second_encoder: folder or hub id of another MAE, or of any vision tower, in place of the shipped MAE.
+        seed: of the initial weights.
+        second_encoder: folder or Hub id of another MAE or vision tower; replaces the shipped MAE.
 
     Raises:
-        ValueError: for an unknown variant, or one that the second encoder does not go with.
+        ValueError: for an unknown variant, or one that does not fit the second encoder.
     """
     base = embedded_config()
     if second_encoder is not None:
         base = with_second_encoder(base, AutoConfig.from_pretrained(second_encoder))
     elif variant == "dinov2":
-        raise ValueError(
-            "variant dinov2 needs --second-encoder, folder or hub id of a DINOv2: none ships with the package"
-        )
+        raise ValueError("variant dinov2 needs --second-encoder, the folder or Hub id of a DINOv2")
     config = variant_config(variant, base)
     torch.manual_seed(seed)
     model = XFormerForPreTraining._from_config(config, attn_implementation=attention_for_device())

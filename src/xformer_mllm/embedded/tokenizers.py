@@ -1,4 +1,4 @@
-"""The embedded world's two tokenizers: one small WordPiece vocabulary, in BERT's dress and in OPT's."""
+"""The two tokenizers of the embedded world: one small WordPiece vocabulary, in BERT and in OPT format."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ from xformer_mllm.embedded.scene_questions import ask
 from xformer_mllm.embedded.scenes import caption, description
 from xformer_mllm.embedded.world import draw_scene
 
-# Words of easy-VQA, and of questions in general, that scenes may lack: in the vocabularies, to stay one token.
+# Words of easy-VQA and of questions in general, added to the vocabularies so that each is one token.
 OTHER_WORDS = (
     *(
         "an",
@@ -42,7 +42,7 @@ def world_words() -> list[str]:
 
 
 def _word_piece(specials: list[str]) -> Tokenizer:
-    """Lower-casing WordPiece over the world's words; other words fall into characters, other characters to unknown."""
+    """Lower-case WordPiece over the world's words; other words split into characters, other characters are unknown."""
     pieces = [*specials, *world_words(), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     unknown = next(token for token in specials if "unk" in token.lower())
@@ -54,7 +54,7 @@ def _word_piece(specials: list[str]) -> Tokenizer:
 
 
 def qformer_tokenizer() -> PreTrainedTokenizerFast:
-    """The Q-Former's: [CLS] text [SEP] as BERT's, with [DEC] to start generated text (as LAVIS)."""
+    """The Q-Former's tokenizer: [CLS] text [SEP] as in BERT, and [DEC] to start generated text as in LAVIS."""
     tokenizer = _word_piece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -73,7 +73,7 @@ def qformer_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def lm_tokenizer() -> PreTrainedTokenizerFast:
-    """The language model's: </s> in front, as OPT has it; <end> closes an answer; <image> is a soft prompt's place."""
+    """The language model's tokenizer: </s> first, as in OPT; <end> ends an answer; <image> marks the soft prompt."""
     tokenizer = _word_piece(["<s>", "<pad>", "</s>", "<unk>", "<end>", "<image>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     return PreTrainedTokenizerFast(

@@ -1,12 +1,11 @@
-"""The embedded world: what a scene is, how it is drawn at random, and how it becomes pixels.
+"""The embedded world: scenes, their random generation and rendering.
 
-A scene is one to six objects on a jittered 3x3 grid over a patterned, noisy ground, 48x48 pixels. Everything follows
-from (seed, split, index) through Python's ``random.Random``, so that any scene can be made alone, in any order, on any
-machine.
+A scene has one to six objects on a jittered 3x3 grid over a patterned, noisy ground, 48x48 pixels. It is determined by
+(seed, split, index) through ``random.Random``, so any scene can be generated alone, in any order, on any machine.
 
-Textures are the fine detail of this world: they have the same mean colour, stripes and checks have the same contrast,
-their phase and direction are drawn at random, and the contrast is close to the noise. A pooled colour or brightness says
-nothing about them. docs/decisions/embedded-world.md says how these values were chosen.
+Textures are the fine detail: they share their mean colour, stripes and checks share their contrast, phase and direction
+are random, and the contrast is close to the noise. Pooled colour or brightness does not reveal them.
+docs/decisions/embedded-world.md explains how these values were chosen.
 """
 
 import random
@@ -34,10 +33,10 @@ GROUNDS = ("smooth", "rough", "wavy")
 
 TEXTURE_CONTRAST = 36.0  # grey levels above and below the object's colour
 GROUND_CONTRAST = 8.0
-NOISE = 20.0  # largest grey level of the uniform pixel noise
+NOISE = 20.0  # maximum of the uniform pixel noise, in grey levels
 PERIOD = 4  # pixels, of stripes and checks
 
-# One colour, shape and texture of each colour never occurs in training; validation and test draw it as any other.
+# One combination of shape and texture per colour never occurs in training; validation and test include it.
 HELD_OUT = frozenset(
     (colour, SHAPES[i % len(SHAPES)], TEXTURES[i % len(TEXTURES)]) for i, colour in enumerate(COLOURS)
 )
@@ -49,7 +48,7 @@ _ROWS, _COLUMNS = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One object: its four attributes and its cell (row and column count from the top left)."""
+    """One object: four attributes and its cell (row and column, from the top left)."""
 
     shape: str
     colour: str
@@ -61,7 +60,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A scene: `key` names it ("seed/split/index") and seeds everything random that is made from it."""
+    """A scene: `key` ("seed/split/index") identifies it and seeds its image, caption and questions."""
 
     key: str
     objects: tuple[SceneObject, ...]
@@ -78,7 +77,7 @@ def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
     cells = rng.sample(range(GRID * GRID), count)
     objects: list[SceneObject] = []
     while len(objects) < count:
-        # Objects come in groups of one colour and shape, as captions speak of them ("two red circles").
+        # Objects come in groups of one colour and shape, so that captions can say "two red circles".
         shape, colour = rng.choice(SHAPES), rng.choice(_COLOUR_NAMES)
         for _ in range(min(rng.choice((1, 1, 1, 2, 2, 3)), count - len(objects))):
             texture = rng.choice(TEXTURES)
@@ -96,15 +95,15 @@ def render(scene: Scene) -> np.ndarray:
     image[:] = [rng.uniform(95, 150)] * 3
     image += [rng.uniform(-12, 12) for _ in range(3)]
     image += _ground(scene.ground, rng)[:, :, None]
-    for thing in scene.objects:
-        _paint(image, thing, rng)
+    for obj in scene.objects:
+        _draw_object(image, obj, rng)
     noise = np.frombuffer(rng.randbytes(image.size), np.uint8).reshape(image.shape)
     image += noise * np.float32(2 * NOISE / 255) - np.float32(NOISE)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _ground(kind: str, rng: random.Random) -> np.ndarray:
-    """float32[48, 48] of mean about zero: a slope (smooth), blotches (rough) or broad waves (wavy)."""
+    """float32[48, 48] with mean near zero: a gradient (smooth), blotches (rough) or waves (wavy)."""
     if kind == "rough":
         blotches = np.frombuffer(rng.randbytes(24 * 24), np.uint8).reshape(24, 24)
         field = blotches * np.float32(2 / 255) - 1
@@ -118,22 +117,22 @@ def _ground(kind: str, rng: random.Random) -> np.ndarray:
     return (across - across.mean()) * np.float32(GROUND_CONTRAST / IMAGE_SIZE)
 
 
-def _paint(image: np.ndarray, thing: SceneObject, rng: random.Random) -> None:
-    """Draws one object into `image` (float32[48, 48, 3]) in place."""
-    size = SIZES[thing.size]
+def _draw_object(image: np.ndarray, obj: SceneObject, rng: random.Random) -> None:
+    """Draw one object into `image`, float32[48, 48, 3], in place."""
+    size = SIZES[obj.size]
     slack = CELL - size
-    top = thing.row * CELL + rng.randint(0, slack)
-    left = thing.column * CELL + rng.randint(0, slack)
-    colour = np.array([level + rng.uniform(-15, 15) for level in COLOURS[thing.colour]], np.float32)
-    pattern = rng.choice(_PATTERNS[thing.texture])
+    top = obj.row * CELL + rng.randint(0, slack)
+    left = obj.column * CELL + rng.randint(0, slack)
+    colour = np.array([level + rng.uniform(-15, 15) for level in COLOURS[obj.colour]], np.float32)
+    pattern = rng.choice(_PATTERNS[obj.texture])
     up, aside = rng.randrange(PERIOD), rng.randrange(PERIOD)
     surface = colour + pattern[up : up + size, aside : aside + size, None]
     area = image[top : top + size, left : left + size]
-    area += _MASKS[thing.shape, size] * (surface - area)
+    area += _MASKS[obj.shape, size] * (surface - area)
 
 
 def _mask(shape: str, size: int) -> np.ndarray:
-    """float32[size, size, 1]: the share of each pixel that the shape covers, from 4x4 samples per pixel."""
+    """float32[size, size, 1]: the covered fraction of each pixel, from 4x4 samples per pixel."""
     samples = (np.arange(size * 4) + 0.5) / (size * 4) * 2 - 1  # -1 .. 1 across the shape
     y, x = np.meshgrid(samples, samples, indexing="ij")
     inside = {
@@ -146,7 +145,7 @@ def _mask(shape: str, size: int) -> np.ndarray:
 
 
 def _patterns() -> dict[str, list[np.ndarray]]:
-    """Texture -> its directions, each float32[extent, extent] in grey levels, wide enough for any phase."""
+    """Texture -> its directions, each float32[extent, extent] in grey levels, large enough for any phase."""
     extent = max(SIZES.values()) + PERIOD
     wave = np.where(np.arange(extent) % PERIOD < PERIOD // 2, 1, -1) * np.float32(TEXTURE_CONTRAST)
     stripes = np.tile(wave.astype(np.float32), (extent, 1))
