@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.prediction import forget, predict
+from xformer_mllm.evaluate.prediction import predict, remove_parts
 from xformer_mllm.inference import GenerationSettings, most_new_tokens
 
 SETTINGS = GenerationSettings(prompt="{question}", num_beams=1, length_penalty=0.0, max_new_tokens=4)
@@ -62,7 +62,7 @@ class Model(torch.nn.Linear):
 
 
 class Images:
-    """Ten questions on four images, which do not stand side by side; image "broken" cannot be read."""
+    """Ten questions on four images, which are not next to each other; image "broken" cannot be read."""
 
     def __init__(self, broken=None):
         self.broken = broken
@@ -78,22 +78,22 @@ RIGHT = {str(n): str(7 * (n % 4)) for n in range(10)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_every_question_gets_the_answer_about_its_own_image(tmp_path, batch_size):
+def test_answers_are_about_their_own_image(tmp_path, batch_size):
     found = predict(Model(), Processor(), Images(), SETTINGS, tmp_path, batch_size)
     assert dict(found.answers) == RIGHT
     assert list(found.answers) == [str(n) for n in range(10)]
     assert not found.problems
-    forget(tmp_path)
+    remove_parts(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_image_is_encoded_once_for_all_its_questions_in_a_batch(tmp_path):
+def test_an_image_is_encoded_once_per_batch(tmp_path):
     model = Model()
     predict(model, Processor(), Images(), SETTINGS, tmp_path, 100)
     assert model.encoded == 4
 
 
-def test_a_broken_image_is_named_and_its_questions_left_out(tmp_path):
+def test_questions_on_a_broken_image_are_left_out(tmp_path):
     found = predict(Model(), Processor(), Images(broken="2"), SETTINGS, tmp_path, 3)
     assert dict(found.answers) == {name: answer for name, answer in RIGHT.items() if int(name) % 4 != 2}
     assert found.problems == {"2": "2.jpg: cannot be read as an image"}
@@ -102,7 +102,7 @@ def test_a_broken_image_is_named_and_its_questions_left_out(tmp_path):
     assert not predict(Model(), Processor(), alone, SETTINGS, tmp_path / "alone", 3).answers
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
+def test_an_interrupted_run_resumes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         predict(Model(stop_after=2), Processor(), Images(), SETTINGS, tmp_path, 2)
     cut = tmp_path / "parts" / "process-0.jsonl"
@@ -117,13 +117,13 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert again.batches == 0
 
 
-def test_answers_of_other_settings_are_not_taken(tmp_path):
+def test_answers_of_other_settings_are_not_reused(tmp_path):
     predict(Model(), Processor(), Images(), SETTINGS, tmp_path, 2, made_by={"model": "one"})
     with pytest.raises(ValueError, match="another model, data or settings"):
         predict(Model(), Processor(), Images(), SETTINGS, tmp_path, 2, made_by={"model": "two"})
 
 
-def test_no_answer_is_longer_than_the_language_model_reads():
+def test_answers_fit_the_language_model():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     model = Model()
     assert most_new_tokens(model, mask, 9) == 9

@@ -17,12 +17,12 @@ from xformer_mllm.evaluate.query_analysis import (
     analyse,
     images_of,
     interval,
-    look,
     mean_pairwise_cosine,
     model_names,
     most_different,
     overlay,
     queries,
+    read_queries,
     to_maps,
 )
 from xformer_mllm.inference import KINDS, open_image
@@ -57,7 +57,7 @@ def images(names=SCENES):
 @pytest.mark.parametrize("folder", ["stage1", "stage2", "qformer"])
 def test_scores_are_those_of_the_models_own_attention(runs, folder):
     model, processor = load_model(runs / folder, KINDS, "eager")
-    looked = look(model, processor, list(images().values()), batch_size=2)
+    looked = read_queries(model, processor, list(images().values()), batch_size=2)
     assert set(looked.maps) == ({"CLIP"} if folder == "qformer" else {"CLIP", "MAE"})
     scores = looked.scores()
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def test_scores_are_those_of_the_models_own_attention(runs, folder):
 
 def test_concatenated_mae_tokens_have_maps_of_their_own():
     model, processor = start_pretraining("concat")
-    looked = look(model.eval(), processor, list(images().values()), batch_size=8)
+    looked = read_queries(model.eval(), processor, list(images().values()), batch_size=8)
     assert {tokens: tuple(maps.shape) for tokens, maps in looked.maps.items()} == {
         "CLIP": (3, 12, 6, 6),
         "MAE": (3, 12, 6, 6),
@@ -176,9 +176,9 @@ def test_names_of_models(folders, names):
         ({"models": ()}, "name the folder of a trained model"),
         ({"models": ("qformer", "qformer")}, "named twice"),
         ({"models": ("nothing",)}, "no trained model"),
-        ({"size": 0}, "size must be at least 1"),
+        ({"size": 0}, "--size must be at least 1"),
         ({"images": ("missing.png",)}, "missing.png: no such image"),
-        ({"images": ("scene:test:0",), "batch_size": 0}, "batch_size must be at least 1"),
+        ({"images": ("scene:test:0",), "batch_size": 0}, "--batch-size must be at least 1"),
     ],
 )
 def test_errors_are_one_line(runs, tmp_path, changes, message):

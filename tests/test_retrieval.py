@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from xformer_mllm import inference
+from xformer_mllm import inference, processes
 from xformer_mllm.data.records import clean
 from xformer_mllm.embedded.scenes import SceneCaptions
 from xformer_mllm.embedded.start import start_pretraining
@@ -263,6 +263,7 @@ def one_of_two(rank, port, data, output):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     inference.bf16_is_fast = lambda: False
+    processes.join()
     write, written = retrieval._write_block, []
     retrieval._write_block = lambda file, *rest: written.append(file.name) or write(file, *rest)
     scores, _ = retrieve(*model_and_processor(), CocoRetrieval(data, "test"), output, batch_size=3, k_test=5)

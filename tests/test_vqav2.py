@@ -190,7 +190,7 @@ def test_malformed_files_are_named_with_index_and_key(tmp_path, questions, annot
 def test_settings_of_the_paper_come_first():
     assert list(Vqav2.settings) == ["paper", "lavis"]
     record = Question("7", "42", "How many?", None, "")
-    assert Vqav2.settings["paper"].text(record) == "Question: How many? Answer:"
-    assert Vqav2.settings["lavis"].text(record) == "Question: how many? Short answer:"
+    assert Vqav2.settings["paper"].prompt_for(record.question) == "Question: How many? Answer:"
+    assert Vqav2.settings["lavis"].prompt_for(record.question) == "Question: how many? Short answer:"
     assert [settings.length_penalty for settings in Vqav2.settings.values()] == [-1.0, 0.0]
     assert {(settings.num_beams, settings.max_new_tokens) for settings in Vqav2.settings.values()} == {(5, 10)}

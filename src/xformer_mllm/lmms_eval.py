@@ -28,13 +28,13 @@ from xformer_mllm.model.processing_xformer import IMAGE_TOKEN
 
 logger = logging.getLogger(__name__)
 
-# What gqa, vqav2 and ok_vqa put behind a question, for models that were trained on such orders (LLaVA's). BLIP-2's
-# prompt is the question alone.
+# Instructions that gqa, vqav2 and ok_vqa append to a question for models trained on them (LLaVA's). BLIP-2's prompt is
+# the question alone.
 ANSWER_FORMATS = (
     "Answer the question using a single word or phrase.",
     "When the provided information is insufficient, respond with 'Unanswerable'.",
 )
-MAX_NEW_TOKENS = 32  # where a task does not say, as ok_vqa
+MAX_NEW_TOKENS = 32  # for tasks without one, such as ok_vqa
 DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
 SAMPLING = ("temperature", "top_p", "top_k")
 IGNORED = -100  # cross_entropy's: no target there
@@ -43,7 +43,7 @@ Request = tuple[str, Any, Callable, int, str, str]
 
 
 def manifest() -> Any:
-    """The entry point: tells lmms-eval of the model `xformer`."""
+    """Entry point that registers the model `xformer` with lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="xformer", simple_class_path=f"{__name__}.XFormer")
@@ -53,7 +53,7 @@ def manifest() -> Any:
 
 
 def question_in(context: str) -> str:
-    """A task's context without the lines of `ANSWER_FORMATS`. Anything else, such as the options to choose from, stays."""
+    """A task's context without the lines of `ANSWER_FORMATS`; answer options are kept."""
     lines = [line for line in context.split("\n") if line.strip() not in ANSWER_FORMATS]
     return "\n".join(lines).strip()
 
@@ -69,7 +69,7 @@ def generate_arguments(generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     sample = temperature != 0 and bool(given.get("do_sample", temperature))
     known = {*DECODING, *SAMPLING, "do_sample", "length_penalty", "until"}
     if unknown := sorted(given.keys() - known):
-        logger.warning("not for an X-Former, ignored: generation_kwargs %s", ", ".join(unknown))
+        logger.warning("ignored, not supported by X-Former: generation_kwargs %s", ", ".join(unknown))
     names = [*DECODING, *(SAMPLING if sample else ()), *(["length_penalty"] if given.get("num_beams", 1) > 1 else [])]
     chosen = {name: given[name] for name in names if name in given}
     return {"max_new_tokens": MAX_NEW_TOKENS, **chosen, "do_sample": sample}
@@ -109,13 +109,13 @@ class XFormer(lmms):
 
     Args (lmms-eval's --model_args, --batch_size and --device):
         pretrained: folder of a stage-2 run, or of its model.
-        prompt: what stands behind the image: {question} is the task's context without `ANSWER_FORMATS`, {context} all
-            of it. Without either, every request is asked the same (captioning: an empty prompt, or "a photo of").
-        batch_size: requests a batch; a document's image is encoded once per batch.
+        prompt: text after the image: {question} is the task's context without `ANSWER_FORMATS`, {context} all
+            of it. Without either, every request has the same prompt (captioning: empty, or "a photo of").
+        batch_size: requests per batch; a document's image is encoded once per batch.
         device: where the model runs; accelerate's choice if None, and always with several processes.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, for a folder without such a model, or a batch size that is no number.
+        FileNotFoundError, ValueError: for a folder without such a model, or an invalid batch size.
     """
 
     is_simple = True
@@ -141,7 +141,7 @@ class XFormer(lmms):
     # -------------------------------------------------------------------------------------------------- requests' parts
 
     def _text(self, context: str) -> str:
-        context = context.replace(IMAGE_TOKEN, "")  # the processor puts the image's placeholders where they belong
+        context = context.replace(IMAGE_TOKEN, "")  # the processor inserts the image's placeholders
         return self.prompt.replace("{context}", context).replace("{question}", question_in(context))
 
     def _document(self, request: Request) -> Any:
@@ -149,7 +149,7 @@ class XFormer(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _image(self, request: Request) -> Any:
-        """The document's image. Raises ValueError if it has none, or several: to leave one out would change the task."""
+        """The document's image. Raises ValueError for none or several: leaving one out would change the task."""
         _, _, doc_to_visual, doc_id, task, _ = request
         visuals = doc_to_visual(self._document(request)) or []
         if len(visuals) != 1:
@@ -171,20 +171,19 @@ class XFormer(lmms):
     def _on_device(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
-    def _room(self, length: int) -> int:
-        """How many tokens still fit behind `length`. Raises ValueError if none does."""
+    def _check_length(self, length: int) -> None:
+        """Raises ValueError unless the language model reads more than `length` tokens."""
         positions = getattr(self._model.config.text_config, "max_position_embeddings", sys.maxsize)
         if length >= positions:
             raise ValueError(
-                f"a prompt of {length} tokens (with the image's) leaves no room in the language model's {positions}"
+                f"a prompt of {length} tokens (with the image's) leaves no position of the language model's {positions}"
             )
-        return positions - length
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         return [len(self._processor.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
 
     def _progress(self, texts: Sequence[str]) -> tqdm:
-        """A bar in the first process, where the first prompt is shown, too: a score belongs to it."""
+        """A progress bar on the first process, after printing the first prompt, which belongs to a score."""
         if self.rank == 0 and texts:
             print(f"xformer: the first of {len(texts)} prompts: {texts[0]!r}", file=sys.stderr)
         return tqdm(total=len(texts), disable=self.rank != 0, desc="X-Former", unit="request")
@@ -224,11 +223,11 @@ class XFormer(lmms):
         """(loss, is_greedy) of each request's continuation, given the image and the prompt, in the requests' order.
 
         The loss is the mean negative log-probability of the continuation's tokens: what lmms-eval's own models return.
-        Its base class speaks of log-probabilities, but its score of a multiple choice takes the smallest (0.7.3,
+        Its base class documents log-probabilities, but its multiple-choice score takes the smallest (0.7.3,
         api/task.py; issue 370), so a log-probability would choose the least likely option. is_greedy: whether greedy
-        decoding would say just that.
+        decoding would generate it.
 
-        A request has the continuation, or a function of the document that gives it, in the place of generation_kwargs.
+        In a request the continuation, or a function from the document to it, replaces generation_kwargs.
         Raises ValueError for an empty continuation, and as `generate_until` does.
         """
         asked: list[Request] = [request.args for request in requests]
@@ -249,23 +248,23 @@ class XFormer(lmms):
         return found
 
     def _score(self, texts: list[str], continuations: list[str], batch: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Rows as in training, of prompt and continuation; an encoder-decoder's decoder says the continuation alone."""
+        """Score prompt + continuation as in training; an encoder-decoder's decoder reads the continuation alone."""
         tokenizer, prompts = self._processor.tokenizer, self._processor(text=texts)
-        read = self._processor.prompt_ids(texts)
-        said = self._processor.target_ids(texts, [continuation.strip() for continuation in continuations])
-        for request, prompt, target in zip(batch, read, said, strict=True):
+        prompt_ids = self._processor.prompt_ids(texts)
+        target_ids = self._processor.target_ids(texts, [continuation.strip() for continuation in continuations])
+        for request, prompt, target in zip(batch, prompt_ids, target_ids, strict=True):
             if not target:
                 raise ValueError(f"{request[4]}, document {request[3]}: an empty continuation has no likelihood")
-            self._room(len(prompt) + len(target) - 1)
-        targets = [torch.tensor(target) for target in said]
+            self._check_length(len(prompt) + len(target) - 1)
+        targets = [torch.tensor(target) for target in target_ids]
         inputs = {**prompts, **self._images(batch)}
         if self._processor.encoder_decoder:
             following = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(self.device)
             ids = self._model.language_model.prepare_decoder_input_ids_from_labels(following)
             logits = self._model(**self._on_device(inputs | {"decoder_input_ids": ids})).logits.float()  # [B, T, V]
         else:
-            rows = [torch.tensor(prompt + target) for prompt, target in zip(read, said, strict=True)]
-            labels = [torch.cat([torch.full((len(p),), IGNORED), t]) for p, t in zip(read, targets, strict=True)]
+            rows = [torch.tensor(prompt + target) for prompt, target in zip(prompt_ids, target_ids, strict=True)]
+            labels = [torch.cat([torch.full((len(p),), IGNORED), t]) for p, t in zip(prompt_ids, targets, strict=True)]
             inputs["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
             inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             logits = self._model(**self._on_device(inputs)).logits[:, :-1].float()  # [B, T-1, V]
@@ -277,8 +276,8 @@ class XFormer(lmms):
         return list(zip(mean.tolist(), greedy.tolist(), strict=True))
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not done: an X-Former answers one prompt about one image. Raises NotImplementedError."""
+        """Not supported: X-Former answers one prompt about one image. Raises NotImplementedError."""
         raise NotImplementedError(
-            "an X-Former answers one prompt about one image and holds no conversation: choose a task whose output_type "
+            "X-Former answers one prompt about one image and holds no conversation: choose a task whose output_type "
             "is generate_until or multiple_choice"
         )

@@ -22,9 +22,9 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 
 
-def join() -> PartialState:
+def join(timeout: timedelta = TIMEOUT) -> PartialState:
     """This process's place among the others, and its device."""
-    process = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    process = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     if process.num_processes > 1:
         atexit.register(_outlive_the_collectives)
     return process

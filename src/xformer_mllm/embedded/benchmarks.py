@@ -1,4 +1,4 @@
-"""The questions that the package brings: on held-out scenes, and easy-VQA's."""
+"""Benchmarks that need no files: questions on held-out scenes, and easy-VQA's."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -16,25 +16,25 @@ from xformer_mllm.evaluate import exact_match
 from xformer_mllm.evaluate.benchmark import Benchmark, Scores
 from xformer_mllm.inference import GREEDY_ANSWER
 
-TRAINING_SCENES = 4_000  # enough to see which answer to a type of question is the most frequent one
+TRAINING_SCENES = 4_000  # enough to find the most frequent answer to each type of question
 
 
 class OwnQuestions(Benchmark[Question]):
-    """Questions that the package brings, one right answer each: scored by exact match, beside what is right blind.
+    """Questions with one right answer, scored by exact match and compared with blind baselines.
 
-    A subclass has `records` and `training_questions`.
+    A subclass sets `records` and `training_questions`.
     """
 
     settings = {"greedy": GREEDY_ANSWER}
     normalisation = exact_match.NORMALISATION
-    files = "nothing: its images come with the package"
+    files = "no files: its images come with the package"
 
     def image_file(self, record: Question) -> Path:
-        raise ValueError(f"{record.image_id}: this image is in no file")
+        raise ValueError(f"{record.image_id}: this image is rendered, not read from a file")
 
     @abstractmethod
     def training_questions(self) -> Iterable[Question]:
-        """What the blind baselines learn from."""
+        """Training questions of the blind baselines."""
 
     def credit(self, record: Question, answer: str) -> float:
         return float(exact_match.is_right(answer, record.answer))
@@ -44,7 +44,7 @@ class OwnQuestions(Benchmark[Question]):
         return exact_match.score(exact_match.predictions_of(self.records, answers), blind)
 
     def official(self, answers: Mapping[str, str]) -> list[dict[str, str]]:
-        """[{"id", "answer"}], of our own making."""
+        """[{"id", "answer"}], the package's own format."""
         return [{"id": record.id, "answer": answers[record.id]} for record in self.records if record.id in answers]
 
     def read_official(self, content: Any) -> list[tuple[str, str]]:

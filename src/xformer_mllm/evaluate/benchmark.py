@@ -20,9 +20,9 @@ from xformer_mllm.model.images import load_image
 Scores = dict[str, dict[str, Any]]
 
 EXPORT_FILE = "export.json"
-"""In a folder of files that `xformer data export` wrote: they hold scenes, not the benchmark."""
+"""Marks a folder of scenes in a benchmark's format, written by `xformer data export`."""
 
-# How an OPT is asked in zero-shot question answering: by BLIP-2's paper, and by LAVIS's vqav2_zeroshot_opt_eval.yaml with
+# Zero-shot question answering with OPT: "paper" is BLIP-2's paper, "lavis" is LAVIS's vqav2_zeroshot_opt_eval.yaml with
 # the length penalty of `Blip2OPT.predict_answers`.
 ZERO_SHOT = {
     "paper": GenerationSettings(
@@ -56,10 +56,10 @@ class Benchmark(ABC, Generic[Record]):
     Args:
         data: the folder that holds `files`.
         split: one of `splits`.
-        images: the folder of the images, if they are not in the usual place in `data`.
+        images: the folder of the images; None for the official place in `data`.
 
     Raises:
-        FileNotFoundError, ValueError: in one line that names the file, if one is missing or not as it should be.
+        FileNotFoundError, ValueError: if a file is missing or invalid.
     """
 
     name: ClassVar[str]
@@ -68,23 +68,23 @@ class Benchmark(ABC, Generic[Record]):
     settings: ClassVar[Mapping[str, GenerationSettings]]
     """By name; the first is the default."""
     normalisation: ClassVar[str]
-    """What is done to an answer before it is compared, in one sentence."""
+    """How an answer is normalised before it is compared."""
     files: ClassVar[str]
-    """What the data folder must hold."""
+    """Required content of the data folder."""
 
     records: Sequence[Record]
     """In the official file's order."""
     not_computed: Mapping[str, str] = {}
-    """Metric -> why it is not among the scores."""
+    """Metric -> why it was not computed."""
     notes: Sequence[str] = ()
-    """What a reader of the scores must know."""
+    """Caveats, printed with the scores."""
 
     @abstractmethod
     def __init__(self, data: Path, split: str, images: Path | None = None): ...
 
     @abstractmethod
     def image_file(self, record: Record) -> Path:
-        """Where a record's image is."""
+        """Path of a record's image."""
 
     def load(self, record: Record) -> Image.Image:
         """A record's image. Raises OSError or ValueError if it is missing or broken."""
@@ -92,20 +92,20 @@ class Benchmark(ABC, Generic[Record]):
 
     @abstractmethod
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """{record id: answer} -> scores over those records; "n" says how many they are."""
+        """{record id: answer} -> scores over those records; "n" is their number."""
 
     def truth(self, record: Record) -> str:
-        """The right answer, as it is shown beside a model's; "" where nobody knows it."""
+        """The right answer to show with a prediction; "" if it is not public."""
         return getattr(record, "answer", None) or ""
 
     def credit(self, record: Record, answer: str) -> float | None:
-        """What one answer is worth, from 0 to 1; None where answers only score together, or nobody knows."""
+        """Score of one answer in [0, 1]; None if answers only score together or the truth is not public."""
         return None
 
     @abstractmethod
     def official(self, answers: Mapping[str, str]) -> Any:
-        """{record id: answer} -> the JSON value that the official server or scorer takes."""
+        """{record id: answer} -> JSON value for the official server or scorer."""
 
     @abstractmethod
     def read_official(self, content: Any) -> list[tuple[str, str]]:
-        """The inverse of `official`: (record id, answer), repeated ones too. Raises ValueError if it has another form."""
+        """The inverse of `official`: (record id, answer), repeated ids included. Raises ValueError for another format."""

@@ -1,15 +1,15 @@
-"""Caption scores as pycocoevalcap 1.2 (github.com/salaniz/pycocoevalcap) computes them, and what caption benchmarks share.
+"""Caption metrics equal to pycocoevalcap 1.2 (github.com/salaniz/pycocoevalcap), and the base of caption benchmarks.
 
 CIDEr-D, BLEU-1 to 4 and ROUGE-L are pycocoevalcap's own code. Its PTB tokenizer, METEOR and SPICE are Java programs:
-they are run here, not by its wrappers, which wait for ever if Java hangs and download CoreNLP unasked. Where one of them
-does not run, its metric is left out and the reason is given in one line.
+they are run here, not by its wrappers, which hang if Java hangs and download CoreNLP unasked. Where one of them
+does not run, its metric is left out and the reason is given.
 
 - Tokens: Stanford's PTB tokenizer, lower-cased, without pycocoevalcap's list of punctuation. Where Java does not run,
-  `plain_tokens` takes its place and the name of every score says so. Over 24,019 human captions of COCO val2014 the two
+  `plain_tokens` replaces it, which the name of every score states. Over 24,019 human captions of COCO val2014 the two
   differed on 47, all with abbreviations ("Main St."), parentheses, "!!!" or "cannot"; with one caption of each image
   scored against the others that moved CIDEr-D (0.894) by 0.000001, BLEU-1 by 0.00003 and BLEU-4 by 0.00001.
-- CIDEr-D: a word's weight (idf) comes from the references that are scored, so every group is weighed on its own, as if
-  it were alone: so LAVIS scores NoCaps' out-domain, and with one image it is always 0. Scores over a part of a split
+- CIDEr-D: a word's weight (idf) comes from the references that are scored, so every group is scored separately,
+  as LAVIS scores NoCaps' out-domain; with one image it is always 0. Scores over a part of a split
   are not comparable with scores over all of it.
 - An empty caption is scored as one without words: 0, whatever the references.
 """
@@ -29,16 +29,16 @@ from typing import Any
 
 from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord, Scores
 
-PLAIN = " (plain tokenizer)"  # behind the name of a score that was not computed on PTB tokens
+PLAIN = " (plain tokenizer)"  # after the name of a score that was not computed on PTB tokens
 
 # The PTB tokenizer takes a second for 24,000 captions, METEOR ten to start and then one or two milliseconds a caption;
-# SPICE parses every caption and is slower. What takes longer than this hangs.
+# SPICE parses every caption and is slower. A longer run is taken to hang.
 START_SECONDS = 180.0
 SECONDS_PER_CAPTION = 0.5
 
-NO_JAVA = "needs Java, and there is no `java` to run: install one, e.g. apt install default-jre-headless"
+NO_JAVA = "needs Java, and `java` was not found; install it, e.g. apt install default-jre-headless"
 NO_CORENLP = (
-    "needs Stanford CoreNLP 3.6.0, which is not there: python -m pycocoevalcap.spice.get_stanford_models "
+    "needs Stanford CoreNLP 3.6.0, which was not found; python -m pycocoevalcap.spice.get_stanford_models "
     "fetches it once (about 500 MB)"
 )
 FIRST_LINE, LAST_LINE = "firstline", "lastline"
@@ -52,12 +52,12 @@ SHOWN_CHARACTERS = 200  # of what a Java that failed printed
 
 
 class NotComputedError(Exception):
-    """Why a metric cannot be computed here, in one line."""
+    """A metric cannot be computed here; the message says why."""
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """scores: {group: {metric: value}}; not_computed: {metric: why it is not among them}."""
+    """scores: {group: {metric: value}}; not_computed: {metric: why it was not computed}."""
 
     scores: Scores
     not_computed: Mapping[str, str]
@@ -68,12 +68,12 @@ def score_captions(
     candidates: Mapping[str, str],
     groups: Mapping[str, Iterable[str]] | None = None,
 ) -> CaptionScores:
-    """One caption for each image against its references.
+    """Score one caption per image against its references.
 
     Args:
         references: {image: its captions, one or more}.
         candidates: {image: the caption to score}; images without one are not scored.
-        groups: {name: images}, each scored as if it were alone; by default {"all": every image}. A group without
+        groups: {name: images}, each scored separately; by default {"all": every image}. A group without
             any candidate is left out.
 
     Returns:
@@ -111,7 +111,7 @@ def score_captions(
 
 
 def _overlap_scores(tokens: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """What needs no Java. tokens: {image: [candidate, reference, ...]}, tokens separated by spaces."""
+    """Metrics without Java. tokens: {image: [candidate, reference, ...]}, tokens separated by spaces."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -178,7 +178,7 @@ def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[s
     command = ["java", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     seconds = _patience(sum(len(texts) for texts in tokens.values()))
     end = time.monotonic() + seconds
-    with tempfile.TemporaryFile() as complaints:  # a pipe that nobody reads would fill up and block it
+    with tempfile.TemporaryFile() as complaints:  # an unread pipe would fill up and block it
         try:
             with subprocess.Popen(
                 command, cwd=_package() / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints
@@ -192,7 +192,7 @@ def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[s
                     java.kill()
         except FileNotFoundError:
             raise NotComputedError(NO_JAVA) from None
-        except (OSError, ValueError) as error:  # it is gone, or says something else than numbers
+        except (OSError, ValueError) as error:  # it ended, or printed no numbers
             if time.monotonic() >= end:
                 raise NotComputedError(_too_slow(seconds)) from None
             complaints.seek(0)
@@ -246,14 +246,14 @@ def _spice(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[st
         for place, image in enumerate(images)
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        asked, told = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
-        asked.write_text(json.dumps(rows), encoding="utf-8")
-        arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(asked), "-out", str(told), "-silent"]
+        input_file, output_file = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
+        input_file.write_text(json.dumps(rows), encoding="utf-8")
+        arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(input_file), "-out", str(output_file), "-silent"]
         _run_java(arguments, folder, "", _patience(sum(len(texts) for texts in tokens.values())))
         try:
             found = {
                 images[row["image_id"]]: float(row["scores"]["All"]["f"])
-                for row in json.loads(told.read_text(encoding="utf-8"))
+                for row in json.loads(output_file.read_text(encoding="utf-8"))
             }
             return {name: sum(found[image] for image in group) / len(group) for name, group in groups.items()}
         except (OSError, ValueError, LookupError, TypeError):
@@ -313,8 +313,8 @@ class CaptionBenchmark(Benchmark[CaptionRecord]):
     """
 
     normalisation = (
-        "PTB tokens, lower-cased, without punctuation; where Java does not run a plain tokenizer, and then the names of "
-        "the scores say so"
+        "PTB tokens, lower-cased, without punctuation; without Java those of a plain tokenizer, which the names of the "
+        "scores state"
     )
     references: Mapping[str, Sequence[str]]
     groups: Mapping[str, Sequence[str]]
@@ -346,7 +346,7 @@ class CaptionBenchmark(Benchmark[CaptionRecord]):
 
 
 def field(record: Any, key: str, kind: type, where: str) -> Any:
-    """record[key]. Raises ValueError, in one line that begins with `where`, if it is missing or of another kind."""
+    """record[key]. Raises ValueError that begins with `where` if it is missing or of another type."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f'{where} has no "{key}" that is {KINDS[kind]}')
@@ -354,7 +354,7 @@ def field(record: Any, key: str, kind: type, where: str) -> Any:
 
 
 def unique(images: Sequence[CaptionRecord], file: Path) -> Sequence[CaptionRecord]:
-    """The images. Raises ValueError if an id stands there twice, or if there is none at all."""
+    """The images. Raises ValueError for repeated ids, or without any image."""
     twice = [name for name, times in Counter(image.id for image in images).items() if times > 1]
     if twice:
         raise ValueError(f"{file}: {len(twice)} repeated image ids ({', '.join(twice[:3])})")

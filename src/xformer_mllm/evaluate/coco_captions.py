@@ -1,6 +1,6 @@
-"""COCO captions on Karpathy's test and val split: 5,000 images each, all of val2014, five or more captions an image.
+"""COCO captions on Karpathy's test and val split: 5,000 images each, all of val2014, five or more captions per image.
 
-Two files hold the split, either will do:
+The split is in either of two files:
 - dataset_coco.json, Karpathy's own (cs.stanford.edu/people/karpathy/deepimagesent): {"images": [{"filepath", "filename",
   "cocoid", "split", "sentences": [{"raw"}]}]} for all of COCO.
 - coco_karpathy_test.json and coco_karpathy_val.json, of BLIP and LAVIS: [{"image": "val2014/COCO_val2014_....jpg",
@@ -9,8 +9,8 @@ Two files hold the split, either will do:
 
 How BLIP-2 asks (LAVIS projects/blip2/eval/caption_coco_opt6.7b_eval.yaml): "a photo of", 5 beams, 8 to 30 tokens. The
 prompt ends without a space here: LAVIS trains on "a photo of " + caption, and BPE puts that space into the caption's
-first token, so its model configuration (caption_coco_opt6.7b) asks with "a photo of"; with a space behind it the model
-would go on from a token it never saw there. The caption is what comes after the prompt, and the 8 to 30 tokens are its
+first token, so its model configuration (caption_coco_opt6.7b) asks with "a photo of"; with a trailing space the model
+would continue from a token it never saw there. The caption is what comes after the prompt, and the 8 to 30 tokens are its
 own (before May 2023 LAVIS counted the prompt's four among the 8). BLIP-2 reports COCO after
 fine-tuning at 364 pixels; X-Former does not fine-tune, and does not say how it asks.
 """
@@ -36,7 +36,7 @@ class CocoCaptions(CaptionBenchmark):
     splits = ("test", "val")
     settings = {
         "paper": BLIP2,
-        # LAVIS' task since December 2023 (71a2da9), for models that were made and reported before it.
+        # LAVIS' task since December 2023 (71a2da9), after its models were released and reported.
         "lavis": GenerationSettings(
             prompt=PROMPT,
             num_beams=5,
@@ -52,9 +52,7 @@ class CocoCaptions(CaptionBenchmark):
         karpathy, lavis = data / "dataset_coco.json", data / f"coco_karpathy_{split}.json"
         file = karpathy if karpathy.is_file() else lavis
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{data}: neither {karpathy.name} nor {lavis.name} is there; put one of them there"
-            )
+            raise FileNotFoundError(f"{data}: neither {karpathy.name} nor {lavis.name} found; put one of them there")
         rows = _read_karpathy(karpathy, split) if file == karpathy else _read_lavis(lavis)
         self.records = unique([CaptionRecord(image_id, image_id) for image_id, _, _ in rows], file)
         self.references = {image_id: captions for image_id, _, captions in rows}

@@ -1,4 +1,4 @@
-"""`xformer evaluate`: a model on a benchmark. `xformer score`: any model's answers, in the benchmark's official format."""
+"""`xformer evaluate` runs a model on a benchmark; `xformer score` scores answers in the official results format."""
 
 import dataclasses
 import json
@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from accelerate import PartialState
 
 from xformer_mllm import defaults, report
 from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
@@ -20,7 +22,7 @@ from xformer_mllm.evaluate.gqa import Gqa
 from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
 from xformer_mllm.evaluate.nocaps import NoCaps
 from xformer_mllm.evaluate.ok_vqa import OkVqa
-from xformer_mllm.evaluate.prediction import Answers, forget, predict, processes
+from xformer_mllm.evaluate.prediction import Answers, predict, remove_parts
 from xformer_mllm.evaluate.retrieval import CocoRetrieval, FlickrRetrieval, Retrieval, retrieve
 from xformer_mllm.evaluate.vqav2 import Vqav2
 from xformer_mllm.files import read_json, write_whole
@@ -30,6 +32,7 @@ from xformer_mllm.model.modeling_xformer import (
     XFormerForImageTextRetrieval,
     XFormerForPreTraining,
 )
+from xformer_mllm.processes import is_first, join
 
 BENCHMARKS: dict[str, Any] = {
     kind.name: kind
@@ -39,13 +42,14 @@ BENCHMARKS: dict[str, Any] = {
     )
 }
 
+TIMEOUT = timedelta(days=1)  # processes wait for the slowest rank
 SHOWN_PROBLEMS = 5
 EXAMPLES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """Which benchmark, and where its files are."""
+    """The benchmark and its files."""
 
     benchmark: str = "scenes"
     """scenes, easy-vqa, vqav2, ok-vqa, gqa, coco-captions, nocaps, gvt-counting, gvt-identification, coco-retrieval or
@@ -53,89 +57,89 @@ class BenchmarkConfig:
     data: Path | None = None
     """Folder of the benchmark's files in their official names (docs/evaluation.md); scenes and easy-vqa need none."""
     images: Path | None = None
-    """Folder of its images, if they are not in the usual place in --data."""
+    """Folder of its images. Default: the official place in --data."""
     split: str | None = None
-    """Which part of it; by default the one that the paper reports, test for scenes and easy-vqa."""
+    """Split of the benchmark. Default: the one that the paper reports; test for scenes and easy-vqa."""
     size: int = 2_000
-    """How many scenes (scenes only)."""
+    """Number of scenes (scenes only)."""
     questions_per_image: int = 4
-    """How many questions about each scene (scenes only)."""
+    """Number of questions about each scene (scenes only)."""
     seed: int = 0
-    """Of the scenes (scenes only)."""
+    """Seed of the scenes (scenes only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(BenchmarkConfig):
-    """Run a trained model on a benchmark: answers, official file, scores, a page. Goes on where a killed run stopped."""
+    """Run a model on a benchmark: answers, official results file, scores, report. Rerun the same command to resume."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a stage-2 run, or of its model; stage 1 for retrieval."""
+    """Folder of a stage-2 run or its model; of stage 1 for retrieval."""
     settings: str | None = None
-    """Which of the benchmark's named ways of asking (docs/evaluation.md): paper, lavis, ...; the first by default."""
+    """Preset of prompt and decoding (docs/evaluation.md): paper, lavis, ... Default: the benchmark's first."""
     prompt: str | None = None
-    """In place of the settings' own; {question} is replaced."""
+    """Overrides the preset; {question} is replaced."""
     num_beams: int | None = None
-    """In place of the settings' own; 1 is greedy."""
+    """Overrides the preset; 1 is greedy."""
     length_penalty: float | None = None
-    """In place of the settings' own."""
+    """Overrides the preset."""
     repetition_penalty: float | None = None
-    """In place of the settings' own."""
+    """Overrides the preset."""
     max_new_tokens: int | None = None
-    """In place of the settings' own."""
+    """Overrides the preset."""
     min_new_tokens: int | None = None
-    """In place of the settings' own."""
+    """Overrides the preset."""
     k_test: int = 128
-    """How many of ITC's best ITM scores again (retrieval only)."""
+    """Number of ITC's best candidates that ITM re-ranks (retrieval only)."""
     batch_size: int = 32
     """Questions or images per batch."""
     workers: int = 0
-    """Processes that read images ahead; 4 or more beside a GPU."""
+    """Processes that load images; use 4 or more with a GPU."""
     output_dir: Path | None = None
-    """Where the results go; by default in evaluation/, in the folder of the run, or of a model without a run."""
+    """Folder of the results. Default: evaluation/BENCHMARK-SPLIT in the folder of the run, or of an exported model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(BenchmarkConfig):
-    """Score answers that any model gave, in the benchmark's official results format."""
+    """Score the answers of any model, in the benchmark's official results format."""
 
     answers: Annotated[Path, tyro.conf.Positional]
-    """The results file."""
+    """Results file."""
     partial: bool = False
-    """Score although answers are missing: over those that are there."""
+    """Allow missing answers and score the others."""
     output: Path | None = None
-    """Also write the scores there, as JSON."""
+    """JSON file for the scores. Default: print them only."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run `xformer evaluate` and return what metrics.json holds (in the main process).
+    """Run `xformer evaluate` and return the content of metrics.json, {} on all processes but the first.
 
-    Raises FileNotFoundError or ValueError, in one line, if there is no such model, benchmark or file.
+    Raises FileNotFoundError or ValueError if the model, the benchmark or a file is missing or invalid.
     """
     _check_numbers(config, "num_beams", "max_new_tokens", "k_test", "batch_size")
     benchmark = open_benchmark(config)
-    processes()  # each takes its GPU before a model is put on one
+    join(TIMEOUT)  # each process takes its GPU before it loads a model
     return _rank(config, benchmark) if isinstance(benchmark, Retrieval) else _ask(config, benchmark)
 
 
 def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
-    """Answers to questions, or captions."""
+    """Evaluate answers to questions, or captions."""
     settings = settings_of(config, benchmark)
     folder = _output_dir(config)
     _check_same_settings(folder, config, asdict(settings))
     model, processor = load_model(config.model, [XFormerForConditionalGeneration])
     start = time.perf_counter()
     found = predict(model, processor, benchmark, settings, folder, config.batch_size, config.workers, _made_by(config))
-    processes().wait_for_everyone()  # all have read the parts
-    if not processes().is_main_process:
+    PartialState().wait_for_everyone()  # all have read the parts
+    if not is_first():
         return {}
     if not found.answers:
-        forget(folder)  # the images may be there the next time
+        remove_parts(folder)  # the images may be there the next time
         why = next(iter(found.problems.values()), "there are none")
         raise ValueError(
             f"none of the {len(benchmark.records):,} records has an answer, e.g. {why}; "
             "--images names the folder of the images"
         )
-    metrics = describe(benchmark, found) | {"settings": asdict(settings)} | _about(config, start)
+    metrics = describe_answers(benchmark, found) | {"settings": asdict(settings)} | _about(config, start)
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, found.answers)]
     write_whole(folder / "predictions.jsonl", "".join(rows))
     write_whole(folder / "official.json", json.dumps(benchmark.official(found.answers)) + "\n")
@@ -143,7 +147,7 @@ def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _rank(config: EvaluateConfig, benchmark: Retrieval) -> dict[str, Any]:
-    """Retrieval: `retrieve` writes ranking.json."""
+    """Evaluate retrieval; `retrieve` writes ranking.json."""
     folder = _output_dir(config)
     _check_same_settings(folder, config, {"k_test": config.k_test})
     model, processor = load_model(config.model, [XFormerForPreTraining, XFormerForImageTextRetrieval])
@@ -151,22 +155,11 @@ def _rank(config: EvaluateConfig, benchmark: Retrieval) -> dict[str, Any]:
     scores, ranking = retrieve(
         model, processor, benchmark, folder, config.batch_size, config.k_test, config.workers, _made_by(config)
     )
-    if not processes().is_main_process:
+    if not is_first():
         return {}
     problems = ranking["unreadable_images"]
-    metrics = {
-        "benchmark": benchmark.name,
-        "scores": scores,
-        "records": len(benchmark.records),
-        "answered": len(benchmark.records) - len(problems),
-        "empty_answers": 0,
-        "unreadable_images": problems,
-        "normalisation": benchmark.normalisation,
-        "not_computed": dict(benchmark.not_computed),
-        "notes": list(benchmark.notes),
-        "settings": {"k_test": config.k_test},
-    }
-    return _finish(folder, metrics | _about(config, start), [])
+    metrics = describe(benchmark, scores, len(benchmark.records) - len(problems), 0, problems)
+    return _finish(folder, metrics | {"settings": {"k_test": config.k_test}} | _about(config, start), [])
 
 
 def _output_dir(config: EvaluateConfig) -> Path:
@@ -177,18 +170,18 @@ def _output_dir(config: EvaluateConfig) -> Path:
 
 
 def _check_same_settings(folder: Path, config: EvaluateConfig, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming what differs, if the folder holds results that this run would not make again."""
+    """Raises ValueError if the folder holds results with other settings, data or (with --output-dir) another model."""
     file = folder / "metrics.json"
     if not file.is_file():
         return
     there = read_json(file)
     old, new = {**there.get("config", {}), **there.get("settings", {})}, {**_plain(config), **settings}
     names = [*settings, *(field.name for field in dataclasses.fields(BenchmarkConfig))]
-    if config.output_dir is not None:  # the folder beside a model is its own, also where it was moved
+    if config.output_dir is not None:  # the default folder belongs to the model, even after it was moved
         names.append("model")
     paths = ("data", "images", "model")
     differing = [
-        f"{name} {old[name]!r}, not {new[name]!r}"
+        f"{flag(name)} {old[name]!r}, not {new[name]!r}"
         for name in names
         if name in old and old[name] != new[name] and not (name in paths and _same_place(old[name], new[name]))
     ]
@@ -206,23 +199,23 @@ def _about(config: EvaluateConfig, start: float) -> dict[str, Any]:
 
 
 def _finish(folder: Path, metrics: dict[str, Any], shown: Sequence[report.Example]) -> dict[str, Any]:
-    """The page, then metrics.json, which says that all is there; the parts have done their work."""
+    """Write the report, then metrics.json as the sign of a complete evaluation, and remove the parts."""
     config = metrics["config"]
     title = f"{config['benchmark']}, {config['split']}"
     write_whole(folder / "report.html", report.benchmark_page(title, config["model"], metrics, shown))
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    forget(folder)
+    remove_parts(folder)
     print(summary(metrics))
     print(folder / "report.html")
     return metrics
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Run `xformer score` and return what was printed. Raises ValueError for unknown, missing or repeated ids."""
+    """Run `xformer score` and return the metrics. Raises ValueError for unknown, missing or repeated ids."""
     benchmark = open_benchmark(config)
     if isinstance(benchmark, Retrieval):
         raise ValueError(f"{benchmark.name} has no official results file; `xformer evaluate` ranks and scores")
-    official = config.answers.with_name("official.json")  # `evaluate` puts it beside other files
+    official = config.answers.with_name("official.json")  # where `evaluate` writes it
     hint = f"; the file to score is {official}" if official.is_file() and official != config.answers else ""
     try:
         content = read_json(config.answers)
@@ -234,8 +227,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format: {error}{hint}") from None
     found, expected = [name for name, _ in pairs], [record.id for record in benchmark.records]
     check_ids(config.answers, found, expected, config.partial)
-    about = {"exported_scenes": _is_exported(config), "config": _plain(config)}
-    metrics = describe(benchmark, Answers(dict(pairs), {})) | about
+    metrics = describe_answers(benchmark, Answers(dict(pairs), {}))
+    metrics |= {"exported_scenes": _is_exported(config), "config": _plain(config)}
     if config.output:
         write_whole(config.output, json.dumps(metrics, indent=2) + "\n")
     print(summary(metrics))
@@ -251,7 +244,7 @@ def benchmark_class(name: str) -> Any:
 
 
 def open_benchmark(config: BenchmarkConfig) -> Any:
-    """A `Benchmark` or a `Retrieval`, its files read. Raises FileNotFoundError or ValueError in one line."""
+    """Read the files of a `Benchmark` or a `Retrieval`. Raises FileNotFoundError or ValueError."""
     kind = benchmark_class(config.benchmark)
     _check_numbers(config, "size", "questions_per_image")
     split = _split(config)
@@ -274,16 +267,21 @@ def open_benchmark(config: BenchmarkConfig) -> Any:
 
 
 def _is_exported(config: BenchmarkConfig) -> bool:
-    """Whether the data are the embedded scenes, as `xformer data export` writes them: their scores are no benchmark's."""
+    """Whether the data are scenes in the benchmark's format, written by `xformer data export`."""
     return config.data is not None and (config.data / EXPORT_FILE).is_file()
 
 
 def _check_numbers(config: BenchmarkConfig, *names: str) -> None:
-    """Raises ValueError for one that is given and cannot be."""
+    """Raises ValueError for a number below 1."""
     for name in names:
         number = getattr(config, name)
         if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
+            raise ValueError(f"{flag(name)} must be at least 1, not {number}")
+
+
+def flag(name: str) -> str:
+    """Field name -> flag."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _split(config: BenchmarkConfig) -> str:
@@ -291,7 +289,7 @@ def _split(config: BenchmarkConfig) -> str:
 
 
 def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> GenerationSettings:
-    """The named settings, with what is given in their place.
+    """The preset, with the values that override it.
 
     Raises:
         ValueError: for an unknown name, or a prompt that leaves the question out.
@@ -303,7 +301,7 @@ def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> GenerationSetti
     given = {field: value for field in fields if (value := getattr(config, field, None)) is not None}
     asks = "{question}" in benchmark.settings[name].prompt
     if asks and "{question}" not in given.get("prompt", "{question}"):
-        raise ValueError(f"prompt is {given['prompt']!r}, without {{question}} where the question is to stand")
+        raise ValueError(f"--prompt {given['prompt']!r} has no {{question}}, which stands for the question")
     return dataclasses.replace(benchmark.settings[name], **given)
 
 
@@ -318,26 +316,30 @@ def check_ids(file: Path, found: Sequence[str], expected: Sequence[str], partial
     }
     wrong = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
     if wrong:
-        mend = (
-            "; --partial scores those that are there"
-            if list(kinds.values()).count([]) == 2 and kinds["missing"]
-            else ""
-        )
-        raise ValueError(f"{file}: ids that do not match the benchmark's: {'; '.join(wrong)}{mend}")
+        hint = "; --partial scores the others" if len(wrong) == 1 and kinds["missing"] else ""
+        raise ValueError(f"{file}: ids that do not match the benchmark's: {'; '.join(wrong)}{hint}")
 
 
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def describe(benchmark: Benchmark, answers: Answers) -> dict[str, Any]:
-    """Scores with what belongs to them."""
+def describe_answers(benchmark: Benchmark, found: Answers) -> dict[str, Any]:
+    """Score answers and describe the scores."""
+    empty = sum(not answer for answer in found.answers.values())
+    return describe(benchmark, benchmark.score(found.answers), len(found.answers), empty, found.problems)
+
+
+def describe(
+    benchmark: Benchmark | Retrieval, scores: Scores, answered: int, empty: int, problems: Mapping[str, str]
+) -> dict[str, Any]:
+    """Scores with the facts needed to read them."""
     return {
         "benchmark": benchmark.name,
-        "scores": benchmark.score(answers.answers),
+        "scores": scores,
         "records": len(benchmark.records),
-        "answered": len(answers.answers),
-        "empty_answers": sum(not answer for answer in answers.answers.values()),
-        "unreadable_images": dict(answers.problems),
+        "answered": answered,
+        "empty_answers": empty,
+        "unreadable_images": dict(problems),
         "normalisation": benchmark.normalisation,
         "not_computed": dict(benchmark.not_computed),
         "notes": list(benchmark.notes),
@@ -361,7 +363,7 @@ def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Ex
 
 
 def predictions(benchmark: Benchmark, answers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The answered records, with "prediction" and, where an answer has one of its own, "credit"."""
+    """The answered records with "prediction" and, for benchmarks that score single answers, "credit"."""
     rows = []
     for record in benchmark.records:
         if record.id in answers:
@@ -373,7 +375,7 @@ def predictions(benchmark: Benchmark, answers: Mapping[str, str]) -> list[dict[s
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """The scores as text, with everything that a reader must know of them."""
+    """Scores, settings and notes as text."""
     lines = [f"{metrics['benchmark']}: {metrics['answered']:,} of {metrics['records']:,} records answered", ""]
     lines += [table(metrics["scores"]), ""]
     lines += [f"{name}: {value}" for name, value in metrics.get("settings", {}).items()]
@@ -389,7 +391,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 def table(scores: Scores) -> str:
-    """A row for each group, a column for each metric; "ci95" in brackets behind the accuracy."""
+    """A row per group, a column per metric; "ci95" in brackets after the accuracy."""
     metrics = list(dict.fromkeys(metric for group in scores.values() for metric in group if metric != "ci95"))
     rows = [
         ["", *metrics],
@@ -414,7 +416,7 @@ def _cell(found: Mapping[str, Any], metric: str) -> str:
 
 
 def _made_by(config: EvaluateConfig) -> dict[str, Any]:
-    """What the answers depend on beside the settings: the data, and the model as its files are now."""
+    """What the answers depend on besides the settings: the data and the model's files."""
     model = [path for path in sorted(model_folder(config.model).iterdir()) if path.is_file()]
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in model}
     benchmark = {field.name: _plain(config)[field.name] for field in dataclasses.fields(BenchmarkConfig)}

@@ -1,7 +1,7 @@
-"""Exact match: accuracy by type of question, what can be answered blind, and two models on the same questions.
+"""Exact match: accuracy by question type, blind baselines, and the comparison of two models.
 
 The rule is GQA's, as every answer here is one word: equal after lower-casing and stripping. Intervals: Wilson's for one
-model; for the difference of two a bootstrap over images, since the questions of one image stand or fall together.
+model; for the difference of two a bootstrap over images, since the questions of one image are not independent.
 """
 
 import math
@@ -26,7 +26,7 @@ Prediction = dict[str, Any]
 
 
 def is_right(answer: str, truth: str | None) -> bool:
-    """The rule."""
+    """Whether two answers match."""
     return truth is not None and answer.strip().lower() == truth.strip().lower()
 
 
@@ -74,8 +74,8 @@ class Blind:
 def score(predictions: Sequence[Prediction], blind: Blind | None = None) -> dict[str, dict[str, Any]]:
     """Accuracy by group: "all", each question type, "structural:x" and "semantic:x".
 
-    {group: {"accuracy", "n", "ci95": [low, high] (Wilson)}}, and if `blind` is given, what is right without looking at
-    the image: "majority" (most frequent training answer to the type of question) and "question_only" (to the words).
+    {group: {"accuracy", "n", "ci95": [low, high] (Wilson)}}, and if `blind` is given, the accuracy of two baselines
+    without the image: "majority" (most frequent training answer to the type of question) and "question_only" (to the words).
     """
     scores = {}
     for group, rows in _grouped(predictions).items():

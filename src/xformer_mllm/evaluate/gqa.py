@@ -1,6 +1,6 @@
-"""GQA: compositional questions about images, by the dataset's own measures.
+"""GQA: compositional questions about images, by the data set's own metrics.
 
-Equal to GQA's eval.py (eval.zip of gqadataset.org) but for its grounding score, which needs a model's attention over a
+Equal to GQA's eval.py (eval.zip of gqadataset.org) except for its grounding score, which needs a model's attention over a
 grid. eval.py compares strings as they are, and GQA's answers are in lower case; a language model's are not always, so
 an answer is stripped and lower-cased first, and written so into the results file: eval.py gives the same numbers on it.
 
@@ -21,7 +21,7 @@ from xformer_mllm.files import read_json
 STRUCTURAL = ("query", "verify", "choose", "compare", "logical")
 SEMANTIC = {"attr": "attribute", "cat": "category", "global": "global", "obj": "object", "rel": "relation"}
 
-# What eval.py reads of a question, and the type of each.
+# The fields of a question that eval.py reads, with their types.
 KEYS = {
     "imageId": str,
     "question": str,
@@ -32,8 +32,8 @@ KEYS = {
     "semantic": list,
     "entailed": list,
 }
-COMMON = ("color", "material", "shape")  # what two things can have in common
-NO_STEP = ("exist", "query: name", "choose name")  # they end a question, and do not make it longer
+COMMON = ("color", "material", "shape")  # attributes that two objects can share
+NO_STEP = ("exist", "query: name", "choose name")  # final steps that eval.py does not count
 
 OfficialQuestion = Mapping[str, Any]
 
@@ -83,7 +83,7 @@ def gqa_scores(
 
 
 def as_written(answer: str) -> str:
-    """An answer as GQA writes its own."""
+    """An answer in GQA's own spelling."""
     return answer.strip().lower()
 
 
@@ -105,7 +105,7 @@ def _by_group(questions: Mapping[str, OfficialQuestion], right: Mapping[str, boo
 
 
 def _steps(question: OfficialQuestion) -> int:
-    """Reasoning steps without those that only end the question."""
+    """Number of reasoning steps without final ones."""
     steps = [f"{step['operation']}: {step['argument']}" for step in question["semantic"]]
     return sum(not any(words in step for words in NO_STEP) for step in steps)
 
@@ -113,7 +113,7 @@ def _steps(question: OfficialQuestion) -> int:
 def _consistency(
     questions: Mapping[str, OfficialQuestion], predictions: Mapping[str, str], right: Iterable[str]
 ) -> float:
-    """Accuracy on what a rightly answered question entails, averaged over those questions; 0 without any."""
+    """Accuracy on the questions entailed by a correctly answered one, averaged over those; 0 without any."""
     found = []
     for name in right:
         entailed = [other for other in questions[name]["entailed"] if other != name and other in predictions]
@@ -154,7 +154,7 @@ def _mean(values: Iterable[float]) -> float:
 class Gqa(Benchmark):
     """The balanced questions of a split; or with "-all" every question, which consistency needs (and takes long).
 
-    "paper" is how the BLIP-2 paper (section 4.1) asks an OPT. LAVIS has a file for FlanT5 only
+    "paper" is the BLIP-2 paper (section 4.1) with OPT. LAVIS has a file for FlanT5 only
     (gqa_zeroshot_flant5xl_eval.yaml): "lavis" is that one with the length penalty that its code has for OPT
     (`Blip2OPT.predict_answers`; FlanT5's is -1).
     """
@@ -196,7 +196,7 @@ class Gqa(Benchmark):
         return float(as_written(answer) == record.answer)
 
     def official(self, answers: Mapping[str, str]) -> list[dict[str, str]]:
-        """What eval.py and the server take."""
+        """Input of eval.py and the server."""
         return [
             {"questionId": record.id, "prediction": as_written(answers[record.id])}
             for record in self.records
@@ -209,7 +209,7 @@ class Gqa(Benchmark):
         for place, row in enumerate(content):
             for key in ("questionId", "prediction"):
                 if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                    raise ValueError(f'entry {place}: "{key}" is missing or no text')
+                    raise ValueError(f'entry {place}: "{key}" is missing or not a string')
         return [(row["questionId"], row["prediction"]) for row in content]
 
 
@@ -240,7 +240,7 @@ def _read_questions(file: Path) -> dict[str, OfficialQuestion]:
 
 
 def _problem(question: Any) -> str | None:
-    """What is wrong with a question, if anything."""
+    """What is invalid in a question, None if nothing is."""
     if not isinstance(question, dict):
         return "not an object"
     for key, kind in KEYS.items():
@@ -252,7 +252,7 @@ def _problem(question: Any) -> str | None:
     if types.get("semantic") not in SEMANTIC:
         return f'"semantic" of "types" is {types.get("semantic")!r}, not one of {", ".join(SEMANTIC)}'
     if not isinstance(types.get("detailed"), str):
-        return '"detailed" of "types" is missing or no text'
+        return '"detailed" of "types" is missing or not a string'
     if "global" not in question["groups"]:
         return '"global" of "groups" is missing'
     if not all(isinstance(step, dict) and {"operation", "argument"} <= set(step) for step in question["semantic"]):
@@ -268,6 +268,6 @@ def _read_choices(file: Path, questions: Mapping[str, OfficialQuestion]) -> Mapp
         if question["isBalanced"] and not (isinstance(found, dict) and {"valid", "plausible"} <= set(found)):
             raise ValueError(
                 f'{file}: question {name}: "valid" or "plausible" is missing; take eval.zip of gqadataset.org, or '
-                "remove the file to go without these scores"
+                "remove the file to skip these scores"
             )
     return choices

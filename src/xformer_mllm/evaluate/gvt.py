@@ -3,8 +3,8 @@
 Two named scores of the same answers. "all" is GVT's own (count.py and multiclass.py in gvt/modules/evaluations of
 github.com/TencentARC/GVT), with its parser's quirks: number words are replaced wherever they occur, so that "someone"
 holds a 1; "nine" is misspelt "nive"; capital letters are not understood; an answer without a number is a 0; "no"
-within "know" is a no. "strict" is the corrected one: whole words up to twenty in any case, the first number that
-stands alone; yes or no as the first word; what cannot be read is wrong, and "unparsed" is its share.
+within "know" is a no. "strict" is the corrected one: number words up to twenty in any case, the first
+number that is a whole word; yes or no as the first word; an unreadable answer is wrong, and "unparsed" is their share.
 
 The sets are skewed, so the constant answers "1" and "yes" are scored beside the model's. Three traps of the files:
 - GVT's repository holds two different coco_oc.json, with very different shares of the answer 1.
@@ -110,7 +110,7 @@ def _named_scores(rows: Sequence[Row], measure: Any, constant: str) -> Scores:
 
 
 def _counting(rows: Sequence[Row], strict: bool) -> dict[str, float]:
-    """Errors take an answer without a number for a 0, as upstream does: saying nothing must not pay."""
+    """Errors take an answer without a number for a 0, as upstream does: an empty answer must not be rewarded."""
     numbers = [(strict_number if strict else gvt_number)(row.text) for row in rows]
     truths = [int(row.truth) for row in rows]
     errors = [(number or 0.0) - truth for number, truth in zip(numbers, truths, strict=True)]
@@ -140,11 +140,11 @@ def _share(answers: Any) -> float:
 
 
 class _Gvt(Benchmark):
-    """One of the four lists of GVTBench. An entry has no id of its own: its place in the list, from 0, is its id.
+    """One of the four lists of GVTBench. An entry has no id: its index in the list is its id.
 
-    Settings: the X-Former paper does not say how it asked. "blip2" is the default, BLIP-2's zero-shot protocol for
-    OPT as in the other question sets: OPT goes on with a text, and after a bare question that need not be an answer.
-    "paper" is how GVT's own code asks its instruction-tuned model: the bare question, greedy.
+    Settings: the X-Former paper does not report its prompt. "blip2" is the default, BLIP-2's zero-shot protocol for
+    OPT as in the other question sets: OPT continues a text, and after a bare question that need not be an answer.
+    "paper" is GVT's own code for its instruction-tuned model: the bare question, greedy.
     """
 
     splits = ("coco", "vcr")
@@ -216,14 +216,14 @@ class _Gvt(Benchmark):
         pairs = []
         for place, row in enumerate(content):
             if not isinstance(row, dict) or not isinstance(row.get("pred"), str):
-                raise ValueError(f'entry {place}: "pred" is missing or no text')
+                raise ValueError(f'entry {place}: "pred" is missing or not a string')
             if "index" not in row:
                 self._check_place(place, row, len(content))
             pairs.append((str(row.get("index", place)), row["pred"]))
         return pairs
 
     def _check_place(self, place: int, row: Mapping[str, Any], rows: int) -> None:
-        """Upstream's processes write one after the other: several of them leave another order than the questions'."""
+        """Upstream's processes append one after the other, so several of them change the order."""
         if rows != len(self.entries):
             raise ValueError(
                 f'{rows:,} answers to {len(self.entries):,} questions need an "index", each its question\'s'

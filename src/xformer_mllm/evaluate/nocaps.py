@@ -1,4 +1,4 @@
-"""NoCaps (nocaps.org): captions of Open Images images with things that COCO's captions name, name seldom or do not.
+"""NoCaps (nocaps.org): captions of Open Images with objects that COCO's captions name often, seldom or never.
 
 Val: 4,500 images with 10 captions each, 648 in-domain, 2,938 near-domain and 914 out-domain. Test: 10,600 images,
 whose captions are not public; their results go to the EvalAI server (challenge 355).
@@ -8,8 +8,8 @@ Files, both in COCO's format (nocaps.org/download):
 - nocaps_test_image_info.json: {"images": [{"id", "file_name"}]}.
 The images are named by their Open Images id, 0013ea2087020901.jpg.
 
-Every domain is scored as if it were alone: CIDEr-D's idf comes from its own references. So do those who score without
-the server: LAVIS, which keeps the out-domain only, and EVCap (scripts/eval_evcap_nocaps.sh), from a file for each domain.
+Every domain is scored separately: CIDEr-D's idf comes from its own references. So is it elsewhere without the
+server: LAVIS, which keeps the out-domain only, and EVCap (scripts/eval_evcap_nocaps.sh), from a file for each domain.
 The server's own script is not published. BLIP-2 asks as on COCO; the X-Former paper does not say how it asks. "lavis" is
 projects/blip2/eval/caption_nocaps_out_domain_flant5xl_eval.yaml, for a model that was only pretrained: no prompt.
 """
@@ -75,7 +75,7 @@ class NoCaps(CaptionBenchmark):
         return self._files[record.id]
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """Of the test split only how many answers there are."""
+        """Only the number of answers for the test split."""
         if not self.references:
             return {"all": {"n": len(answers)}}
         return super().score(answers)

@@ -11,15 +11,15 @@ from xformer_mllm.evaluate.vqav2 import OfficialFiles, Vqav2
 class OkVqa(Vqav2):
     """OK-VQA against its stemmed answers ("all", and by type of question) and against the answers as typed.
 
-    Each annotator's answer is there twice: stemmed ("answer": "dog") and typed ("raw_answer": "dogs"). "all" is the
+    Each annotator's answer occurs twice: stemmed ("answer": "dog") and typed ("raw_answer": "dogs"). "all" is the
     official score: the VQA evaluation reads "answer". But it does not stem the prediction, so "dogs" is wrong in "all" and
     right in "raw answers".
 
-    Published numbers mend this in ways that are not taken over here: LAVIS lemmatises BLIP-2's predictions (spaCy, nouns
-    and verbs: 40 instead of 35 according to salesforce/LAVIS#156), OpenFlamingo stems them with NLTK and a list of
-    exceptions. So their numbers are comparable with neither score.
+    Published numbers work around this in ways that are not reproduced here: LAVIS lemmatises BLIP-2's predictions
+    (spaCy, nouns and verbs: 40 instead of 35 according to salesforce/LAVIS#156), OpenFlamingo stems them with NLTK and
+    a list of exceptions. So their numbers are comparable with neither score.
 
-    "lavis" is VQAv2's: LAVIS asks OK-VQA in the same words, but has settings for FlanT5 only.
+    "lavis" is VQAv2's: LAVIS uses the same prompt for OK-VQA, but has settings for FlanT5 only.
     """
 
     name = "ok-vqa"

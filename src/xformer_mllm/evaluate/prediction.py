@@ -1,8 +1,7 @@
-"""A benchmark's records -> answers: in batches, over several processes, and on from where a killed run was.
+"""Answer a benchmark's records in batches, over several processes, and resume a killed run.
 
-What was answered is kept at once, batch by batch, in `parts/` of the output folder. The batches are the same ones
-however many processes there are and however often a run is killed, so the answers are, too: a model's answer can
-depend on its neighbours in a batch by a rounding error.
+Each answered batch is appended to `parts/` in the output folder. The batches depend neither on the number of processes
+nor on resuming, so neither do the answers: rounding can make an answer depend on the other records of its batch.
 
 Several processes: `torchrun --nproc-per-node N -m xformer_mllm evaluate ...`, or accelerate launch.
 """
@@ -11,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,6 @@ from xformer_mllm.inference import GenerationSettings, generate
 
 Record = Question | CaptionRecord
 
-TIMEOUT = timedelta(days=1)  # the others wait for whoever had most left to do, after a resumption for long
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -36,11 +32,6 @@ class Answers:
 
     answers: Mapping[str, str]
     problems: Mapping[str, str]
-
-
-def processes() -> PartialState:
-    """This process among those that torchrun or accelerate has started; it alone, if nobody has."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
 
 
 def predict(
@@ -53,41 +44,42 @@ def predict(
     workers: int = 0,
     made_by: Mapping[str, Any] | None = None,
 ) -> Answers:
-    """Ask the model about every record whose image can be read.
+    """Answer every record whose image can be read.
 
     Args:
-        model, processor: of stage 2; on the device where they are to run.
-        output_dir: where `parts/` goes; the caller removes it (`forget`) once the answers are safe.
-        batch_size: records a batch; an image whose records stand together is encoded once per batch.
-        workers: processes that read images, for each process that answers.
-        made_by: what the answers depend on beside the settings (model, data); kept to tell another run's parts.
+        model, processor: of stage 2, on their device.
+        output_dir: folder of `parts/`; call `remove_parts` after the answers are written.
+        batch_size: records per batch; each image is encoded once per batch.
+        workers: processes that load images, per answering process.
+        made_by: what the answers depend on besides the settings (model, data); identifies the run that `parts/` is of.
 
     Raises:
         ValueError: if `parts/` belongs to another run, or a prompt is longer than the language model reads.
     """
     parts = output_dir / "parts"
-    state = processes()
+    state = PartialState()
     if state.is_main_process:
-        _open_parts(parts, {"settings": asdict(settings), "batch_size": batch_size, **(made_by or {})})
+        open_parts(parts, {"settings": asdict(settings), "batch_size": batch_size, **(made_by or {})})
+        _merge_parts(parts)
     state.wait_for_everyone()
-    # Which batches are whose must not depend on what is done: another process may already be writing.
+    # Assign batches independently of what is done: another process may already be writing.
     mine = _batches(benchmark.records, batch_size)[state.process_index :: state.num_processes]
     done = {row["id"] for row in _read_parts(parts)}
     if done and state.is_main_process:
-        print(f"{len(done):,} of {len(benchmark.records):,} answers were already there ({parts}): going on")
+        print(f"resuming: {len(done):,} of {len(benchmark.records):,} answers found in {parts}")
     mine = [batch for batch in mine if any(record.id not in done for record in batch)]
     _answer(model, processor, benchmark, settings, mine, parts / f"process-{state.process_index}.jsonl", workers)
     state.wait_for_everyone()
     return _together(benchmark.records, _read_parts(parts))
 
 
-def forget(output_dir: Path) -> None:
-    """Remove the parts: what was made of them is written."""
+def remove_parts(output_dir: Path) -> None:
+    """Remove `parts/`, whose content has been written elsewhere."""
     shutil.rmtree(output_dir / "parts")
 
 
 def _batches(records: Sequence[Record], batch_size: int) -> list[list[Record]]:
-    """All records, those of one image side by side."""
+    """All records in batches, those of one image next to each other."""
     images: dict[str, list[Record]] = {}
     for record in records:
         images.setdefault(record.image_id, []).append(record)
@@ -98,28 +90,31 @@ def _batches(records: Sequence[Record], batch_size: int) -> list[list[Record]]:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
-    """Make the folder; or gather whole rows of an interrupted run in one file, as its processes may have been others."""
+def open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
+    """Make the folder. Raises ValueError if it is of another run."""
     about = parts / "run.json"
     text = json.dumps(made_by, indent=2, default=str) + "\n"
-    if about.is_file() and about.read_text() != text:
+    if about.is_file() and about.read_text(encoding="utf-8") != text:
         raise ValueError(
-            f"{parts}: answers of an interrupted run with another model, data or settings; "
-            "delete it, or name another --output-dir"
+            f"{parts}: results of an interrupted run with another model, data or settings; "
+            "delete the folder, or name another --output-dir"
         )
-    parts.mkdir(parents=True, exist_ok=True)
+    write_whole(about, text)
+
+
+def _merge_parts(parts: Path) -> None:
+    """Merge the whole rows of an interrupted run into one file: it may have had more processes."""
     rows = _read_parts(parts)
     write_whole(parts / "before.jsonl", "".join(map(_line, rows)))
     for old in parts.glob("process-*.jsonl"):
         old.unlink()
-    write_whole(about, text)
 
 
 def _read_parts(parts: Path) -> list[dict[str, str]]:
-    """Every whole row, each record once; a last line without an end was being written when its process was killed."""
+    """Every whole row, each record once; a last line without a line break was cut when its process was killed."""
     rows: dict[str, dict[str, str]] = {}
     for path in sorted(parts.glob("*.jsonl")):
-        for line in path.read_bytes().split(b"\n")[:-1]:  # the last one may be cut within a character
+        for line in path.read_bytes().split(b"\n")[:-1]:  # bytes: the cut may be within a character
             row = json.loads(line)
             rows[row["id"]] = row
     return list(rows.values())
@@ -154,7 +149,7 @@ def _answer(
     model.eval()
     device = next(model.parameters()).device
     loader = DataLoader(_Inputs(batches, benchmark, processor), batch_size=None, num_workers=workers)
-    bar = tqdm(total=sum(map(len, batches)), unit="record", desc=f"process {processes().process_index}")
+    bar = tqdm(total=sum(map(len, batches)), unit="record", desc=f"process {PartialState().process_index}")
     with path.open("a", encoding="utf-8") as file, bar:
         images = 0
         for readable, pixels, problems in loader:

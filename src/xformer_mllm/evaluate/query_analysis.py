@@ -1,4 +1,4 @@
-"""Where the queries look, and how different they are: `xformer queries` (the paper's query analysis).
+"""Attention maps and diversity of the queries: `xformer queries` (the paper's query analysis).
 
 A query's attention map over an image is its cross-attention averaged over heads and over the layers that read the
 image, the class token left out, scaled to sum 1 over the patches:
@@ -8,11 +8,11 @@ image, the class token left out, scaled to sum 1 over the patches:
 
 Scores of one image, from the mean cosine over all pairs of different queries:
 
-    attention diversity   1 - mean cosine of the maps; 0: all queries look at the same patches, 1: no two share a patch
-    output similarity     mean cosine of the output queries Z'; 1: all say the same
+    attention diversity   1 - mean cosine of the maps; 0: all queries attend to the same patches, 1: no two share a patch
+    output similarity     mean cosine of the output queries Z'; 1: all are equal
 
 A model's score is the mean over images, with a 95 % percentile bootstrap interval over images; two models are
-compared image by image. No text is read: an instruction-aware model, too, sees the image alone.
+compared image by image. No text is read, not even by an instruction-aware model.
 
 `I` images, `Q` queries, `N` CLIP tokens, `P` patches, `D` Q-Former width.
 """
@@ -46,9 +46,9 @@ SIMILARITY = "output similarity"
 DEFINITIONS = {
     DIVERSITY: (
         "1 − mean cosine of the attention maps of two queries over the {tokens} tokens (averaged over heads and layers, "
-        "class token left out). 0: all queries look at the same patches; 1: no two queries share a patch."
+        "class token left out). 0: all queries attend to the same patches; 1: no two queries share a patch."
     ),
-    SIMILARITY: "Mean cosine of two output queries Z'. 1: all queries say the same.",
+    SIMILARITY: "Mean cosine of two output queries Z'. 1: all queries are equal.",
 }
 
 RESAMPLES = 2_000
@@ -64,27 +64,27 @@ WHITE = Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), "white")
 
 @dataclass(frozen=True, kw_only=True)
 class QueriesConfig:
-    """Where the queries of a model look, and how different they are; several models are set side by side."""
+    """Analyse where a model's queries attend and how different they are; several models are compared."""
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of trained models of either stage, or of their runs; the others are compared with the first."""
+    """Folders of trained models of either stage or of their runs; the others are compared with the first."""
     images: tuple[str, ...] = ()
-    """Paths, or scene:SPLIT:INDEX; in place of --data."""
+    """Paths, or scene:SPLIT:INDEX; overrides --data."""
     data: Literal["scenes", "easy-vqa"] = "scenes"
-    """Whose test images to look at."""
+    """Data set of the test images."""
     size: int = 200
-    """How many of them the scores are over."""
+    """Number of test images."""
     overlays: int = 4
-    """Heat maps are drawn for the first so many images."""
+    """Number of images to draw heat maps for."""
     batch_size: int = 32
-    """Images at a time."""
+    """Images per batch."""
     output_dir: Path = Path("runs/queries")
-    """Where queries.json, queries.html and overlays/ go."""
+    """Folder of queries.json, queries.html and overlays/."""
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What a model's queries did on I images.
+    """A model's queries on I images.
 
     maps: {"CLIP": [I, Q, S, S], "MAE": ...}, each map's sum over its S x S patches is 1; outputs: Z', [I, Q, D].
     """
@@ -105,7 +105,7 @@ class Queries:
 
 
 def queries(config: QueriesConfig) -> dict[str, Any]:
-    """Run `xformer queries` and return what queries.json holds. Raises ValueError or FileNotFoundError in one line."""
+    """Run `xformer queries` and return the content of queries.json. Raises ValueError or FileNotFoundError."""
     began = time.time()
     names = model_names(config.models)
     analysis = analyse(
@@ -143,12 +143,12 @@ def images_of(config: QueriesConfig) -> dict[str, Image.Image]:
     if config.images:
         return {name: open_image(name) for name in config.images}
     if config.size < 1:
-        raise ValueError(f"size must be at least 1, not {config.size}")
+        raise ValueError(f"--size must be at least 1, not {config.size}")
     return defaults.test_images(config.data, config.size)
 
 
 def model_names(folders: Sequence[Path]) -> list[str]:
-    """What tells the folders apart: runs/demo/qformer/stage1 and runs/demo/xformer/stage1 -> qformer and xformer.
+    """Shortest distinct names of the folders: runs/demo/qformer/stage1 and runs/demo/xformer/stage1 -> qformer and xformer.
 
     Raises:
         ValueError: for a folder that is there twice, or if there is none.
@@ -158,13 +158,13 @@ def model_names(folders: Sequence[Path]) -> list[str]:
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise ValueError("the same model is named twice")
-    before, behind = _shared(parts), _shared([part[::-1] for part in parts])
-    names = ["/".join(part[before : len(part) - behind]) for part in parts]
+    before, after = _shared(parts), _shared([part[::-1] for part in parts])
+    names = ["/".join(part[before : len(part) - after]) for part in parts]
     return names if all(names) else list(map(str, folders))
 
 
 def _shared(paths: Sequence[tuple[str, ...]]) -> int:
-    """How many parts all of them begin with."""
+    """Number of leading parts that all paths share."""
     columns = zip(*paths, strict=False)
     return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
@@ -180,52 +180,52 @@ def analyse(
     Args:
         models: {name: folder of a model of either stage, or of its run}; the others are compared with the first.
         images: {name: image}.
-        batch_size: images at a time.
-        overlays: how many of the images are drawn with their heat maps.
+        batch_size: images per batch.
+        overlays: number of images to draw heat maps for.
 
     Raises:
-        ValueError, FileNotFoundError: in one line, if a folder holds no such model.
+        ValueError, FileNotFoundError: if a folder holds no such model.
     """
-    looked, stages = {}, {}
+    found_queries, stages = {}, {}
     for name, folder in models.items():
-        model, processor = load_model(folder, KINDS, attention="eager")  # no other implementation keeps the maps
-        looked[name] = look(model, processor, list(images.values()), batch_size)
+        model, processor = load_model(folder, KINDS, attention="eager")  # other implementations do not return the maps
+        found_queries[name] = read_queries(model, processor, list(images.values()), batch_size)
         stages[name] = "stage 1" if isinstance(model, KINDS[0]) else "stage 2"
-    scores = {name: queries.scores() for name, queries in looked.items()}
+    scores = {name: queries.scores() for name, queries in found_queries.items()}
     first, *others = scores
     return QueryAnalysis(
         models={
             name: {
                 "folder": str(models[name]),
                 "stage": stages[name],
-                "queries": looked[name].outputs.shape[1],
+                "queries": found_queries[name].outputs.shape[1],
                 "scores": {metric: _mean(values) for metric, values in scores[name].items()},
             }
             for name in models
         },
         differences={other: _differences(scores[first], scores[other]) for other in others},
-        definitions=_definitions(looked.values()),
+        definitions=_definitions(found_queries.values()),
         image_count=len(images),
         overlays=[
-            (name, overlay(image, {model: looked[model].maps for model in models}, place))
+            (name, overlay(image, {model: found_queries[model].maps for model in models}, place))
             for place, (name, image) in enumerate(list(images.items())[:overlays])
         ],
     )
 
 
-def _definitions(looked: Any) -> dict[str, str]:
-    tokens = dict.fromkeys(tokens for queries in looked for tokens in queries.maps)
+def _definitions(found_queries: Any) -> dict[str, str]:
+    tokens = dict.fromkeys(tokens for queries in found_queries for tokens in queries.maps)
     diversity = {DIVERSITY.format(tokens=name): DEFINITIONS[DIVERSITY].format(tokens=name) for name in tokens}
     return {**diversity, SIMILARITY: DEFINITIONS[SIMILARITY]}
 
 
 @torch.inference_mode()
-def look(model: Any, processor: Any, images: Sequence[Image.Image], batch_size: int) -> Queries:
-    """Let the queries read the images, without any text; the model's attention must be eager."""
+def read_queries(model: Any, processor: Any, images: Sequence[Image.Image], batch_size: int) -> Queries:
+    """Run a model with eager attention on images, without text."""
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        raise ValueError(f"--batch-size must be at least 1, not {batch_size}")
     if model.config.num_query_tokens < 2:
-        raise ValueError("the model has one query alone: there is nothing to compare")
+        raise ValueError("the model has a single query, so there is nothing to compare")
     found: dict[str, list[torch.Tensor]] = {}
     outputs = []
     for start in range(0, len(images), batch_size):
@@ -238,7 +238,7 @@ def look(model: Any, processor: Any, images: Sequence[Image.Image], batch_size: 
 
 
 def second_tokens(config: Any) -> str:
-    """What the second encoder's tokens are called."""
+    """Name of the second encoder's tokens."""
     if config.clip_shallow_layer is not None:
         return f"CLIP layer {config.clip_shallow_layer}"
     kind = None if config.mae_config is None else config.mae_config.model_type
@@ -250,7 +250,7 @@ def _attention(output: Any, second: str) -> dict[str, torch.Tensor]:
     over_clip = torch.stack(output.clip_attentions).float().mean((0, 2))
     tokens = output.clip_tokens.shape[1]
     attention = {"CLIP": over_clip[..., :tokens]}
-    if over_clip.shape[-1] > tokens:  # concat: M stands behind C
+    if over_clip.shape[-1] > tokens:  # concat: M follows C
         attention[second] = over_clip[..., tokens:]
     if output.mae_attentions:
         attention[second] = torch.stack(output.mae_attentions).float().mean((0, 2))
@@ -316,9 +316,9 @@ def most_different(maps: torch.Tensor, number: int) -> list[int]:
 
 
 def overlay(image: Image.Image, models: Mapping[str, Mapping[str, torch.Tensor]], place: int) -> Image.Image:
-    """The image, and below it a row of heat maps for each model and each kind of tokens, all on one scale.
+    """The image above a row of heat maps per model and kind of tokens, all on one scale.
 
-    models: {model: {tokens: [I, Q, S, S]}}; place: which of the I images it is.
+    models: {model: {tokens: [I, Q, S, S]}}; place: index of the image in I.
     """
     rows = []
     for model, kinds in models.items():
@@ -358,7 +358,7 @@ def _sheet(image: Image.Image, rows: Sequence[tuple[str, list[str], list[torch.T
 
 
 def _scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, top: float, font: Any) -> None:
-    """The bar of colours, and what they stand for."""
+    """Draw the colour bar with its labels."""
     width, height = 260, 14
     ramp = Image.fromarray(_colours(np.linspace(0, 1, width))[None].repeat(height, 0))
     draw.text((x, y), "Attention of a patch, as a multiple of an even spread", fill="black", font=font)
@@ -374,7 +374,7 @@ def _heated(image: Image.Image, heat: torch.Tensor, top: float) -> Image.Image:
     share = Image.fromarray((heat / top).numpy().astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(share).clip(0, 1)
     pale = Image.blend(Image.blend(image, image.convert("L").convert("RGB"), 0.4), WHITE, 0.4)
-    weight = 0.85 * np.sqrt(values)[..., None]  # a little heat must be seen, too
+    weight = 0.85 * np.sqrt(values)[..., None]  # keep low heat visible
     mixed = np.asarray(pale) * (1 - weight) + _colours(values) * weight
     return Image.fromarray(mixed.round().astype(np.uint8))
 

@@ -1,16 +1,15 @@
-"""Image-text retrieval on COCO and Flickr30k with a stage-1 model: rank by ITC, then score the best again by ITM.
+"""Image-text retrieval on COCO and Flickr30k with a stage-1 model: rank by ITC, then re-rank the best by ITM.
 
-Text retrieval asks with an image, image retrieval with a caption. As LAVIS has it (blip2.py `compute_sim_matrix`):
+The query is an image in text retrieval, a caption in image retrieval. As in LAVIS (blip2.py `compute_sim_matrix`):
 
     ITC            cosine of the caption with the image's best query
     ITM re-ranked  for each query the k_test best by ITC: ITM's logit for "a pair", mean over the queries, plus that cosine
                    (not divided by ITC's temperature); all others -100
 
-The work is cut into blocks of `batch_size` images. What came of a block is kept at once in `parts/` of the output
-folder: the rows of the cosines, then the logits of the block's pairs. ITM goes image by image, through the pairs of
-both directions together, and encodes each image a second time: counted at the paper's sizes that is 4.5 % of ITM's
-work, while keeping COCO's tokens would take 6.9 GB. The blocks are the same ones however many processes there are and
-however often a run is killed, so the result is, too.
+The work is split into blocks of `batch_size` images. Each block's results are written to `parts/` in the output folder:
+the rows of the cosines, then the logits of the block's pairs. ITM scores an image's pairs of both directions together
+and encodes each image a second time: at the paper's sizes that is 4.5 % of ITM's work, while keeping COCO's tokens would
+take 6.9 GB. The blocks depend neither on the number of processes nor on resuming, so neither does the result.
 
 `I` images, `C` captions, `K` candidates, `P` pairs, `Q` queries, `T` text tokens. In memory: a few times 4 I C bytes
 (COCO's 5,000 images with 25,000 captions: 0.5 GB each).
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from xformer_mllm.data.formats import read_karpathy
 from xformer_mllm.data.records import CLEAN_WORDS, clean
 from xformer_mllm.evaluate.benchmark import Scores
-from xformer_mllm.evaluate.prediction import forget, processes
+from xformer_mllm.evaluate.prediction import open_parts, remove_parts
 from xformer_mllm.files import atomic_path, read_json, write_whole
 from xformer_mllm.inference import bf16_autocast
 from xformer_mllm.model.images import load_image
@@ -44,7 +44,7 @@ from xformer_mllm.model.vision_encoders import ImageTokens
 K_TEST = 128
 NO_CANDIDATE = -100.0
 RECALLS = (1, 5, 10)
-TEXT_TOKENS = 35  # LAVIS's for evaluation; its training and ours cut behind 32
+TEXT_TOKENS = 35  # LAVIS's for evaluation; its training and ours truncate to 32
 CAPTIONS_AT_ONCE = 256
 PAIRS_PER_IMAGE = 4  # in a batch: LAVIS scores 128 pairs where it encodes 32 images
 ROWS_AT_ONCE = 256  # sorting takes about 20 bytes an entry
@@ -57,7 +57,7 @@ Ranking = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """An image and its captions. id: the name of its file without the ending; path: inside the folder of images."""
+    """An image and its captions. id: the file's stem; path: relative to the folder of images."""
 
     id: str
     image_id: str
@@ -71,10 +71,10 @@ class Retrieval:
     Args:
         data: the folder that holds `files`.
         split: one of `splits`.
-        images: the folder of the images, if they are not in the usual place in `data`.
+        images: the folder of the images; None for the official place in `data`.
 
     Raises:
-        FileNotFoundError, ValueError: in one line that names the file, if one is missing or not as it should be.
+        FileNotFoundError, ValueError: if a file is missing or invalid.
     """
 
     name: ClassVar[str]
@@ -82,12 +82,12 @@ class Retrieval:
     files: ClassVar[str]
     normalisation = (
         'captions are lower-cased, .!"()*#:;~ become spaces, '
-        f"and they are cut behind {CLEAN_WORDS} words and {TEXT_TOKENS} tokens"
+        f"and they are truncated to {CLEAN_WORDS} words and {TEXT_TOKENS} tokens"
     )
     karpathy_file: ClassVar[str]
     lavis_file: ClassVar[str]
     images_folder: ClassVar[str]
-    """The folder of the images that Karpathy's file does not name."""
+    """Folder of the images whose folder Karpathy's file does not give."""
 
     records: Sequence[CaptionedImage]
     """In the file's order."""
@@ -111,7 +111,7 @@ class Retrieval:
             raise FileNotFoundError(f"{self.images}: no such folder; --images names the folder of the images")
 
     def image_file(self, record: CaptionedImage) -> Path:
-        """Where an image is: as its file names it, or straight in the folder of the images."""
+        """Path of an image: as in the benchmark's file, or directly in the folder of images."""
         named = self.images / record.path
         straight = self.images / named.name
         return straight if straight.is_file() else named
@@ -175,10 +175,10 @@ class Ranked:
 
 
 def best(scores: torch.Tensor, number: int) -> Ranked:
-    """The `number` highest of each row of [R, G], fewer where the gallery is smaller; equal ones in the file's order.
+    """The `number` highest of each row of [R, G], fewer if the gallery is smaller; ties in the file's order.
 
     Raises:
-        ValueError: if a score is no number.
+        ValueError: if a score is not finite.
     """
     if not scores.isfinite().all():
         raise ValueError("some cosines of images and captions are not finite: the model's weights may be broken")
@@ -189,7 +189,7 @@ def best(scores: torch.Tensor, number: int) -> Ranked:
 
 
 def rerank(ranked: Ranked, logits: torch.Tensor, k_test: int) -> Ranked:
-    """ITM's order. logits: [R, G], read at each query's `k_test` first places; the others stay behind in ITC's order."""
+    """Re-rank each query's first `k_test` by ITM logits [R, G]; the others follow in ITC's order."""
     candidates = ranked.places[:, :k_test]
     scores = torch.full_like(ranked.scores, NO_CANDIDATE)
     scores[:, :k_test] = logits.gather(1, candidates) + ranked.scores[:, :k_test]
@@ -240,29 +240,29 @@ def retrieve(
     """Rank every caption for every image and the other way round; all processes get the result.
 
     Args:
-        model, processor: of stage 1; on the device where they are to run.
-        output_dir: where ranking.json and `parts/` go; the caller removes `parts/` once the scores are safe.
-        batch_size: images a batch and a block; ITM takes four times as many pairs.
-        k_test: how many of ITC's best ITM scores again.
-        workers: processes that read images, for each process.
-        made_by: what the result depends on beside these (model, data); kept to tell another run's parts.
+        model, processor: of stage 1, on their device.
+        output_dir: folder of ranking.json and `parts/`; call `remove_parts` after the scores are written.
+        batch_size: images per batch and block; ITM takes four times as many pairs.
+        k_test: number of ITC's best candidates that ITM re-ranks.
+        workers: processes that load images, per process.
+        made_by: what the result depends on besides these (model, data); identifies the run that `parts/` is of.
 
     Returns:
         {group: {"n", "recall@1", "recall@5", "recall@10", "mean recall"}}, group "DIRECTION, METHOD"; "all" is the mean
         of both directions by ITM.
-        What ranking.json holds: {direction: {method: {query's id: [[id, score], ...]}}} with the ten best of each, and
+        Content of ranking.json: {direction: {method: {query's id: [[id, score], ...]}}} with the ten best of each, and
         "unreadable_images", {id: why}. The captions of image ID are "ID#0", "ID#1", ...
 
     Raises:
         ValueError: if `parts/` belongs to another run, or no image can be read.
     """
     if min(batch_size, k_test) < 1:
-        raise ValueError(f"batch_size and k_test must be at least 1, not {batch_size} and {k_test}")
+        raise ValueError(f"--batch-size and --k-test must be at least 1, not {batch_size} and {k_test}")
     model.eval()
-    state, parts = processes(), output_dir / "parts"
+    state, parts = PartialState(), output_dir / "parts"
     if state.is_main_process:
         about = {"benchmark": benchmark.name, "images": len(benchmark.records)}
-        _open_parts(parts, about | {"batch_size": batch_size, "k_test": k_test, **(made_by or {})})
+        open_parts(parts, about | {"batch_size": batch_size, "k_test": k_test, **(made_by or {})})
     state.wait_for_everyone()
     work = _Work(model, processor, benchmark, parts, batch_size, workers)
 
@@ -272,7 +272,7 @@ def retrieve(
     if not records:
         state.wait_for_everyone()  # all have read the parts
         if state.is_main_process:
-            forget(output_dir)  # the images may be there the next time
+            remove_parts(output_dir)  # the images may be there the next time
         raise ValueError(
             f"none of the {len(problems):,} images can be read, e.g. {next(iter(problems.values()))}; "
             "--images names the folder of the images"
@@ -340,10 +340,10 @@ class _Captions:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the model computes, block by block; each process computes its share, and reads the others' from `parts`.
+    """The model's computations by block; each process computes its share and reads the others' from `parts`.
 
-    Encoders and Q-Former run in bf16 where that is fast; heads and cosines in fp32, as bf16 would make scores equal
-    that are not.
+    Encoders and Q-Former run in bf16 where it is fast; heads and cosines in fp32, as bf16 would make different scores
+    equal.
     """
 
     model: Any
@@ -406,10 +406,10 @@ class _Work:
         self, stage: str, records: Sequence[CaptionedImage], compute: Callable[[int, Any], torch.Tensor]
     ) -> list[tuple[torch.Tensor, dict[str, str]]]:
         """Of each block what `compute` makes of its number and its pixels, and {id: problem} of unreadable images."""
-        state, size = processes(), self.batch_size
+        state, size = PartialState(), self.batch_size
         blocks = [records[start : start + size] for start in range(0, len(records), size)]
         files = [self.parts / f"{stage}-{number:05}.safetensors" for number in range(len(blocks))]
-        # By number, whatever is there: another process may write its blocks while this one looks.
+        # Assign blocks independently of what is done: another process may already be writing.
         share = range(state.process_index, len(blocks), state.num_processes)
         mine = [number for number in share if not files[number].is_file()]
         inputs = _Pixels([blocks[number] for number in mine], self.benchmark, self.processor)
@@ -443,18 +443,6 @@ class _Pixels(Dataset):
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def _open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
-    """Raises ValueError if the parts of another run are there."""
-    about, text = parts / "run.json", json.dumps(made_by, indent=2, default=str) + "\n"
-    if about.is_file() and about.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{parts}: scores of an interrupted run with another model, data or settings; "
-            "delete it, or name another --output-dir"
-        )
-    parts.mkdir(parents=True, exist_ok=True)
-    write_whole(about, text)
 
 
 def _write_block(file: Path, values: torch.Tensor, problems: Mapping[str, str]) -> None:

@@ -1,14 +1,14 @@
 """The official accuracy of VQA: min(1, annotators who agree / 3), against each nine of the ten annotators in turn.
 
-Equal to `vqaEval.py` of GT-Vision-Lab/VQA (PythonEvaluationTools, commit a013f00), its slips included, as every published
-number was made with them:
+Equal to `vqaEval.py` of GT-Vision-Lab/VQA (PythonEvaluationTools, commit a013f00), its bugs included, as every published
+number has them:
 
-- where all annotators gave the same answer, nothing is normalised: "Yes" is then wrong if all ten wrote "yes";
-- the expression that removes periods was to look behind for a digit, but looks ahead for a "<", so it removes every
-  period without a digit behind it ("3." -> "3"); and it is handed re.UNICODE (32) as the count, so it removes 32 at most;
-- one digit,digit anywhere deletes all punctuation, which otherwise becomes a space unless a space stands beside it.
+- where all annotators gave the same answer, nothing is normalised: "Yes" is wrong if all ten wrote "yes";
+- the regular expression for periods has a lookahead for "<" in place of a lookbehind for a digit, so it removes every
+  period without a digit after it ("3." -> "3"); re.UNICODE (32) is passed as the count, so it removes 32 at most;
+- one digit,digit anywhere deletes all punctuation, which otherwise becomes a space unless it is next to a space.
 
-LAVIS has a changed copy (lavis/common/vqa_tools/vqa_eval.py at 506965b) behind the numbers that it reports for BLIP-2: it
+LAVIS has a changed copy (lavis/common/vqa_tools/vqa_eval.py at 506965b) for the numbers that it reports for BLIP-2: it
 always normalises the prediction, and of the annotators' answers only the punctuation. So it differs where all annotators
 agree, and where one of them wrote a number word, an article or a capital.
 """
@@ -26,8 +26,8 @@ _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
 
-# Words that are known without any one of their apostrophes. Upstream's table also has Im, Ive and I'd've, which nothing
-# meets, as words are looked up in lower case ("im" stays as it is), and lacks others ("couldntve").
+# Contractions, matched with any one apostrophe left out. Upstream's table also has Im, Ive and I'd've, which never
+# match, as words are looked up in lower case ("im" stays as it is), and lacks others ("couldntve").
 _CONTRACTIONS = """
     'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
     he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
@@ -51,9 +51,9 @@ CONTRACTIONS = {
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """What a prediction is worth: the mean over the annotators of min(1, others who gave this answer / 3).
+    """Accuracy of a prediction: the mean over the annotators of min(1, others who gave this answer / 3).
 
-    answers: one of each annotator, ten in VQAv2. Returns a share in [0, 1]; upstream prints 100 times the mean over the
+    answers: one per annotator, ten in VQAv2. Returns a share in [0, 1]; upstream prints 100 times the mean over the
     questions, rounded to two decimals, and rounds nothing before that.
     """
     prediction, answers = _on_one_line(prediction), [_on_one_line(answer) for answer in answers]
@@ -67,7 +67,7 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@lru_cache(maxsize=100_000)  # the same few answers come again and again
+@lru_cache(maxsize=100_000)  # few different answers
 def normalised(text: str) -> str:
     """Punctuation, case, number words, articles and contractions, in this order."""
     words = [NUMBERS.get(word, word) for word in _without_punctuation(text).lower().split()]

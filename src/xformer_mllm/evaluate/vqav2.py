@@ -1,4 +1,4 @@
-"""VQAv2: ten people's answers to each question, in the files of visualqa.org, by the official accuracy."""
+"""VQAv2: ten annotators' answers per question, in visualqa.org's files, scored by the official accuracy."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class OfficialFiles:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """The answers to one question, one of each annotator.
+    """The answers to one question, one per annotator.
 
     raw_answers: as they were typed, where `answers` are stemmed (OK-VQA); otherwise empty.
     """
@@ -42,8 +42,8 @@ class Annotation:
 class Vqav2(Benchmark):
     """VQAv2 by the official accuracy: overall, by type of answer and by type of question ("question:how many").
 
-    "paper" is how BLIP-2's paper asks an OPT. "lavis" is LAVIS's vqav2_zeroshot_opt_eval.yaml with the length penalty of
-    `Blip2OPT.predict_answers`; LAVIS also scores by a changed rule (`vqa_accuracy.py`), which is not done here.
+    "paper" is BLIP-2's paper with OPT. "lavis" is LAVIS's vqav2_zeroshot_opt_eval.yaml with the length penalty of
+    `Blip2OPT.predict_answers`; LAVIS also scores by a changed rule (`vqa_accuracy.py`), which is not reproduced here.
     """
 
     name = "vqav2"
@@ -51,7 +51,7 @@ class Vqav2(Benchmark):
     settings = ZERO_SHOT
     normalisation = (
         "the official VQA evaluation's: punctuation, case, number words, articles and contractions, "
-        "but nothing where all annotators gave the same answer"
+        "but none where all annotators gave the same answer"
     )
     files = (
         "v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and the images "
@@ -82,7 +82,7 @@ class Vqav2(Benchmark):
                 "accuracy": f"the answers to {split} are not public; the VQA server scores official.json"
             }
         if split == "test-dev":
-            self.notes = ("the VQA server scores test-dev out of the answers to all of test: hand it those",)
+            self.notes = ("the VQA server scores test-dev from the answers to all of test: upload those",)
         self.records = [self._question(name, *found) for name, found in questions.items()]
 
     def _read_annotations(self, path: Path) -> dict[str, Annotation]:
@@ -115,7 +115,7 @@ class Vqav2(Benchmark):
         return self._images / self._image_name.format(record.image_id)
 
     def credit(self, record: Question, answer: str) -> float | None:
-        """The official accuracy of one answer; None where nobody knows."""
+        """The official accuracy of one answer; None if the answers are not public."""
         return vqa_accuracy(answer, record.answers) if record.answers else None
 
     def score(self, answers: Mapping[str, str]) -> Scores:
@@ -136,7 +136,7 @@ class Vqav2(Benchmark):
         return ["all", self._annotations[record.id].answer_type, f"question:{record.question_type}"]
 
     def official(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
-        """What the VQA server and vqaEval.py take: [{"question_id": int, "answer"}]."""
+        """Input of the VQA server and vqaEval.py: [{"question_id": int, "answer"}]."""
         return [
             {"question_id": int(record.id), "answer": answers[record.id]}
             for record in self.records
@@ -171,18 +171,18 @@ def _by_question_id(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, tu
 
 
 def _answers(place: str, row: Any, key: str) -> tuple[str, ...]:
-    """One of each annotator."""
+    """One answer per annotator."""
     given = _field(place, row, "answers", list)
     if not given:
         raise ValueError(f"{place}: 'answers' is empty; {DOWNLOAD_AGAIN}")
     return tuple(_field(f"{place}: answers[{index}]", answer, key, str) for index, answer in enumerate(given))
 
 
-def _field(place: str, row: Any, key: str, kind: type[Value], mend: str = DOWNLOAD_AGAIN) -> Value:
+def _field(place: str, row: Any, key: str, kind: type[Value], hint: str = DOWNLOAD_AGAIN) -> Value:
     if not isinstance(row, dict) or key not in row:
-        raise ValueError(f"{place} has no {key!r}; {mend}")
+        raise ValueError(f"{place} has no {key!r}; {hint}")
     if type(row[key]) is not kind:  # isinstance would take true for a number
-        raise ValueError(f"{place}: {key!r} is {type(row[key]).__name__}, not {kind.__name__}; {mend}")
+        raise ValueError(f"{place}: {key!r} is {type(row[key]).__name__}, not {kind.__name__}; {hint}")
     return row[key]
 
 
