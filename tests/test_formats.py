@@ -147,7 +147,7 @@ def test_karpathy_splits(tmp_path):
     }
 
 
-def test_visual_genome_regions_are_captions_and_images_are_in_two_folders(tmp_path):
+def test_visual_genome_regions_in_two_folders(tmp_path):
     write_image(tmp_path / "images" / "VG_100K" / "1.jpg")
     write_image(tmp_path / "images" / "VG_100K_2" / "2.jpg")
     region = {"x": 0, "y": 0, "width": 3, "height": 3}

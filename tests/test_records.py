@@ -88,7 +88,7 @@ def test_answers(row, answers):
     assert question_of("x", {"question": "?", "question_id": 7, **row})["id"] == "7"
 
 
-def test_captions_are_drawn_anew_at_each_visit_and_the_same_again():
+def test_captions_are_resampled_each_epoch_and_reproducible():
     item = CaptionItems(None, seed=0)
     drawn = [item(CAPTIONED, visit)["caption"] for visit in range(300)]
     assert set(Counter(drawn)) == {"one", "two", "three"}
@@ -107,7 +107,7 @@ def test_captions_are_cleaned_where_that_is_wished():
         CaptionItems(None, 0, cleaned=True)(record_of("b", Image.new("RGB", (4, 4)), "***"), 0)
 
 
-def test_image_is_a_image_or_what_the_transform_makes_of_it():
+def test_image_is_pil_or_transformed():
     image = CaptionItems(None, 0)(CAPTIONED, 0)["image"]
     assert (image.mode, image.size) == ("RGB", (8, 8))
     assert image.getpixel((4, 4))[0] > 150
@@ -123,7 +123,7 @@ def test_crop_depends_on_the_visit_and_on_nothing_else():
     assert not torch.equal(one, next_visit)
 
 
-def test_questions_of_a_image():
+def test_questions_of_an_image():
     items = QuestionItems(None, 0)(ASKED, 0)
     assert [item["id"] for item in items] == [f"q{number}" for number in range(6)]
     assert {item["image_id"] for item in items} == {"b"}

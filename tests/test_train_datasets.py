@@ -81,7 +81,7 @@ def config(kind=Stage1Config, **fields):
     return kind(output_dir=Path("unused"), **fields)
 
 
-def test_own_images_are_cropped_and_flipped_anew_in_every_epoch(folder):
+def test_own_images_are_cropped_and_flipped_each_epoch(folder):
     train, held_out = datasets.captions(config(data=str(folder)), 32)
     assert len(held_out) + len(train) <= 24
     assert all(record["image"].convert("L").getextrema() != (0, 0) for record in held_out)  # open, and to be seen
@@ -92,7 +92,7 @@ def test_own_images_are_cropped_and_flipped_anew_in_every_epoch(folder):
     assert not torch.equal(train[0]["image"], first)
 
 
-def test_without_augmentation_a_image_is_what_the_processor_makes_of_it(folder):
+def test_without_augmentation_images_are_as_processed(folder):
     train, _ = datasets.captions(config(data=str(folder), augment="none"), 32)
     record = train[3]
     train.set_epoch(1)
@@ -101,7 +101,7 @@ def test_without_augmentation_a_image_is_what_the_processor_makes_of_it(folder):
     assert bytes(record["image"].permute(1, 2, 0).flatten().tolist()) == resized.tobytes()
 
 
-def test_captions_are_cleaned_in_training_and_of_the_held_out_images(tmp_path):
+def test_captions_are_cleaned_also_of_held_out_images(tmp_path):
     for number in range(24):
         make_image(number).save(tmp_path / f"{number:02}.png")
         (tmp_path / f"{number:02}.txt").write_text(f"A #{number} Circle!\n")
@@ -134,7 +134,7 @@ def test_at_most_so_many_images_and_they_still_change(folder, shards):
         datasets.captions(config(data=str(shards), train_size=5), 32)
 
 
-def test_scenes_have_a_number_of_their_own_and_others_are_taken_whole():
+def test_only_scenes_have_a_default_train_size():
     assert config().train_size == 24_000
     assert config(data="images").train_size is None
     with pytest.raises(ValueError, match="train_size must be at least 1"):
@@ -201,7 +201,7 @@ def test_shards_train_and_go_on_behind_what_was_seen(shards, tmp_path, monkeypat
     assert all(name.startswith("0000") for name in kept)
 
 
-def test_too_many_broken_images_stop_the_run_in_one_line_from_a_worker_too(folder, tmp_path, capsys):
+def test_too_many_broken_images_stop_the_run(folder, tmp_path, capsys):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for number in range(0, 24, 2):

@@ -78,7 +78,7 @@ def test_place_is_uniform():
     ("size", "expected"),
     [((1000, 100), (433, 0, 566, 100)), ((100, 1000), (0, 433, 100, 566)), ((1, 50), (0, 24, 1, 25))],
 )
-def test_a_image_that_no_crop_fits_is_cropped_in_its_middle(size, expected):
+def test_an_image_that_no_crop_fits_is_cropped_in_its_middle(size, expected):
     assert set(crops(*size, scale=(1.0, 1.0), number=20)) == {expected}
 
 
@@ -127,7 +127,7 @@ def test_half_are_flipped_and_none_if_not_wanted():
     assert 75 <= flipped <= 125
 
 
-def test_same_lot_same_pixels():
+def test_same_seed_same_pixels():
     image, transform = photo(80, 60), TrainTransform(32)
     one, again, other = (transform(image, random.Random(seed)) for seed in (1, 1, 2))
     assert torch.equal(one, again)
