@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from full_size import PARTS, TEXT, config_of, machine, random_inputs, random_model
 
-from xformer_mllm.estimate.costs import Work, costs, memory
-from xformer_mllm.estimate.operations import total
+from xformer_mllm.estimate.costs import Work, costs, memory, total
 from xformer_mllm.estimate.sizes import sizes_of
 
 VARIANTS = ("qformer", "xformer")

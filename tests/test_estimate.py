@@ -16,9 +16,8 @@ from transformers import AutoConfig, LlamaConfig, OPTConfig, T5Config
 
 from xformer_mllm import VARIANTS, XFormerConfig, XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.embedded.start import WEIGHTS, embedded_config
-from xformer_mllm.estimate.costs import GPUS, Gpu, Work, costs, memory, step_seconds
+from xformer_mllm.estimate.costs import BF16, GPUS, Cost, Gpu, Work, costs, memory, step_seconds, total
 from xformer_mllm.estimate.estimation import EstimateConfig, estimate, language_model_config, read_recipe, work_of
-from xformer_mllm.estimate.operations import BF16, Cost, total
 from xformer_mllm.estimate.sizes import empty_model, sizes_of
 from xformer_mllm.model.modeling_xformer import FROZEN
 from xformer_mllm.variants import variant_config

@@ -14,9 +14,7 @@ TencentARC/GVT GVTBench/*.json and write_task_from_anno.py.
 """
 
 import json
-import os
 import random
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,7 +31,7 @@ from xformer_mllm.embedded.scene_questions import PLURALS, ask, name
 from xformer_mllm.embedded.scenes import caption
 from xformer_mllm.embedded.world import COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Scene, draw_scene, render
 from xformer_mllm.evaluate.benchmark import EXPORT_FILE
-from xformer_mllm.files import read_json, write_whole
+from xformer_mllm.files import atomic_path, read_json, write_whole
 
 QUESTIONS_PER_IMAGE = 4
 ANNOTATORS = 10
@@ -64,18 +62,18 @@ class SceneExportConfig:
     name: Annotated[Name, tyro.conf.Positional]
     """The benchmark; easy-vqa and scenes need no files."""
     output_dir: Path
-    """A new or empty folder; it appears when all is written."""
+    """A new or empty folder; written atomically."""
     size: int = 200
-    """How many scenes (a second list of the benchmark has as many)."""
+    """Number of scenes (a second list of the benchmark has as many)."""
     seed: int = 0
-    """Of the scenes."""
+    """Seed of the scenes."""
     split: Literal["validation", "test"] = "test"
-    """Which held-out scenes."""
+    """Split of the held-out scenes."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for a number that cannot be."""
+        """Raises ValueError for an invalid size."""
         if self.size < 1:
-            raise ValueError(f"size must be at least 1, not {self.size}")
+            raise ValueError(f"--size must be at least 1, not {self.size}")
 
 
 def export(config: SceneExportConfig) -> Path:
@@ -88,12 +86,10 @@ def export(config: SceneExportConfig) -> Path:
     if _is_there(folder, about):
         print(f"{folder}: already there")
         return folder
-    partial = folder.with_name(f".{folder.name}.being-exported")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-    partial.mkdir(parents=True)
-    FORMATS[config.name](partial, lambda index: draw_scene(config.split, index, config.seed), config.size)
-    _write_json(partial / EXPORT_FILE, about)
-    os.replace(partial, folder)
+    with atomic_path(folder) as partial:
+        partial.mkdir()
+        FORMATS[config.name](partial, lambda index: draw_scene(config.split, index, config.seed), config.size)
+        _write_json(partial / EXPORT_FILE, about)
     print(f"{folder}: {config.size:,} scenes as {config.name}")
     return folder
 

@@ -9,7 +9,6 @@ Legend: B batch, N tokens of an encoder, D their width, H heads.
 """
 
 import json
-import os
 import platform
 import random
 import time
@@ -27,6 +26,7 @@ from transformers import CLIPVisionModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
 from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
+from xformer_mllm.files import write_whole
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import encode_mae, scaled
 
@@ -36,26 +36,26 @@ TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("c
 
 @dataclass
 class ProbeConfig:
-    """What is probed, and how long."""
+    """Probe the frozen encoders: which attributes of scenes can be read from their tokens."""
 
     weights: Path = Path(__file__).parent / "weights"
-    """The folder of the encoders, clip/ and mae/; by default those that ship with the package."""
+    """Folder with the encoders clip/ and mae/. Default: the shipped ones."""
     train: int = 8000
-    """Scenes that the probes are trained on."""
+    """Number of training scenes."""
     validation: int = 2000
-    """Scenes on which a probe's best epoch is chosen."""
+    """Number of validation scenes, on which the best epoch is chosen."""
     test: int = 4000
-    """Scenes on which its accuracy is reported."""
+    """Number of test scenes, on which accuracy is reported."""
     epochs: int = 40
-    """Passes over the training questions, for each probe."""
+    """Training epochs per probe."""
     batch_size: int = 256
     """Questions per step."""
     learning_rate: float = 5e-3
-    """Peak of the one-cycle schedule."""
+    """Peak learning rate of the one-cycle schedule."""
     width: int = 128
-    """Of a probe's vectors."""
+    """Hidden size of a probe."""
     seed: int = 0
-    """Of the untrained network, the probes' initial weights and the order of the questions."""
+    """Seed of the untrained network, the probes' initial weights and the order of the questions."""
 
 
 class AttentiveProbe(nn.Module):
@@ -152,7 +152,7 @@ def _questions(attribute: str, scenes: list[Scene]) -> list[tuple[int, str, str]
     form = QUESTION_TYPES[attribute][0]
     asked = []
     for number, scene in enumerate(scenes):
-        # A scene may lack the answer that the rng names (a count of four): a few lots, then it is left out.
+        # A scene may lack the answer drawn (a count of four): after a few draws it is skipped.
         rng = random.Random(f"{scene.key}/probe/{attribute}")
         pair = next((p for _ in range(4) if (p := form(scene, rng))), None)
         if pair:
@@ -237,9 +237,7 @@ def run_probe(config: ProbeConfig, output: Path = Path("docs/results")) -> dict[
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, text in (("probe.json", json.dumps(record, indent=2) + "\n"), ("probe.md", markdown(record))):
-        part = output / (name + ".part")
-        part.write_text(text)
-        os.replace(part, output / name)
+        write_whole(output / name, text)
     return record
 
 

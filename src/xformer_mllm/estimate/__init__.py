@@ -1,14 +1,13 @@
-"""`xformer estimate RECIPE`: what a training run costs, before any GPU is asked for.
+"""`xformer estimate RECIPE`: what a training run costs, before it starts.
 
-In the order of reading:
+Modules, in reading order:
 
-    run         the command: its settings, the recipe, what is asked of each GPU, the variants side by side
-    sizes       parameters and stacks, read off the model on the meta device
-    operations  the cost of an operation, by its shapes
-    costs       those of the parts of a pass, and from them memory and time on a GPU
-    tables      what is printed
+    estimation  the command: settings, recipe, the work of each GPU, the variants
+    sizes       parameters and stacks, read from the model on the meta device
+    costs       operations, the parts of a pass, and from them memory and time on a GPU
+    tables      the printed tables
 
-Three things are told apart by how they are known:
+How each number is known:
 
     parameters     counted on the model itself, built on the meta device: exact
     FLOPs, bytes   arithmetic on the shapes, part by part: FLOPs of the matrix products are exact, bytes kept for the
@@ -17,7 +16,7 @@ Three things are told apart by how they are known:
                    backward pass is written and read at the memory's bandwidth
 
 All are those of bf16 autocast on a GPU: frozen parts in bf16, trained ones in fp32, layer norms in fp32, attention by a
-kernel that keeps no map. A cost is that of one image unless it says otherwise; MB and GB are 10^6 and 10^9 bytes.
+kernel that keeps no map. A cost is per image unless stated otherwise; MB and GB are 10^6 and 10^9 bytes.
 
 `D` width, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` tokens of M.
 """

@@ -1,35 +1,93 @@
-"""The cost of a pass, part by part; from it, memory and time on a GPU."""
+"""FLOPs and bytes of operations, of the parts of a pass, and from them memory and time on a GPU."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import Blip2QFormerConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from xformer_mllm.estimate.operations import (
-    BF16,
-    FP32,
-    INT64,
-    NORM_STATISTICS,
-    Cost,
-    attention,
-    dropout,
-    feed_forward,
-    frozen_on_the_way,
-    frozen_tower,
-    linear,
-    norm,
-    total,
-)
 from xformer_mllm.estimate.sizes import Sizes
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 
-ADAMW_TRAFFIC = (
-    7 * FP32
-)  # a parameter's update reads it, its gradient and two moments, and writes all but the gradient
+BF16, FP32, INT64 = 2, 4, 8  # bytes
+NORM_STATISTICS = 2 * FP32  # mean and deviation of each token
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of the matrix products, forward and backward, and bytes kept for the backward pass."""
+
+    forward: int = 0
+    backward: int = 0
+    kept: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forward + other.forward, self.backward + other.backward, self.kept + other.kept)
+
+    def __mul__(self, times: int) -> "Cost":
+        return Cost(times * self.forward, times * self.backward, times * self.kept)
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    return sum(costs, Cost())
+
+
+def linear(tokens: int, inside: int, outside: int) -> Cost:
+    """A trained linear layer: gradients of input and weight; keeps its input in bf16 (a copy if that was fp32)."""
+    flops = 2 * tokens * inside * outside
+    return Cost(flops, 2 * flops, BF16 * tokens * inside)
+
+
+def attention(asking: int, answering: int, width: int, heads: int, masked: bool = False) -> Cost:
+    """Queries on keys, weights on values; keeps queries, keys, values, a number per row, and a mask where there is one.
+
+    Its output is kept by the following linear layer.
+    """
+    flops = 4 * asking * answering * width
+    mask = BF16 * asking * answering if masked else 0
+    return Cost(flops, 2 * flops, BF16 * width * (asking + 2 * answering) + FP32 * heads * asking + mask)
+
+
+def norm(tokens: int, width: int) -> Cost:
+    """Computed in fp32; keeps its input."""
+    return Cost(kept=tokens * (FP32 * width + NORM_STATISTICS))
+
+
+def dropout(tokens: int, width: int, config: Blip2QFormerConfig) -> Cost:
+    """Keeps its mask, one byte per value."""
+    return Cost(kept=tokens * width if config.hidden_dropout_prob else 0)
+
+
+def feed_forward(tokens: int, width: int, inside: int) -> Cost:
+    """Two trained linear layers; GELU keeps its input."""
+    return linear(tokens, width, inside) + Cost(kept=BF16 * tokens * inside) + linear(tokens, inside, width)
+
+
+def frozen_tower(layers: int, weights: int, tokens: int, width: int) -> Cost:
+    """Forward only: every token meets all weights of the stack, and all other tokens once in each layer."""
+    return Cost(2 * tokens * weights + 4 * layers * tokens**2 * width)
+
+
+def frozen_on_the_way(layers: int, weights: int, tokens: int, width: int, keys: int, heads: int, inside: int) -> Cost:
+    """A frozen pre-norm stack that the gradient passes through: to its input alone, so no linear layer keeps anything.
+
+    Each layer keeps what its two norms read (fp32), queries, keys, values and output of its attention, and the numbers
+    of its feed-forward that the activation needs. `keys`: width of keys and of values. `inside`: see the callers.
+    """
+    forward = frozen_tower(layers, weights, tokens, width).forward
+    attended = 4 * layers * tokens**2 * width  # a product of two activations has two gradients
+    one_layer = norm(tokens, width) * 2 + Cost(
+        kept=BF16 * tokens * (2 * width + 2 * keys + inside) + FP32 * heads * tokens
+    )
+    return Cost(forward, forward + attended, layers * one_layer.kept)
+
+
+ADAMW_TRAFFIC = 7 * FP32  # an update reads weight, gradient and two moments, and writes all but the gradient
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of the maker's data sheet: peak bf16 FLOP/s without sparsity, memory in bytes, its bandwidth in bytes/s."""
+    """From the data sheet: peak bf16 FLOP/s without sparsity, memory in bytes, bandwidth in bytes/s."""
 
     flops: float
     memory: float
@@ -54,10 +112,10 @@ class Work:
     Args:
         stage: 1 or 2.
         images: the batch on this GPU.
-        text_tokens: T; of a caption in stage 1, of what is learned to be said in stage 2.
-        gpus: how many share the contrastive loss.
-        texts: for each image, in stage 2 (several where it learns from questions).
-        prompt_tokens: in front of what is learned, start token included, in stage 2.
+        text_tokens: T; of the caption in stage 1, of the target text in stage 2.
+        gpus: number of GPUs that share the contrastive loss.
+        texts: per image, in stage 2 (several for questions).
+        prompt_tokens: before the target text, including the start token, in stage 2.
         instruction_aware: the Q-Former reads the prompt, in stage 2.
     """
 
@@ -75,7 +133,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of one image: C, and M as it is read. `mae_patches`: before masking."""
+    """Per image: C, and M after masking. `mae_patches`: before masking."""
 
     clip: int
     mae: int
@@ -101,7 +159,7 @@ def _class_token(tower: PreTrainedConfig) -> int:
 
 
 def clip_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
-    """The whole image, and the trained layer norm behind the tower."""
+    """The whole image, and the trained layer norm after the tower."""
     clip = config.clip_config
     patches = 2 * _patches(clip, clip.image_size) * 3 * clip.patch_size**2 * clip.hidden_size
     tower = frozen_tower(*sizes.stacks["clip_encoder"], tokens.clip, clip.hidden_size)
@@ -153,7 +211,7 @@ def fusion(config: XFormerConfig, tokens: Tokens, queries: int) -> Cost:
 
 
 def _reads(asking: int, width: int, answering: int, context: int, heads: int) -> Cost:
-    """The fusion's cross-attention behind its norms."""
+    """The fusion's cross-attention after its norms."""
     products = linear(asking, width, width) * 2 + linear(answering, context, width) * 2
     return products + attention(asking, answering, width, heads)
 
@@ -195,7 +253,7 @@ def stage1_heads(config: XFormerConfig, work: Work) -> Cost:
 
 
 def language_model(config: XFormerConfig, sizes: Sizes, work: Work) -> Cost:
-    """One text: queries, prompt and what is learned through the frozen stack; the vocabulary on what is learned alone."""
+    """One text: queries, prompt and target through the frozen stack; the vocabulary on the target only."""
     text = config.text_config
     length = config.num_query_tokens + work.prompt_tokens + work.text_tokens
     width, heads = text.hidden_size, text.num_attention_heads
@@ -210,7 +268,7 @@ def language_model(config: XFormerConfig, sizes: Sizes, work: Work) -> Cost:
 
 
 def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
-    """Of one image, by part, in the order of the figure."""
+    """Cost per image of each part, in the order of the figure."""
     tokens, queries, text = tokens_of(config, work.stage), config.num_query_tokens, work.text_tokens
     parts = {"CLIP encoder": clip_encoder(config, sizes, tokens)}
     if config.mae_config is not None:
@@ -239,9 +297,9 @@ def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
 
 
 def memory(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, int]:
-    """Bytes on each GPU when a forward pass ends, by what they are for.
+    """Bytes on each GPU at the end of a forward pass, by purpose.
 
-    The gradients are counted too, though most of them appear as activations go.
+    Gradients are included, though most of them appear while activations are freed.
     """
     trained = sum(sizes.trained.values())
     return {
@@ -269,7 +327,7 @@ def _candidates(config: XFormerConfig, work: Work) -> int:
 def step_seconds(
     config: XFormerConfig, sizes: Sizes, work: Work, gpu: Gpu, utilisation: float, passes: int = 1
 ) -> float:
-    """Of an optimiser step with so many passes: products at a share of the peak, memory traffic at the bandwidth.
+    """Seconds of an optimiser step of `passes` passes: products at a share of the peak, traffic at the bandwidth.
 
     What is kept for the backward pass is written once and read once.
     """

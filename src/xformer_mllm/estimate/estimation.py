@@ -1,4 +1,4 @@
-"""The command: reads a recipe, counts what it asks of each GPU, prints and returns the result."""
+"""The command: read a recipe, count the cost on each GPU, print and return the result."""
 
 import json
 from bisect import bisect_right
@@ -11,8 +11,7 @@ from transformers import AutoConfig, OPTConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from xformer_mllm.checkpoints import model_folder
-from xformer_mllm.estimate.costs import GPUS, Work, costs, memory, step_seconds, tokens_of
-from xformer_mllm.estimate.operations import total
+from xformer_mllm.estimate.costs import GPUS, Work, costs, memory, step_seconds, tokens_of, total
 from xformer_mllm.estimate.sizes import Sizes, empty_model, sizes_of
 from xformer_mllm.estimate.tables import show
 from xformer_mllm.files import read_json
@@ -20,7 +19,7 @@ from xformer_mllm.language_models import check_on_hub, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.variants import VARIANTS, variant_config
 
-MOST_IMAGES = 2**20  # a larger batch is not looked for
+MOST_IMAGES = 2**20  # the largest batch considered
 OPT_SIZES = {"facebook/opt-2.7b": (2560, 32, 32), "facebook/opt-6.7b": (4096, 32, 32)}  # width, layers, heads
 
 
@@ -28,44 +27,42 @@ OPT_SIZES = {"facebook/opt-2.7b": (2560, 32, 32), "facebook/opt-6.7b": (4096, 32
 class EstimateConfig:
     """FLOPs, memory and time of a training run, from its recipe.
 
-    Counted from the shapes; the time rests on an assumed utilisation of the GPU. Captions count at their greatest length
+    Counted from the shapes; the time assumes a utilisation of the GPU. Captions count with their maximum length
     (max_text_tokens), so real ones cost less.
     """
 
     recipe: Annotated[Path, tyro.conf.Positional]
-    """What `xformer train stage1|stage2 --config` takes: one of recipes/, a run's config.json, or its folder."""
+    """Recipe: a file for `xformer train stage1|stage2 --config`, or the folder of a run."""
     gpu: str = "H100"
-    """A100-40, A100-80, H100, H200, L40S or RTX-4090."""
+    """GPU model: A100-40, A100-80, H100, H200, L40S or RTX-4090."""
     count: int = 8
-    """How many of them, each with the recipe's batch_size."""
+    """Number of GPUs, each with the recipe's batch_size."""
     utilisation: float = 0.4
-    """Assumed share of the peak that the matrix products reach."""
+    """Assumed fraction of the GPU's peak that the matrix products reach."""
     reserve: float = 0.1
-    """Assumed share on top of the counted memory, for the allocator and the libraries."""
+    """Assumed additional fraction of memory for the allocator and the libraries."""
     batch_size: int | None = None
-    """In place of the recipe's."""
+    """Batch size per GPU; overrides the recipe."""
     epoch: int = 14_000_000
-    """Images of an epoch, where the recipe has no train_size: those of the paper."""
+    """Images per epoch if the recipe has no train_size. Default: the paper's 14M."""
     variant: str | None = None
-    """In place of the recipe's (stage 2: that of its stage-1 model)."""
+    """Variant; overrides the recipe (in stage 2 the variant of its stage-1 model)."""
     model: Path | None = None
-    """Folder of a model whose sizes are meant (of a run, its model/, or what convert wrote); none: the paper's sizes."""
+    """Folder of a run or a model whose sizes to use. Default: the paper's sizes."""
     compare: bool = False
-    """Also a line for each variant at the same settings, as ratios to qformer."""
+    """Also compare all variants at the same settings, as ratios to qformer."""
     json: bool = False
-    """Print JSON, for programs."""
+    """Print JSON."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for what cannot be."""
+        """Raises ValueError for invalid settings."""
         if self.gpu not in GPUS:
             raise ValueError(f"gpu '{self.gpu}' is unknown; choose one of {', '.join(GPUS)}")
         if min(self.count, self.epoch, 1 if self.batch_size is None else self.batch_size) < 1:
-            raise ValueError("count, epoch and batch_size must be at least 1")
+            raise ValueError("--count, --epoch and --batch-size must be at least 1")
         if not 0 < self.utilisation <= 1 or self.reserve < 0:
-            raise ValueError("utilisation must be above 0 and at most 1, reserve not negative")
+            raise ValueError("--utilisation must be above 0 and at most 1, --reserve not negative")
 
-
-# ---- what is trained on: the recipe
 
 RECIPE_FIELDS = ("steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")
 
@@ -85,7 +82,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def work_of(recipe: dict[str, Any], batch_size: int, gpus: int) -> Work:
-    """What a recipe asks of each of `gpus`."""
+    """The work of each of `gpus`."""
     tokens = recipe["max_text_tokens"]
     if recipe["command"] == "train stage1":
         return Work(1, batch_size, tokens, gpus)
@@ -119,7 +116,7 @@ def _config_of(model: Path) -> XFormerConfig:
 
 
 def language_model_config(name: str) -> PreTrainedConfig:
-    """The two of the paper are known without the hub."""
+    """The configuration of a language model; the paper's two need no Hub."""
     if name in OPT_SIZES:
         width, layers, heads = OPT_SIZES[name]
         return OPTConfig(
@@ -145,7 +142,7 @@ def estimate(settings: EstimateConfig) -> dict[str, Any]:
     """Print what the recipe costs and return it.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, for a recipe, model or language model that cannot be read.
+        FileNotFoundError, ValueError: for a recipe, model or language model that cannot be read.
     """
     recipe = read_recipe(settings.recipe)
     config = model_config(recipe, settings.variant, settings.model)

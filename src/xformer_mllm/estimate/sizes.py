@@ -1,4 +1,4 @@
-"""What is counted on the model itself, built on the meta device: parameters, stacks, casts."""
+"""Parameters, stacks and casts, read from the model on the meta device."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,12 @@ from xformer_mllm.model.modeling_xformer import (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Read off a model on the meta device.
+    """Sizes read from a model on the meta device.
 
-    parameters, trained: of each part (the children of the base, and those beside it).
-    stacks: of each frozen tower, its number of layers and the weights of their linear layers, which every token meets.
+    parameters, trained: per part.
+    stacks: of each frozen tower, its number of layers and the weights of its linear layers, applied to every token.
     gated: whether the language model's feed-forward has a gate (Llama's kind).
-    cast: trained weights that autocast copies to bf16: those of linear layers, and the words that ITG's head is tied to.
+    cast: trained weights that autocast copies to bf16: those of linear layers, and the embeddings tied to ITG's head.
     """
 
     parameters: dict[str, int]

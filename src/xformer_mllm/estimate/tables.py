@@ -1,8 +1,8 @@
-"""The result as text."""
+"""The result of `estimate` as text."""
 
 from typing import Any
 
-from xformer_mllm.estimate.operations import Cost, total
+from xformer_mllm.estimate.costs import Cost, total
 
 
 def show(result: dict[str, Any]) -> str:
@@ -15,12 +15,12 @@ def show(result: dict[str, Any]) -> str:
         _part_table(result["per_image"]),
         _lines(
             {
-                "tokens of an image": ", ".join(f"{n} {_word(w)}" for w, n in result["tokens_per_image"].items()),
-                "a step": f"{step['images']:,} images, {step['flops_per_gpu'] / 1e12:,.1f} TFLOP on each GPU, "
+                "tokens per image": ", ".join(f"{n} {_word(w)}" for w, n in result["tokens_per_image"].items()),
+                "step": f"{step['images']:,} images, {step['flops_per_gpu'] / 1e12:,.1f} TFLOP per GPU, "
                 f"{step['seconds']:.2f} s: {step['images_per_second']:,.0f} images/s",
-                "the run": f"{run['steps']:,} steps, {run['images']:,} images ({run['epochs']:.2f} epochs), at most "
+                "run": f"{run['steps']:,} steps, {run['images']:,} images ({run['epochs']:.2f} epochs), at most "
                 f"{run['text_tokens'] / 1e9:.2f} G text tokens",
-                "its time": f"{run['hours']:.1f} hours, {run['gpu_hours']:,.0f} GPU-hours, if matrix products reach "
+                "time": f"{run['hours']:.1f} hours, {run['gpu_hours']:,.0f} GPU-hours, if matrix products reach "
                 f"{100 * assumed['utilisation']:.0f} % of {gpu['flops'] / 1e12:.0f} TFLOP/s",
             }
         ),
@@ -48,7 +48,7 @@ def _part_table(per_image: dict[str, dict[str, int]]) -> str:
         [name, f"{cost.forward / 1e9:.1f}", f"{cost.backward / 1e9:.1f}", f"{cost.kept / 1e6:.1f}"]
         for name, cost in parts.items()
     ]
-    return _table(["of an image", "GFLOP forward", "GFLOP backward", "MB kept"], rows)
+    return _table(["per image", "GFLOP forward", "GFLOP backward", "MB kept"], rows)
 
 
 def _memory_table(result: dict[str, Any]) -> str:
@@ -59,7 +59,7 @@ def _memory_table(result: dict[str, Any]) -> str:
     room = result["gpu"]["memory"]
     verdict = "fits" if needed <= room else "does NOT fit"
     return (
-        _table(["memory of a GPU", "GB"], [*rows, ["total", f"{needed / 1e9:.2f}"]])
+        _table(["memory per GPU", "GB"], [*rows, ["total", f"{needed / 1e9:.2f}"]])
         + f"\n{verdict} in {room / 1e9:.0f} GB; the largest batch_size that does: {largest}"
     )
 
@@ -72,7 +72,7 @@ def _variant_table(variants: dict[str, Any]) -> str:
         for key, unit in (("flops_per_image", 1e9), ("seconds", 1), ("memory", 1e9)):
             cells += [f"{row[key] / unit:,.2f}", f"{row[key] / base[key]:.3f}"]
         rows.append([name, *cells])
-    head = ["variant", "M trained", "GFLOP an image", "ratio", "s a pass", "ratio", "GB a GPU", "ratio"]
+    head = ["variant", "M trained", "GFLOP per image", "ratio", "s per pass", "ratio", "GB per GPU", "ratio"]
     return _table(head, rows)
 
 
@@ -82,7 +82,7 @@ def _lines(named: dict[str, str]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """Columns of text, the first left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
