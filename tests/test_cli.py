@@ -2,6 +2,8 @@
 
 import dataclasses
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
@@ -126,11 +128,11 @@ def test_a_wrong_configuration_file_is_one_line(capsys, tmp_path):
         (KeyboardInterrupt(), 130, "xformer: interrupted"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (ValueError("two\nlines"), 2, "xformer: two lines\n"),
-        (ModuleNotFoundError("no", name="easy_vqa"), 2, "pip install 'xformer-mllm[easy-vqa]'"),
-        (ModuleNotFoundError("no", name="tyro"), 2, "pip install 'xformer-mllm[train]'"),
+        (ModuleNotFoundError("no", name="easy_vqa"), 2, "pip install -e '.[easy-vqa]'"),
+        (ModuleNotFoundError("no", name="tyro"), 2, "pip install -e '.[train]'"),
     ],
 )
-def test_what_a_user_can_do_something_about_has_no_traceback(monkeypatch, capsys, raised, code, said):
+def test_errors_a_user_can_correct_have_no_traceback(monkeypatch, capsys, raised, code, said):
     def dispatch(words):
         raise raised
 
@@ -147,3 +149,27 @@ def test_a_bug_keeps_its_traceback(monkeypatch, raised):
     monkeypatch.setattr(cli, "_dispatch", dispatch)
     with pytest.raises(type(raised), match="a bug"):
         cli.main(["caption"])
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    program = "import sys; from xformer_mllm.cli import main; main(['--help']); main(['--version']); main(['aks'])"
+    program += "; print({'torch', 'transformers', 'tyro'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.endswith("set()\n")
+
+
+def test_python_dash_m_is_the_command():
+    words = [sys.executable, "-m", "xformer_mllm", "--version"]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("xformer-mllm ")
+
+
+@pytest.mark.parametrize("first", ["import xformer_mllm, transformers", "import transformers, xformer_mllm"])
+def test_auto_classes_know_x_former_in_either_order(first):
+    program = f"{first}; print(type(transformers.AutoConfig.from_pretrained(xformer_mllm.__path__[0] + '/embedded/models/xformer')))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "XFormerConfig" in found.stdout
+
+
+def test_overview_lists_every_command_once():
+    assert sorted(name for names in cli.GROUPS.values() for name in names) == sorted(cli.COMMANDS)

@@ -1,7 +1,7 @@
 """The command `xformer`: a table of subcommands, each a configuration that tyro reads and a function that takes it.
 
-Nothing heavy is imported before a subcommand is known. What a user can do something about is one line on stderr and
-exit code 2; Ctrl-C is 130; anything else is a bug and keeps its traceback.
+Nothing heavy is imported before a subcommand is known. What a user can correct is one line on stderr
+and exit code 2; Ctrl-C is 130; anything else is a bug and keeps its traceback.
 """
 
 import difflib
@@ -25,91 +25,92 @@ class Command:
 
 
 COMMANDS = {
+    "ask": Command("Answer questions about an image", "inference:AskConfig", "inference:ask"),
+    "caption": Command("Describe images", "inference:CaptionConfig", "inference:caption"),
+    "features": Command("Write the features of every stage", "inference:FeaturesConfig", "inference:features"),
+    "reconstruct": Command(
+        "Mask images and reconstruct them, side by side", "inference:ReconstructConfig", "inference:reconstruct"
+    ),
     "demo": Command(
-        "train and compare the Q-Former and X-Former in minutes", "embedded.demo:DemoConfig", "embedded.demo:run_demo"
-    ),
-    "data probe": Command(
-        "what can be read from frozen CLIP, MAE, both, and a random network",
-        "embedded.probe:ProbeConfig",
-        "embedded.probe:run_probe",
-    ),
-    "data export": Command(
-        "the embedded scenes in a benchmark's official files",
-        "embedded.exports:SceneExportConfig",
-        "embedded.exports:export",
-    ),
-    "data inspect": Command(
-        "what a source of images holds, with a contact sheet, and what of it is broken",
-        "data.inspect:InspectConfig",
-        "data.inspect:inspect",
-    ),
-    "data shard": Command(
-        "any source as webdataset shards",
-        "data.shard_writer:ShardConfig",
-        "data.shard_writer:shard",
+        "Train X-Former and the Q-Former and compare them", "embedded.demo:DemoConfig", "embedded.demo:run_demo"
     ),
     "train stage1": Command(
-        "stage 1: image-text contrast, matching, generation and reconstruction",
+        "Train stage 1: contrast, matching, generation and reconstruction",
         "train.config:Stage1Config",
         "train.stages:run_stage1",
     ),
     "train stage2": Command(
-        "stage 2: the queries as a soft prompt of a frozen language model",
+        "Train stage 2: align the queries to a frozen language model",
         "train.config:Stage2Config",
         "train.stages:run_stage2",
     ),
     "train encoders": Command(
-        "the embedded world's tiny CLIP and MAE",
+        "Train the embedded world's tiny CLIP and MAE",
         "embedded.encoders:EncodersConfig",
         "embedded.encoders:train_encoders",
     ),
     "train lm": Command(
-        "the embedded world's tiny OPT language model", "embedded.encoders:LmConfig", "embedded.encoders:train_lm"
-    ),
-    "caption": Command("describe an image", "inference:CaptionConfig", "inference:caption"),
-    "ask": Command("answer a question about an image", "inference:AskConfig", "inference:ask"),
-    "features": Command("an image's features, of every stage", "inference:FeaturesConfig", "inference:features"),
-    "reconstruct": Command(
-        "an image masked and reconstructed, side by side",
-        "inference:ReconstructConfig",
-        "inference:reconstruct",
-    ),
-    "evaluate": Command(
-        "a model on a benchmark: answers, scores, the official results file, a page",
-        "evaluate.evaluation:EvaluateConfig",
-        "evaluate.evaluation:evaluate",
-    ),
-    "queries": Command(
-        "where a model's queries look, and how different they are",
-        "evaluate.query_analysis:QueriesConfig",
-        "evaluate.query_analysis:queries",
-    ),
-    "score": Command(
-        "any model's answers to a benchmark, in its official format",
-        "evaluate.evaluation:ScoreConfig",
-        "evaluate.evaluation:score",
+        "Train the embedded world's tiny OPT", "embedded.encoders:LmConfig", "embedded.encoders:train_lm"
     ),
     "estimate": Command(
-        "what a recipe will cost: memory, FLOPs, hours",
+        "Estimate a recipe's memory, FLOPs and hours",
         "estimate.estimation:EstimateConfig",
         "estimate.estimation:estimate",
     ),
+    "evaluate": Command(
+        "Run a model on a benchmark and score it",
+        "evaluate.evaluation:EvaluateConfig",
+        "evaluate.evaluation:evaluate",
+    ),
+    "score": Command(
+        "Score any model's answers in a benchmark's official format",
+        "evaluate.evaluation:ScoreConfig",
+        "evaluate.evaluation:score",
+    ),
+    "queries": Command(
+        "Show where a model's queries attend, and how they differ",
+        "evaluate.query_analysis:QueriesConfig",
+        "evaluate.query_analysis:queries",
+    ),
+    "data inspect": Command(
+        "Show what a source of images holds, and its broken samples",
+        "data.inspect:InspectConfig",
+        "data.inspect:inspect",
+    ),
+    "data shard": Command(
+        "Write any source as webdataset shards", "data.shard_writer:ShardConfig", "data.shard_writer:shard"
+    ),
+    "data export": Command(
+        "Write the embedded scenes in a benchmark's official files",
+        "embedded.exports:SceneExportConfig",
+        "embedded.exports:export",
+    ),
+    "data probe": Command(
+        "Measure what frozen CLIP, MAE and random tokens hold",
+        "embedded.probe:ProbeConfig",
+        "embedded.probe:run_probe",
+    ),
     "convert": Command(
-        "published checkpoints -> a starting X-Former, verified against them",
+        "Convert published checkpoints into a starting X-Former, and verify it",
         "convert:ConvertConfig",
         "convert:convert",
     ),
-    "export": Command(
-        "a model -> a self-contained folder with a model card, ready for the hub",
-        "export:ExportConfig",
-        "export:export",
-    ),
+    "export": Command("Write a self-contained model folder with a model card", "export:ExportConfig", "export:export"),
 }
+
+GROUPS = {
+    "Use": ("ask", "caption", "features", "reconstruct"),
+    "Train": ("demo", "train stage1", "train stage2", "train encoders", "train lm", "estimate"),
+    "Evaluate": ("evaluate", "score", "queries"),
+    "Data": ("data inspect", "data shard", "data export", "data probe"),
+    "Publish": ("convert", "export"),
+}
+"""The order of the overview."""
 
 RUN_AGAIN = ("train stage1", "train stage2")  # they take --config FILE
 
-# Packages that only some commands need -> the extra that brings them.
 EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf", "pycocoevalcap": "eval", "peft": "lora"}
+"""Package that only some commands need -> the extra that installs it; others come with `train`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,12 +119,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
-        return _say("interrupted (a training goes on when the same command is given again)", 130)
+        return _say("interrupted", 130)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("xformer_mllm"):
             raise
-        extra = EXTRAS.get(error.name, "train")
-        return _say(f"needs the package {error.name}: pip install 'xformer-mllm[{extra}]'", 2)
+        extra = EXTRAS.get(error.name.partition(".")[0], "train")
+        package = error.name.partition(".")[0].replace("_", "-")
+        return _say(
+            f"this needs the package {package}: pip install {package}, or in a clone pip install -e '.[{extra}]'", 2
+        )
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -159,16 +163,11 @@ def _dispatch(words: list[str]) -> int:
 
 def _overview(commands: dict[str, Command]) -> str:
     width = max(map(len, commands))
-    lines = [f"  xformer {name:<{width}}  {command.summary}" for name, command in commands.items()]
-    return "\n".join(
-        [
-            "X-Former: CLIP and MAE features unified for multimodal language models.",
-            "",
-            *lines,
-            "",
-            "xformer COMMAND --help shows its settings and their defaults.",
-        ]
-    )
+    lines = ["X-Former: CLIP and MAE features unified for multimodal language models."]
+    for group, names in GROUPS.items():
+        if shown := [f"  xformer {name:<{width}}  {commands[name].summary}" for name in names if name in commands]:
+            lines += ["", group, *shown]
+    return "\n".join([*lines, "", "xformer COMMAND --help shows its settings and their defaults."])
 
 
 def _run(name: str, command: Command, words: list[str]) -> None:

@@ -37,7 +37,7 @@ class ZeroLinear(nn.Linear):
 
 
 class CrossAttention(nn.Module):
-    """`x` asks, `context` answers; pre-norm on both sides; the output projection starts at zero.
+    """`x` attends to `context`; pre-norm on both sides; the output projection starts at zero.
 
     Args:
         width: of `x`, also the width inside.
@@ -85,10 +85,11 @@ class FeedForward(nn.Module):
         return self.output(nn.functional.gelu(self.intermediate(self.norm(x))))
 
 
-class NoFusion(nn.Module):
-    """BLIP-2: the queries never see M."""
+class Fusion(nn.Module):
+    """How M reaches the queries: what the Q-Former reads, and what becomes of its output. By default M is not used."""
 
-    def qformer_inputs(self, clip_tokens: torch.Tensor, _mae_tokens: torch.Tensor | None) -> dict:
+    def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
+        """Keyword arguments of the Q-Former, from C [B, N, D_c] and M [B, L, D_m]."""
         return {"encoder_hidden_states": clip_tokens}
 
     def mae_norms(self) -> list[nn.Module]:
@@ -96,10 +97,15 @@ class NoFusion(nn.Module):
         return []
 
     def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor | None) -> Fused:
+        """Z_q [B, Q, D] and M -> Z' and M'."""
         return Fused(queries, mae_tokens)
 
 
-class Concatenation(NoFusion):
+class NoFusion(Fusion):
+    """BLIP-2: the queries never see M."""
+
+
+class Concatenation(Fusion):
     """The Q-Former's cross-attention reads [C; project(M)] (paper's ablation "concatenation", 110M trainable)."""
 
     def __init__(self, mae_width: int, clip_width: int):
@@ -114,7 +120,7 @@ class Concatenation(NoFusion):
         return {"encoder_hidden_states": torch.cat([clip_tokens, self.project(self.norm(mae_tokens))], dim=1)}
 
 
-class EarlyCrossAttention(NoFusion):
+class EarlyCrossAttention(Fusion):
     """Every Q-Former layer that reads C then reads M as well (paper's ablation "early cross-attention").
 
     The Q-Former stays the library's own: a hook behind each of its cross-attentions adds ours, whose weights live here.
@@ -165,7 +171,7 @@ class DualCrossAttentionBlock(nn.Module):
         return queries, mae_tokens, attention
 
 
-class DualCrossAttention(NoFusion):
+class DualCrossAttention(Fusion):
     """X-Former: blocks of dual cross-attention on the Q-Former's output."""
 
     def __init__(self, mae_width: int, mae_heads: int, num_blocks: int, config: Blip2QFormerConfig):
@@ -184,7 +190,7 @@ class DualCrossAttention(NoFusion):
         return Fused(queries, mae_tokens, tuple(attentions))
 
 
-def build_fusion(config: XFormerConfig, qformer: Blip2QFormerModel) -> nn.Module:
+def build_fusion(config: XFormerConfig, qformer: Blip2QFormerModel) -> Fusion:
     """The fusion that the configuration names, for this Q-Former."""
     if config.fusion == "none":
         return NoFusion()
