@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from xformer_mllm import cli
+from xformer_mllm.defaults import shipped_model
 from xformer_mllm.embedded.probe import ProbeConfig
 from xformer_mllm.train.config import Stage2Config, write_config
 from xformer_mllm.variants import VARIANTS
@@ -166,7 +167,8 @@ def test_python_dash_m_is_the_command():
 
 @pytest.mark.parametrize("first", ["import xformer_mllm, transformers", "import transformers, xformer_mllm"])
 def test_auto_classes_know_x_former_in_either_order(first):
-    program = f"{first}; print(type(transformers.AutoConfig.from_pretrained(xformer_mllm.__path__[0] + '/embedded/models/xformer')))"
+    folder = str(shipped_model("xformer"))
+    program = f"{first}; print(type(transformers.AutoConfig.from_pretrained({folder!r})))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "XFormerConfig" in found.stdout
 
