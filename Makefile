@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Two threads of one process collapse on a small machine; the demo runs two processes of one thread side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/xformer demo
@@ -23,6 +23,9 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/step.py
 
@@ -36,8 +39,8 @@ bench: .venv/demo.stamp
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,easy-vqa,gguf,lora,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,easy-vqa,gguf,lora,dev,docs]'
 	@touch $@ .venv/demo.stamp
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
