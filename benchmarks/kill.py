@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-GOES_ON = re.compile(r"going on from .*checkpoint-(\d+)")
+GOES_ON = re.compile(r"resuming from .*checkpoint-(\d+)")
 LOOK = 0.002  # seconds between two looks
 A_STEP, A_WRITING = 0.1, 0.03  # seconds, about: the kill comes within
 
@@ -96,7 +96,7 @@ def wait_until(process: subprocess.Popen, reached) -> None:
 def half_written(run: Path, began: float) -> bool:
     """Whether there is a half-written checkpoint of the session that began then (an earlier one's may lie there, too)."""
     try:
-        return any(path.stat().st_mtime > began for path in run.glob("partial-checkpoint-*"))
+        return any(path.stat().st_mtime > began for path in run.glob("checkpoint-*.partial"))
     except FileNotFoundError:  # just made whole
         return False
 

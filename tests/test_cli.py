@@ -54,15 +54,20 @@ def test_training_help_shows_every_field_explained(capsys):
         cli.main(["train", "stage2", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--config FILE takes the settings of a run's config.json" in shown
-    assert "--max-grad-norm FLOAT Gradients are scaled down to this norm; 0 for never. (default: 1.0)" in shown
-    assert "--steps INT Optimiser steps; the cosine schedule ends there. (default: 800)" in shown
+    assert (
+        "--max-grad-norm FLOAT Maximum gradient norm for gradient clipping; 0 disables clipping. (default: 1.0)"
+        in shown
+    )
+    assert (
+        "--steps INT Total number of optimizer steps, and the length of the cosine schedule. (default: 800)" in shown
+    )
 
 
 def test_training_help_names_every_variant(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "stage1", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    listed = shown.partition("Which model: ")[2].partition(" (variants.py")[0]
+    listed = shown.partition("Model variant: ")[2].partition(" (variants.py")[0]
     names = listed.replace("(rows of the paper's tables)", "").replace(" ", "").split(",")
     assert names == list(VARIANTS)
 

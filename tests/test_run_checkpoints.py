@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xformer_mllm.cli import main
-from xformer_mllm.train import run_checkpoints, stages
-from xformer_mllm.train.run_checkpoints import (
+from xformer_mllm.train import run_folder
+from xformer_mllm.train.run_folder import (
     checkpoints,
     fault,
     newest_good,
@@ -85,7 +85,7 @@ def test_where_none_is_good_the_run_does_not_start_over_by_itself(tmp_path):
     save(tmp_path, 3)
     (tmp_path / "checkpoint-3" / "b.json").unlink()
     with pytest.raises(
-        ValueError, match=r"b.json is missing .*; no good checkpoint is left: --no-resume to start over"
+        ValueError, match=r"b.json is missing .*; no intact checkpoint is left; --no-resume starts over"
     ):
         newest_good(tmp_path)
 
@@ -93,7 +93,7 @@ def test_where_none_is_good_the_run_does_not_start_over_by_itself(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
 def test_on_a_full_disk_nothing_is_left_of_it_and_the_one_before_is_kept(tmp_path, error):
     save(tmp_path, 3)
-    message = r"checkpoint-7 could not be written \(.*No space left.*\); checkpoint-3 is kept: make room"
+    message = r"checkpoint-7 could not be written \(.*No space left.*\); checkpoint-3 is kept: free some"
 
     def write():
         with written_whole(tmp_path / "checkpoint-7") as partial:
@@ -122,9 +122,9 @@ def undisturbed(tmp_path_factory):
 def test_a_run_stops_at_a_full_disk_and_goes_on_from_the_newest_good_checkpoint(
     undisturbed, tmp_path, monkeypatch, capsys
 ):
-    write = run_checkpoints.write_files
+    write = run_folder.write_files
     steps = iter(range(2, 9, 2))
-    monkeypatch.setattr(run_checkpoints, "write_files", lambda *a: full() if next(steps) == 6 else write(*a))
+    monkeypatch.setattr(run_folder, "write_files", lambda *a: full() if next(steps) == 6 else write(*a))
     assert main([*RUN, "--output-dir", str(tmp_path)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"xformer: {tmp_path / 'checkpoint-6'} could not be written ([Errno 28] No space left")
@@ -135,13 +135,13 @@ def test_a_run_stops_at_a_full_disk_and_goes_on_from_the_newest_good_checkpoint(
     assert main([*RUN, "--output-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert f"{tmp_path / 'checkpoint-4'} is not used: optimizer.safetensors has 1,000 bytes, not " in said
-    assert f"going on from {tmp_path / 'checkpoint-2'}" in said
+    assert f"resuming from {tmp_path / 'checkpoint-2'}" in said
     assert (tmp_path / "log.jsonl").read_text() == (undisturbed / "log.jsonl").read_text()
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
 def test_a_run_that_ended_before_its_model_was_saved_takes_no_step_more(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "_finish", full)
+    monkeypatch.setattr(run_folder, "save_model", full)
     assert main([*RUN, "--output-dir", str(tmp_path)]) == 2
     assert [step_of(path) for path in checkpoints(tmp_path)] == [8, 6]
     monkeypatch.undo()
@@ -165,7 +165,7 @@ def test_a_checkpoint_by_the_clock(undisturbed, tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 1200))
     monkeypatch.setattr("xformer_mllm.train.callbacks.time.monotonic", lambda: float(next(clock)))
     kept = []
-    monkeypatch.setattr("xformer_mllm.train.run_checkpoints.rotate", lambda run, keep: kept.append(checkpoints(run)))
+    monkeypatch.setattr("xformer_mllm.train.run_folder.rotate", lambda run, keep: kept.append(checkpoints(run)))
     command = [*RUN, "--save-steps", "1000", "--logging-steps", "1", "--save-minutes", "30"]
     assert main([*command, "--output-dir", str(tmp_path)]) == 0
     # The clock is looked at when training begins, at every step, and when a checkpoint was written.

@@ -29,9 +29,8 @@ from xformer_mllm.embedded.start import WEIGHTS, start_pretraining
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.train import freeze
 from xformer_mllm.train.batches import IGNORED, Stage1Collator, Stage2Collator
-from xformer_mllm.train.callbacks import keep_until
 from xformer_mllm.train.config import Stage1Config, Stage2Config, differences, read_config, write_config
-from xformer_mllm.train.run_checkpoints import checkpoints
+from xformer_mllm.train.run_folder import checkpoints, keep_until
 from xformer_mllm.train.stages import run_stage1, run_stage2
 from xformer_mllm.train.trainer import SPEED, NonFiniteError, XFormerTrainer, _arguments
 
@@ -45,12 +44,12 @@ SHORT = ["--variant", "qformer", "--train-size", "4", "--batch-size", "2", "--st
 KILL_WHILE_WRITING = """
 import os, signal, sys
 from xformer_mllm.cli import main
-from xformer_mllm.train import run_checkpoints
+from xformer_mllm.train import run_folder
 def write_files(folder, files):
     write(folder, files)
-    if folder.name.endswith("-6"):
+    if folder.name == "checkpoint-6.partial":
         os.kill(os.getpid(), signal.SIGKILL)
-write, run_checkpoints.write_files = run_checkpoints.write_files, write_files
+write, run_folder.write_files = run_folder.write_files, write_files
 main(sys.argv[1:])
 """
 
@@ -139,10 +138,10 @@ def test_checkpoints_hold_what_was_trained_and_no_pickle(runs):
 def test_after_kill_9_a_run_goes_on_as_if_undisturbed(runs, name, capsys):
     run = runs / name
     if name == "cut":
-        assert (run / "partial-checkpoint-6" / "trained.safetensors").is_file()
+        assert (run / "checkpoint-6.partial" / "trained.safetensors").is_file()
         assert [checkpoint.name for checkpoint in checkpoints(run)] == ["checkpoint-3"]
     assert main([*STAGE1, "--output-dir", str(run)]) == 0
-    assert f"going on from {run / 'checkpoint-'}" in capsys.readouterr().out
+    assert f"resuming from {run / 'checkpoint-'}" in capsys.readouterr().out
     assert lines(run / "log.jsonl") == lines(runs / "undisturbed" / "log.jsonl")
     assert lines(run / "samples.jsonl") == lines(runs / "undisturbed" / "samples.jsonl")
     assert same(weights(run), weights(runs / "undisturbed"))
@@ -196,8 +195,9 @@ def test_a_batch_of_1_and_one_that_is_larger_than_the_data(tmp_path, capsys):
         assert [record["step"] for record in lines(tmp_path / name / "log.jsonl")] == [1, 2]
     printed = capsys.readouterr().out.splitlines()
     warned = [line for line in printed if line.startswith("warning: ")]
-    assert ["a batch of one pair" in line for line in warned] == [True, False, False]
-    assert all("2 steps end within --warmup-steps 2" in line for line in warned[1:])
+    assert ["a batch of one pair" in line for line in warned] == [True, False, False, False]
+    assert "the training data (3 images) does not fill one batch (--batch-size 7" in warned[2]
+    assert all("2 steps end within --warmup-steps 2" in line for line in warned[1::2])
     said = [line for line in printed if line.startswith("step")]
     assert len(said) == 4
     assert all(" images/s  " in line and line.endswith(" left") for line in said)
@@ -384,7 +384,7 @@ def test_over_long_captions_are_cut_and_it_is_said_once(caplog):
         collator(records)
         batch = collator(records)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("xformer_mllm.train")]
-    assert said == ["n40: a text of 82 tokens is cut to 10, and so is any other (--max-text-tokens sets the length)"]
+    assert said == ["n40: text of 82 tokens truncated to 10, as all longer texts (--max-text-tokens)"]
     assert batch["qformer_input_ids"].shape == (3, 10)
     assert batch["qformer_input_ids"][:, 0].tolist() == [tokenizer.cls_token_id] * 3
     assert batch["qformer_input_ids"][1:, -1].tolist() == [tokenizer.sep_token_id] * 2

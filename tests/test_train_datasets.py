@@ -12,7 +12,7 @@ from PIL import Image
 
 from xformer_mllm import processes
 from xformer_mllm.cli import main
-from xformer_mllm.train import datasets, run_checkpoints
+from xformer_mllm.train import datasets, run_folder
 from xformer_mllm.train.batches import Stage1Collator
 from xformer_mllm.train.config import Stage1Config, Stage2Config
 
@@ -158,7 +158,7 @@ def test_a_source_without_questions_says_so(folder):
 
 def stopped_and_resumed(run: Path, monkeypatch, *arguments: str) -> str:
     """A run that cannot write its third checkpoint, and is then started again: its log."""
-    write, seen = run_checkpoints.write_files, []
+    write, seen = run_folder.write_files, []
 
     def full(folder, files):
         seen.append(folder)
@@ -167,7 +167,7 @@ def stopped_and_resumed(run: Path, monkeypatch, *arguments: str) -> str:
         write(folder, files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_checkpoints, "write_files", full)
+        patch.setattr(run_folder, "write_files", full)
         assert main([*RUN, *arguments, "--output-dir", str(run)]) == 2
     assert main([*RUN, *arguments, "--output-dir", str(run)]) == 0
     return (run / "log.jsonl").read_text()

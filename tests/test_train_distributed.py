@@ -26,9 +26,9 @@ from xformer_mllm.model.distributed import rank
 from xformer_mllm.train import fsdp as sharding
 from xformer_mllm.train import state
 from xformer_mllm.train.batches import Stage1Collator
-from xformer_mllm.train.callbacks import HeldOut, SaveByTheClock
+from xformer_mllm.train.callbacks import Samples, SaveByTheClock
 from xformer_mllm.train.config import Stage1Config
-from xformer_mllm.train.run_checkpoints import checkpoints, fault
+from xformer_mllm.train.run_folder import checkpoints, fault
 from xformer_mllm.train.trainer import XFormerTrainer
 
 WORLD = 2
@@ -141,7 +141,7 @@ def train(folder: Path, kind: type, collate, count: int, batch: int, trainer=XFo
         model.language_model.to(torch.bfloat16)  # frozen, beside trained fp32
     fields = {"steps": 3, "logging_steps": 1, "max_grad_norm": 1.0, "learning_rate": 1e-2} | settings
     config = Stage1Config(output_dir=folder, batch_size=batch, warmup_steps=0, bf16="no", report_to=(), **fields)
-    callbacks = [Keep(folder), SaveByTheClock(30), HeldOut(folder, None, 2, write)]
+    callbacks = [Keep(folder), SaveByTheClock(30), Samples(folder, None, 2, write)]
     run = trainer(model, config, records(count), collate, callbacks)
     run.args.adam_epsilon = 1e-3  # else a gradient of 1e-9, which is 0 but for rounding, becomes a whole step
     run.train(resume_from_checkpoint=resume)
@@ -371,7 +371,7 @@ def test_where_one_of_two_processes_is_killed_they_go_on_as_if_undisturbed(tmp_p
     assert not (killed / "model").exists()
     resumed = launch("torchrun", *steps, "--output-dir", str(killed))
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from" in resumed.stdout
+    assert "resuming from" in resumed.stdout
     assert (killed / "log.jsonl").read_text() == (tmp_path / "undisturbed" / "log.jsonl").read_text()
 
 

@@ -4,6 +4,7 @@ B batch, T text tokens. Every batch has the inputs of the model's forward and "i
 """
 
 import logging
+import multiprocessing
 import zlib
 from typing import Any
 
@@ -14,30 +15,36 @@ from xformer_mllm.model.processing_xformer import without_placeholders
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # no loss there
+IGNORED = -100  # label of positions without loss
 
 
 def _require_text(record: dict[str, Any], field: str) -> str:
     text = without_placeholders(record[field]).strip()
     if not text:
-        raise ValueError(f"{record['id']}: empty {field}; give it a text or leave it out")
+        raise ValueError(f"{record['id']}: empty {field}; add a text or remove the record")
     return text
 
 
 class _Cutter:
-    """Cuts lists of tokens (or words) to a length, and says so for the first one."""
+    """Truncate lists of tokens or words, count the truncated ones and log the first.
+
+    `count` is shared with the data loader's worker processes.
+    """
 
     def __init__(self, limit: int):
-        self.limit, self.said = limit, False
+        self.limit, self.count = limit, multiprocessing.Value("q", 0)
 
     def __call__(self, parts: list, name: str) -> list:
         """The first `limit` parts of the text of the record called `name`."""
-        if len(parts) > self.limit and not self.said:
-            self.said = True
-            logger.warning(
-                "%s: a text of %d tokens is cut to %d, and so is any other (--max-text-tokens sets the length)",
-                name, len(parts), self.limit,
-            )  # fmt: skip
+        if len(parts) > self.limit:
+            with self.count.get_lock():
+                self.count.value += 1
+                first = self.count.value == 1
+            if first:
+                logger.warning(
+                    "%s: text of %d tokens truncated to %d, as all longer texts (--max-text-tokens)",
+                    name, len(parts), self.limit,
+                )  # fmt: skip
         return parts[: self.limit]
 
 
@@ -45,8 +52,8 @@ class Stage1Collator:
     """[{"id", "image", "caption"}] -> a batch of stage 1.
 
     pixel_values uint8[B, 3, H, W]; qformer_input_ids, qformer_attention_mask int64[B, T], padded on the right. A
-    caption longer than `max_text_tokens` (with [CLS] and [SEP]) is cut; [SEP] stays. Raises ValueError for an empty
-    caption.
+    caption longer than `max_text_tokens` (with [CLS] and [SEP]) is truncated before [SEP]. Raises ValueError for an
+    empty caption.
     """
 
     def __init__(self, processor: Any, max_text_tokens: int):
@@ -57,7 +64,7 @@ class Stage1Collator:
         tokenizer = self.processor.qformer_tokenizer
         captions = [_require_text(record, "caption") for record in records]
         rows = []
-        for record, tokens in zip(records, tokenizer(captions)["input_ids"], strict=True):
+        for record, tokens in zip(records, tokenizer(captions, verbose=False)["input_ids"], strict=True):
             kept = self.cut(tokens, record["id"])
             rows.append(kept if len(kept) == len(tokens) else [*kept[:-1], tokens[-1]])
         pixels = _pixels(self.processor, [record["image"] for record in records])
@@ -81,8 +88,8 @@ class Stage2Collator:
     IGNORED but on the target and the end token. An encoder-decoder's row is the prompt alone, and its labels, int64[texts,
     T'], the target and the end token. The prompt is empty for a caption, and the question prompt for a question.
 
-    A target longer than `max_text_tokens` is cut and then has no end token, for the text does not end there; a question is
-    cut to as many words. Raises ValueError for an empty text.
+    A target longer than `max_text_tokens` is truncated and then has no end token; a question is truncated to as many
+    words. Raises ValueError for an empty text.
     """
 
     def __init__(self, processor: Any, end_token_id: int, max_text_tokens: int):
@@ -123,7 +130,7 @@ class Stage2Collator:
     def _split(self, caption: str, name: str) -> tuple[str, str]:
         """Prefix language modelling (BLIP-2, section 3.3): the encoder reads a caption's beginning, or nothing.
 
-        Where it is split is drawn by its words and its image's name, so it is the same however often it is seen.
+        The split depends on the caption and the image's id alone, so it is the same in every epoch.
         """
         words = caption.split()
         at = zlib.crc32(f"{name} {caption}".encode()) % len(words)
@@ -131,10 +138,10 @@ class Stage2Collator:
 
 
 def _pixels(processor: Any, images: list[Any]) -> torch.Tensor:
-    """Images, or what a transform has made of them, uint8[3, S, S] each -> uint8[B, 3, S, S]."""
+    """Stack images, or transformed images uint8[3, S, S], to uint8[B, 3, S, S]."""
     return torch.stack(images) if torch.is_tensor(images[0]) else processor(images=images)["pixel_values"]
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
-    """Rows of different lengths as int64[B, T], padded on the right."""
+    """Pad rows on the right to int64[B, T]."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

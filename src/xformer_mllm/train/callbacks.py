@@ -1,10 +1,11 @@
-"""What a run shows and writes while it trains: progress lines, log.jsonl, TensorBoard, and held-out images.
+"""What a run shows and writes during training: progress lines, log.jsonl, TensorBoard and samples.
 
-The files are those of the first process; what decides about a step (log, checkpoint) is decided alike on all of them.
+Only the first process writes files. Whether a step logs or saves a checkpoint is the same on all processes.
 """
 
-import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import nn
@@ -21,34 +23,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from xformer_mllm.train.run_folder import LOG, SAMPLES, append, keep_until
 from xformer_mllm.train.trainer import SPEED
 
-LOG, SAMPLES = "log.jsonl", "samples.jsonl"
 SHOWN = ("temperature", "grad_norm", "query_similarity")  # in the progress lines, beside losses and accuracies
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop what a killed run wrote to a JSONL file after `step`, its last checkpoint, and a line cut in two."""
-    kept = []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:  # the last may end within a character
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if record["step"] <= step:
-            kept.append(line + b"\n")
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
-
-
-def _append(path: Path, records: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
 class Progress(TrainerCallback):
-    """A bar on a terminal, and one line per log with every component of the loss."""
+    """A progress bar on a terminal, and one line per log with every component of the loss."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
@@ -75,7 +57,7 @@ class Progress(TrainerCallback):
 
 
 class RunLog(TrainerCallback):
-    """Every log as one line of log.jsonl and in TensorBoard. A resumed run goes on where its checkpoint was."""
+    """Write every log to log.jsonl and TensorBoard. Drop the lines after the checkpoint a run resumes from."""
 
     def __init__(self, folder: Path, tensorboard: SummaryWriter | None):
         self.path, self.tensorboard = folder / LOG, tensorboard
@@ -85,13 +67,13 @@ class RunLog(TrainerCallback):
             keep_until(self.path, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= state.global_step >= state.max_steps  # the last steps too, however few
+        control.should_log |= state.global_step >= state.max_steps  # also the last steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        told = {name: value for name, value in logs.items() if name not in SPEED}
-        _append(self.path, [{"step": state.global_step, **told}])
+        kept = {name: value for name, value in logs.items() if name not in SPEED}
+        append(self.path, [{"step": state.global_step, **kept}])
         if self.tensorboard is not None:
             for name, value in logs.items():
                 self.tensorboard.add_scalar(f"train/{name}", value, state.global_step)
@@ -99,9 +81,9 @@ class RunLog(TrainerCallback):
 
 
 class SaveByTheClock(TrainerCallback):
-    """A checkpoint also when `minutes` have passed since the last; the clock is looked at every `logging_steps` steps.
+    """Save a checkpoint `minutes` after the last one; the clock is checked every `logging_steps` steps.
 
-    The first process's clock counts, for all must write a checkpoint together.
+    The clock of the first process decides, since all processes must save together.
     """
 
     def __init__(self, minutes: float):
@@ -119,12 +101,12 @@ class SaveByTheClock(TrainerCallback):
         self.saved = time.monotonic()
 
 
-class HeldOut(TrainerCallback):
-    """What the model makes of fixed held-out images: texts into samples.jsonl, reconstructions into samples/.
+class Samples(TrainerCallback):
+    """Sample the model on fixed held-out images: texts to samples.jsonl, reconstructions to samples/.
 
-    `write` takes the model and returns one record per image: {"id", "text", "reference", ...}; `draw` takes it and
-    returns a sheet of reconstructions. Both draw nothing from the run's random numbers: sampling more or less often
-    changes no loss. A model that FSDP has split must be asked on all processes.
+    `write` takes the model and returns one record per image: {"id", "text", "reference", ...}. `draw` takes it and
+    returns a sheet of reconstructions. The run's random state is left as it was, so `--sample-steps` changes no loss.
+    Under FSDP all processes sample together.
     """
 
     def __init__(
@@ -158,7 +140,7 @@ class HeldOut(TrainerCallback):
             self._keep(step, records, sheet)
 
     def _keep(self, step: int, records: list[dict], sheet: Image.Image | None) -> None:
-        _append(self.folder / SAMPLES, [{"step": step, **record} for record in records])
+        append(self.folder / SAMPLES, [{"step": step, **record} for record in records])
         if sheet is not None:
             sheet.save(self.folder / "samples" / f"reconstruction-{step:06}.png")
         if self.tensorboard is None:
@@ -167,3 +149,43 @@ class HeldOut(TrainerCallback):
         self.tensorboard.add_text("held-out images", "\n\n".join(lines), step)
         if sheet is not None:
             self.tensorboard.add_image("reconstruction", np.asarray(sheet), step, dataformats="HWC")
+
+
+class Interruption(TrainerCallback):
+    """Ctrl-C during training: save a checkpoint after the current step and stop. A second Ctrl-C stops at once.
+
+    Used as a context manager around training; `caught` says whether Ctrl-C was pressed. With several processes, or
+    outside the main thread, Ctrl-C stops at once: processes may be at different steps.
+    """
+
+    def __init__(self):
+        self.caught = False
+
+    def __enter__(self):
+        alone = PartialState().num_processes == 1 and threading.current_thread() is threading.main_thread()
+        self.before = signal.signal(signal.SIGINT, self._catch) if alone else None
+        return self
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _catch(self, *_):
+        self.caught = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.caught:
+            control.should_save = control.should_training_stop = True
+
+
+class Truncations(TrainerCallback):
+    """Print how many texts of the first epoch were truncated."""
+
+    def __init__(self, collator: Any):
+        self.cut, self.reported = collator.cut, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not self.reported and (count := self.cut.count.value):
+            tqdm.write(f"{count:,} texts of the first epoch were truncated to --max-text-tokens {self.cut.limit}")
+        self.reported = True

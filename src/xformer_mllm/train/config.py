@@ -1,8 +1,8 @@
-"""What a training run is made of: every default of `xformer train stage1|stage2`, in one place.
+"""Training arguments of `xformer train stage1|stage2`, with their defaults.
 
-tyro turns a dataclass into the command's flags and the text under a field into its `--help`. The resolved
-configuration is written to `config.json` beside the run's results; `--config THAT_FILE` runs it again. Defaults are
-those of the embedded world (48x48 scenes, two CPU cores); `recipes/` names other settings.
+tyro turns each dataclass into the command's flags; the text under a field is its `--help`. The resolved configuration
+is saved as `config.json` in the run's folder and can be run again with `--config`. The defaults fit the embedded world
+(48x48 scenes, two CPU cores); `recipes/` has settings for other data.
 """
 
 import dataclasses
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from xformer_mllm.files import write_whole
+
 CONFIG_FILE = "config.json"
 
-# These do not change what is learned, so a run may go on with other values of them.
+# These do not change what is learned, so a run may be resumed with other values.
 NOT_LEARNED = {
     "output_dir", "resume", "save_steps", "save_minutes", "save_total_limit", "sample_steps", "num_workers", "report_to",
     "feature_cache",
@@ -26,67 +28,67 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What both stages share."""
+    """Arguments of both stages."""
 
     data: str = "scenes"
-    """scenes (the embedded world), easy-vqa, or your own: a folder, .json, .jsonl, .tar shards, hf:NAME (docs/data.md)."""
+    """Training data: scenes (embedded world), easy-vqa, a folder, .json, .jsonl, .tar shards or hf:NAME (docs/data.md)."""
     images: Path | None = None
-    """The folder of the images that a .json or .jsonl names, if it is not beside that file."""
+    """Image folder of a .json or .jsonl file. Defaults to the folder of that file."""
     train_size: int | None = None
-    """At most this many training images; by default all there are, and 24,000 scenes."""
+    """Maximum number of training images. Defaults to all; 24,000 for scenes."""
     augment: Literal["crop+flip", "crop", "none"] = "crop+flip"
-    """Of your own images: a random crop of 50-100 % of the area, and every second time flipped (BLIP-2)."""
+    """Augmentation of your own images, as in BLIP-2: random crop of 50-100% of the area, horizontal flip of every other."""
     clean_captions: bool = False
-    """Of your own images: captions in lower case, without .!"()*#:;~ and at most 50 words long (BLIP-2)."""
+    """Lower-case the captions of your own images, remove .!"()*#:;~ and keep the first 50 words, as BLIP-2."""
     output_dir: Path = Path("runs/train")
-    """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
+    """Folder of the run: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/ and the final model/."""
     resume: bool = True
-    """Go on from the newest complete checkpoint in output_dir; --no-resume deletes what is there and starts over."""
+    """Resume from the newest complete checkpoint in output_dir. --no-resume deletes the run there and starts over."""
     seed: int = 0
-    """Of the initial weights, the order of the data, the masks, dropout and hard negatives."""
+    """Random seed of the initial weights, data order, masks, dropout and hard negatives."""
 
     steps: int = 720
-    """Optimiser steps; the cosine schedule ends there."""
+    """Total number of optimizer steps, and the length of the cosine schedule."""
     batch_size: int = 48
-    """Images per step and device."""
+    """Batch size per device, in images."""
     gradient_accumulation_steps: int = 1
-    """Batches per optimiser step (the contrastive loss sees one batch at a time)."""
+    """Number of batches per optimizer step. The contrastive loss sees one batch at a time."""
     learning_rate: float = 1.5e-3
-    """Peak, after the warm-up."""
+    """Peak learning rate, reached after `warmup_steps`."""
     min_learning_rate: float = 0.0
-    """What the cosine falls to."""
+    """Final learning rate of the cosine schedule."""
     warmup_steps: int = 50
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up from 0 to `learning_rate`."""
     weight_decay: float = 0.05
-    """Of matrices; biases and other one-dimensional parameters have none."""
+    """Weight decay, applied to weight matrices but not to biases and other one-dimensional parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """AdamW betas (beta1, beta2)."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 for never."""
+    """Maximum gradient norm for gradient clipping; 0 disables clipping."""
     bf16: Literal["auto", "yes", "no"] = "auto"
-    """Mixed precision; auto: where the hardware has it (many GPUs; CPUs with AMX or AVX-512 BF16)."""
+    """Train with bf16 autocast. auto: if the hardware supports it (GPUs; CPUs with AMX or AVX-512 BF16)."""
 
     max_text_tokens: int = 32
-    """Longer captions, questions and answers are cut (and it is said once)."""
+    """Maximum number of tokens of captions and answers, and of words of questions. Longer texts are truncated."""
     feature_cache: Path | None = None
-    """Keep what the frozen encoders make of the images in this folder (for whole images: --augment none)."""
+    """Folder to cache the outputs of the frozen encoders in. Your own images need --augment none."""
     num_workers: int = 0
-    """Processes that prepare batches; 0: the training process itself."""
+    """Number of worker processes that load data; 0 loads it in the training process."""
     logging_steps: int = 20
-    """Losses and accuracies are logged as averages over this many steps."""
+    """Number of steps between two logs. Losses and accuracies are averages over these steps."""
     save_steps: int = 200
-    """A checkpoint after every so many steps."""
+    """Number of steps between two checkpoints."""
     save_minutes: float = 30.0
-    """A checkpoint also when so many minutes have passed since the last one (looked at every logging_steps steps)."""
+    """Also save a checkpoint this many minutes after the last one, checked every `logging_steps` steps."""
     save_total_limit: int = 2
-    """Checkpoints kept while training; a finished run keeps its model only."""
+    """Number of checkpoints to keep during training. A finished run keeps its model only."""
     sample_steps: int = 200
-    """Texts, and reconstructions, of fixed held-out images after every so many steps."""
+    """Number of steps between two samples: texts and reconstructions of fixed held-out images."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Where the log goes beside log.jsonl and the terminal; wandb and trackio are packages of their own."""
+    """Trackers to log to, besides log.jsonl and the terminal. wandb and trackio must be installed."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in one line, for a number that cannot be."""
+        """Raises ValueError for an invalid value."""
         if self.train_size is None and self.data == "scenes":
             object.__setattr__(self, "train_size", SCENES)
         if self.train_size is not None and self.train_size < 1:
@@ -99,7 +101,7 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.feature_cache is not None and self.augment != "none" and self.data not in ("scenes", "easy-vqa"):
-            raise ValueError("feature_cache keeps the features of whole images; with it, set --augment none")
+            raise ValueError("--feature-cache needs whole images; set --augment none")
         for name in ("learning_rate", "save_minutes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -111,56 +113,56 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config(RunConfig):
-    """Stage 1: representation learning by ITC, ITM, ITG and reconstruction, with the encoders frozen."""
+    """Stage 1: learn representations by ITC, ITM, ITG and reconstruction, with frozen encoders."""
 
     variant: str = "xformer"
-    """Which model: qformer, xformer, concat, early_cross_attention, clip_shallow, no_reconstruction,
-    reconstruction_in_stage2 (rows of the paper's tables), random_mae, dinov2 (variants.py says what each is)."""
+    """Model variant: qformer, xformer, concat, early_cross_attention, clip_shallow, no_reconstruction,
+    reconstruction_in_stage2 (rows of the paper's tables), random_mae, dinov2 (variants.py describes them)."""
     start_from: Path | None = None
-    """Folder of `xformer convert`, or of a model trained before; by default the embedded world's encoders."""
+    """Model to start from: a folder of `xformer convert` or a trained model. Defaults to the embedded world's encoders."""
     second_encoder: str | None = None
-    """Folder or hub id of another MAE or vision tower in place of the embedded world's MAE."""
+    """Folder or Hub id of an MAE or another vision tower that replaces the embedded world's MAE."""
     output_dir: Path = Path("runs/stage1")
-    """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
+    """Folder of the run: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/ and the final model/."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start_from is not None and self.second_encoder is not None:
-            raise ValueError("second_encoder belongs to the embedded world's start; give --mae to `xformer convert`")
+            raise ValueError("--second-encoder cannot be combined with --start-from; give --mae to `xformer convert`")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2Config(RunConfig):
-    """Stage 2: the fused queries become a soft prompt of a frozen language model."""
+    """Stage 2: learn to use the fused queries as a soft prompt of a frozen language model."""
 
     variant: str | None = None
-    """The variant of the stage-1 model, where it should be checked; the model itself comes from there."""
+    """Expected variant of the stage-1 model; another one is an error. Defaults to no check."""
     from_pretraining: Path = Path("runs/stage1")
-    """The folder of a finished stage-1 run, or of its model. Or one of stage 2, or of `xformer convert --llm`: its own
-    language model then goes on, without --llm."""
+    """Folder of a finished stage-1 run or of its model. A model with a language model (a stage-2 run, or a folder of
+    `xformer convert --llm`) keeps that language model and takes no --llm."""
     llm: str = "opt"
-    """The frozen language model: opt (tiny, shipped), smollm2, or a folder or hub id of a causal model or an encoder-decoder
+    """Frozen language model: opt (tiny, shipped), smollm2, or the folder or Hub id of a causal or encoder-decoder model
     (docs/language-models.md)."""
     text: Literal["captions", "questions"] = "captions"
-    """What is learned to be said: captions alone, as in the paper (questions are then zero-shot), or answers."""
+    """Training target: captions, as in the paper (question answering is then zero-shot), or answers to questions."""
     instruction_aware: bool = True
-    """With --text questions: the queries read the question, too, as in InstructBLIP (the paper's do not)."""
+    """With --text questions: let the queries read the question as well, as in InstructBLIP. The paper's do not."""
     questions_per_image: int = 4
-    """With --text questions: how many on each image; of a source of your own at most so many, drawn anew each time."""
+    """With --text questions: number of questions per image. From your own data at most this many, resampled each epoch."""
     chat_template: bool = False
-    """Speak to the language model by its chat template (for instruct models)."""
+    """Format prompts with the chat template of the language model (for instruct models)."""
     lora_rank: int = 0
-    """Train LoRA adapters of this rank on the language model, too (package peft); 0: none, as in the paper."""
+    """Rank of LoRA adapters trained on the language model (package peft); 0 trains none, as in the paper."""
     output_dir: Path = Path("runs/stage2")
-    """The run's folder: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/, and at the end model/."""
+    """Folder of the run: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/ and the final model/."""
     steps: int = 800
-    """Optimiser steps; the cosine schedule ends there."""
+    """Total number of optimizer steps, and the length of the cosine schedule."""
     batch_size: int = 24
-    """Images per step and device, each encoded once and with all its questions."""
+    """Batch size per device, in images. Each image is encoded once, with all its questions."""
     learning_rate: float = 6e-4
-    """Peak, after the warm-up."""
+    """Peak learning rate, reached after `warmup_steps`."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's (BLIP-2's paper)."""
+    """AdamW betas (beta1, beta2), as in BLIP-2's paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,15 +173,13 @@ class Stage2Config(RunConfig):
 
 
 def write_config(config: Any, command: str) -> None:
-    """Write `config` to its output_dir, whole or not at all. `command` names the command that it belongs to."""
+    """Write `config` to its output_dir. `command` is the command it belongs to, such as "train stage1"."""
     fields = {"command": command, **dataclasses.asdict(config)}
-    partial = config.output_dir / f"{CONFIG_FILE}.partial"
-    partial.write_text(json.dumps(fields, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(config.output_dir / CONFIG_FILE)
+    write_whole(config.output_dir / CONFIG_FILE, json.dumps(fields, indent=2, default=str) + "\n")
 
 
 def read_config(path: Path, kind: type[Config], command: str) -> Config:
-    """The configuration in a file that `write_config` wrote, or in a run's folder.
+    """Read a configuration from a file written by `write_config`, or from a run's folder.
 
     Raises FileNotFoundError, or ValueError if the file is not a configuration of `command`.
     """
@@ -201,14 +201,14 @@ def read_config(path: Path, kind: type[Config], command: str) -> Config:
 
 
 def _as_field(hint: Any, value: Any) -> Any:
-    """JSON's strings and lists back as the paths and tuples they were."""
+    """Convert JSON strings and lists back to paths and tuples."""
     if hint in (Path, Path | None):
         return value if value is None else Path(value)
     return tuple(value) if isinstance(value, list) else value
 
 
 def differences(one: Any, other: Any) -> list[str]:
-    """What would be learned differently: "learning_rate 0.001, not 0.002" for each field, empty if nothing would."""
+    """List the fields that change what is learned, such as "learning_rate 0.001, not 0.002"."""
     return [
         f"{field.name} {getattr(one, field.name)}, not {getattr(other, field.name)}"
         for field in dataclasses.fields(one)

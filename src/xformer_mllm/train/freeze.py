@@ -1,6 +1,6 @@
-"""The freeze table: which part of a model a stage trains, with parameter counts.
+"""The freeze table: which parts of a model are trained, with parameter counts.
 
-What is frozen is set in one place, the model's own `freeze()`; here it is read off, shown and written down.
+The model's `freeze()` decides what is frozen; this module reads, prints and saves it.
 """
 
 import hashlib
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from xformer_mllm.files import write_whole
+
 
 @dataclass
-class Part:
-    """One row: a named part of the model; `sha256` is that of its frozen weights, None where there are none."""
+class FreezeRow:
+    """A named part of the model; `sha256` is the hash of its frozen weights, None if it has none."""
 
     name: str
     parameters: int = 0
@@ -23,16 +25,16 @@ class Part:
     sha256: str | None = None
 
 
-def freeze_table(model: nn.Module) -> list[Part]:
-    """The parts of `model` in its own order: the children of its base (`xformer`) and those beside it.
+def freeze_table(model: nn.Module) -> list[FreezeRow]:
+    """List the parts of `model` in its order: the children of its base (`xformer`) and its other children.
 
-    The hash of what is frozen goes with a checkpoint, which holds only what was trained.
+    Checkpoints hold trained weights only; the hashes identify the frozen ones.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, FreezeRow] = {}
     hashes: dict[str, hashlib._Hash] = {}
     for name, parameter in model.named_parameters():
         group = name.removeprefix("xformer.").split(".")[0]
-        part = parts.setdefault(group, Part(group))
+        part = parts.setdefault(group, FreezeRow(group))
         part.parameters += parameter.numel()
         if parameter.requires_grad:
             part.trainable += parameter.numel()
@@ -47,9 +49,9 @@ def _bytes(parameter: torch.Tensor) -> Any:
     return parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-def show(table: list[Part]) -> str:
-    """The table as text, one line per part and a total."""
-    total = Part("total", sum(part.parameters for part in table), sum(part.trainable for part in table))
+def show(table: list[FreezeRow]) -> str:
+    """Format the table as text, one line per part and a total."""
+    total = FreezeRow("total", sum(part.parameters for part in table), sum(part.trainable for part in table))
     width = max(len(part.name) for part in [*table, total])
     lines = [f"{'part':<{width}} {'parameters':>15} {'trainable':>15}"]
     for part in [*table, total]:
@@ -58,19 +60,17 @@ def show(table: list[Part]) -> str:
     return "\n".join(lines)
 
 
-def write(table: list[Part], path: Path) -> None:
-    """Write the table as JSON, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps([asdict(part) for part in table], indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+def write(table: list[FreezeRow], path: Path) -> None:
+    """Write the table as JSON."""
+    write_whole(path, json.dumps([asdict(part) for part in table], indent=2) + "\n")
 
 
-def check_same_frozen(table: list[Part], path: Path) -> None:
-    """Raises ValueError if the frozen weights are not those of the table written at `path` when the run began."""
+def check_same_frozen(table: list[FreezeRow], path: Path) -> None:
+    """Raises ValueError if the frozen weights differ from those in the table at `path`, written when the run began."""
     before = {part["name"]: part["sha256"] for part in json.loads(path.read_text(encoding="utf-8"))}
     for part in table:
         if part.sha256 != before.get(part.name):
             raise ValueError(
-                f"{part.name} is not what this run began with ({path} has another hash of its frozen weights); "
-                "start over with --no-resume"
+                f"{part.name} is not what this run began with: its frozen weights have another hash in {path}; "
+                "--no-resume starts over"
             )

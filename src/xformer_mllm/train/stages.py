@@ -1,13 +1,10 @@
-"""The two stages of training, from a configuration to a finished run folder.
+"""Assemble the two stages of training: from a configuration to model, data, collator and a finished run.
 
-A run's folder: config.json (the resolved configuration), freeze.json, log.jsonl, samples.jsonl with samples/ (the
-held-out images), tensorboard/, checkpoint-N/ while it runs; and when it is finished summary.json and model/.
+`run_folder.py` says what the run's folder holds; `trainer.py` has the training loop.
 """
 
 import importlib.util
-import json
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +26,14 @@ from xformer_mllm.language_models import check_on_hub, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.report.reconstructions import panel_grid, reconstructions, to_panels
-from xformer_mllm.train import datasets, freeze, run_checkpoints
+from xformer_mllm.train import datasets, freeze, run_folder
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
-from xformer_mllm.train.callbacks import LOG, SAMPLES, HeldOut, Progress, RunLog, SaveByTheClock
+from xformer_mllm.train.callbacks import Interruption, Progress, RunLog, Samples, SaveByTheClock, Truncations
 from xformer_mllm.train.config import (
     CONFIG_FILE,
     RunConfig,
     Stage1Config,
     Stage2Config,
-    differences,
     read_config,
     write_config,
 )
@@ -62,7 +58,7 @@ def run_stage1(config: Stage1Config) -> Path:
     a missing folder, NonFiniteError at nan.
     """
     process = processes.join()
-    if processes.on_first(lambda: _is_finished(config, "train stage1")):
+    if not processes.on_first(lambda: run_folder.prepare(config, "train stage1")):
         return config.output_dir
     set_seed(config.seed)
     processor: Any
@@ -73,7 +69,7 @@ def run_stage1(config: Stage1Config) -> Path:
     if config.start_from is None:  # a converted model's norms were trained
         pixels = collator(datasets.records_of(train, STANDARDISED_OVER))["pixel_values"]
         model.xformer.standardise(pixels.to(process.device))
-    processes.take_weights_of_first(model)  # of a stream, each process has seen other images
+    processes.take_weights_of_first(model)  # with a stream, each process standardises on other images
     tokenizer = processor.qformer_tokenizer
 
     def write(model: nn.Module, pixels: torch.Tensor) -> list[str]:
@@ -91,11 +87,11 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
         return defaults.start_pretraining(config.variant, config.seed)
     if not Path(name).exists():
         check_on_hub("--second-encoder", name)
-    variant_config(config.variant, defaults.config())  # an unknown variant is not the encoder's fault
+    variant_config(config.variant, defaults.config())  # report an unknown variant as such, not as the encoder's error
     try:
         return defaults.start_pretraining(config.variant, config.seed, name)
-    except AttributeError as error:  # a language model lacks the settings of a tower
-        raise ValueError(f"--second-encoder {name}: is no vision tower ({error})") from error
+    except AttributeError as error:  # a language model lacks a vision tower's settings
+        raise ValueError(f"--second-encoder {name}: not a vision tower ({error})") from error
     except (ValueError, OSError) as error:
         raise ValueError(f"--second-encoder {name}: {error}") from error
 
@@ -103,7 +99,7 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
 def run_stage2(config: Stage2Config) -> Path:
     """Train stage 2 on the model of a stage-1 run and return the run's folder. Raises as `run_stage1`."""
     processes.join()
-    if processes.on_first(lambda: _is_finished(config, "train stage2")):
+    if not processes.on_first(lambda: run_folder.prepare(config, "train stage2")):
         return config.output_dir
     set_seed(config.seed)
     aware = config.instruction_aware and config.text == "questions"
@@ -132,15 +128,19 @@ def run_stage2(config: Stage2Config) -> Path:
 
 
 def _pretrained(config: Stage2Config) -> Path:
-    """The stage-1 model's folder.
+    """Find the folder of the stage-1 model.
 
-    Raises FileNotFoundError if there is none, ValueError if it is of another variant than asked for.
+    Raises FileNotFoundError if there is none, ValueError if it is not of --variant.
     """
     run = config.from_pretraining
     if not (run / "model").is_dir():
         if any(run.glob("model*.safetensors")):
             return run
-        why = "that run is not finished" if run_checkpoints.checkpoints(run) else "no stage-1 model there"
+        if below := sorted(path.parent for path in run.glob("*/model") if path.is_dir()):
+            raise FileNotFoundError(f"{run}: no stage-1 model there; did you mean --from-pretraining {below[0]}?")
+        why = "that run is not finished" if run_folder.checkpoints(run) else "no stage-1 model there"
+        if run.is_dir() and any(run.iterdir()) and not (run / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{run}: {why}; give the folder of a finished run of `xformer train stage1`")
         raise FileNotFoundError(f"{run}: {why}; run: xformer train stage1 --output-dir {run}")
     if config.variant is not None:
         trained = read_config(run / CONFIG_FILE, Stage1Config, "train stage1").variant
@@ -150,9 +150,9 @@ def _pretrained(config: Stage2Config) -> Path:
 
 
 def _with_language_model(config: Stage2Config, folder: Path) -> Path:
-    """The folder, once it is known that a language model is to be had: the model's own, if it has one, else --llm.
+    """Return `folder` after checking that a language model is available: the model's own, else --llm.
 
-    Raises ValueError if both are asked for, or if there is none of that name.
+    Raises ValueError if both are given, or if --llm is not found.
     """
     whole = XFormerConfig.from_pretrained(folder)
     if whole.architectures == [XFormerForConditionalGeneration.__name__]:
@@ -170,40 +170,6 @@ def _image_size(processor: Any) -> int:
     return processor.image_processor.size["height"]
 
 
-def _is_finished(config: RunConfig, command: str) -> bool:
-    """Whether output_dir holds this very run, finished; with --no-resume, nothing is there any more.
-
-    Raises ValueError if another run is there.
-    """
-    folder = config.output_dir
-    if not (folder / CONFIG_FILE).is_file():
-        return False
-    there = read_config(folder / CONFIG_FILE, type(config), command)
-    if not config.resume:
-        _clear(folder)
-        return False
-    if changed := differences(config, there):
-        raise ValueError(
-            f"{folder}: holds another run ({'; '.join(changed)}); "
-            "choose another --output-dir, or --no-resume to delete that run"
-        )
-    if (folder / "model").is_dir():
-        _delete_checkpoints(folder)  # of a run that was killed just before
-        print(f"{folder}: this run is finished; nothing to do (--no-resume to train it anew)")
-        return True
-    return False
-
-
-def _clear(folder: Path) -> None:
-    """Delete what a run wrote into its folder, and nothing else."""
-    for pattern in ("checkpoint-*", "damaged-*", "partial-*", "model", "tensorboard", "samples"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
-    for name in (LOG, SAMPLES, "freeze.json", "summary.json", "stopped*.json", CONFIG_FILE):
-        for path in folder.glob(name):
-            path.unlink()
-
-
 def _run(
     config: RunConfig,
     command: str,
@@ -214,11 +180,11 @@ def _run(
     collator: Callable,
     write: Write,
 ) -> Path:
-    """What both stages share: freeze, train or go on, save."""
-    folder = config.output_dir
+    """Run what both stages share: freeze, train or resume, save."""
+    folder, text_collator = config.output_dir, collator
     model.freeze()
     checkpoint = processes.on_first(lambda: _begin(config, command, model, train))
-    start = run_checkpoints.step_of(checkpoint) if checkpoint else 0
+    start = run_folder.step_of(checkpoint) if checkpoint else 0
     if config.feature_cache is not None:
         train, collator = _cached(config, model, train, collator, _image_size(processor))
     pixels = processor(images=[record["image"] for record in held_out])["pixel_values"]
@@ -230,52 +196,74 @@ def _run(
         Progress(),
         RunLog(folder, tensorboard),
         SaveByTheClock(config.save_minutes),
-        HeldOut(folder, tensorboard, config.sample_steps, texts, draw),
+        Samples(folder, tensorboard, config.sample_steps, texts, draw),
         CollapseAlarm(),
+        Truncations(text_collator),
+        interruption := Interruption(),
     ]
     trainer = XFormerTrainer(model, config, train, collator, callbacks)
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if tensorboard is not None:
-        tensorboard.close()
+    try:
+        with interruption:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if interruption.caught and trainer.state.global_step < config.steps:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if processes.is_first():
+            print(_saved(folder))
+        raise
+    finally:
+        if tensorboard is not None:
+            tensorboard.close()
     _finish(folder, trainer, processor, start, time.perf_counter() - began)
     return folder
 
 
+def _saved(folder: Path) -> str:
+    """What is left of a run that was interrupted."""
+    newest = next(iter(run_folder.checkpoints(folder)), None)
+    return f"saved {newest}; run the same command to resume" if newest else "no step was completed; nothing was saved"
+
+
 def _begin(config: RunConfig, command: str, model: Any, train: Dataset) -> Path | None:
-    """Make the run's folder ready, say what will be done, and return the checkpoint to go on from, if any."""
+    """Set up the run's folder, print a summary of the run and return the checkpoint to resume from, if any."""
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--report-to {name}: that package is not installed; pip install {name}")
     if config.feature_cache is not None and isinstance(train, IterableDataset):
-        raise ValueError(f"--feature-cache: {config.data} is a stream, whose images nobody has counted; leave it out")
+        raise ValueError(f"--feature-cache: {config.data} is a stream of unknown length; leave --feature-cache out")
     folder = config.output_dir
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("stopped*.json"):
-        path.unlink()
+    run_folder.delete_reports(folder)
     table = freeze.freeze_table(model)
     print(freeze.show(table))
     print(f"{datasets.described(train)} of {config.data}, {config.steps:,} steps of {config.batch_size}")
     print(processes.described())
-    for line in _doubts(config):
+    for line in _warnings(config, train):
         print(line)
-    checkpoint, not_used = run_checkpoints.newest_good(folder)
+    checkpoint, not_used = run_folder.newest_good(folder)
     for line in not_used:
         print(line)
     if checkpoint:
         freeze.check_same_frozen(table, folder / "freeze.json")
-        print(f"going on from {checkpoint} (--no-resume to start over)")
+        print(f"resuming from {checkpoint} (--no-resume starts over)")
     else:
         freeze.write(table, folder / "freeze.json")
         write_config(config, command)
     return checkpoint
 
 
-def _doubts(config: RunConfig) -> list[str]:
-    """Settings that can be meant, but hardly are."""
+def _warnings(config: RunConfig, train: Dataset) -> list[str]:
+    """Warn about settings that are valid but probably not meant."""
     found = []
-    if isinstance(config, Stage1Config) and config.batch_size * PartialState().num_processes == 1:
-        found.append("warning: a batch of one pair has nothing to be told from (itc_loss is 0); raise --batch-size")
+    joint = config.batch_size * PartialState().num_processes
+    if isinstance(config, Stage1Config) and joint == 1:
+        found.append("warning: a batch of one pair has no negatives (itc_loss is 0); raise --batch-size")
+    if not isinstance(train, IterableDataset) and (size := len(train)) < joint:  # type: ignore[arg-type]
+        found.append(
+            f"warning: the training data ({size} images) does not fill one batch (--batch-size {config.batch_size}"
+            f" x {PartialState().num_processes} processes); lower --batch-size"
+        )
     if config.steps <= config.warmup_steps:
         found.append(f"warning: {config.steps} steps end within --warmup-steps {config.warmup_steps}, below the peak")
     return found
@@ -284,7 +272,7 @@ def _doubts(config: RunConfig) -> list[str]:
 def _cached(
     config: RunConfig, model: Any, train: Any, collator: Callable, image_size: int
 ) -> tuple[Dataset, Callable]:
-    """The data set and the collator of a run that takes what the frozen encoders say from a cache, which is filled first."""
+    """Fill the feature cache; return the data set and collator that read from it."""
     assert config.feature_cache is not None
     masked, source = _reconstructs(model), f"{config.data} {config.images or ''}"
     model.xformer.to(PartialState().device)
@@ -295,13 +283,13 @@ def _cached(
 
 
 def _reconstructs(model: Any) -> bool:
-    """Whether this stage hides a part of every image and has it reconstructed."""
+    """Whether this stage masks a part of every image and reconstructs it."""
     stage1 = isinstance(model, XFormerForPreTraining)
     return model.config.reconstruction if stage1 else model.config.reconstruction_in_stage2
 
 
 def _texts(folder: Path, pixels: torch.Tensor, held_out: Records, write: Write) -> Ask:
-    """What HeldOut calls: a record with the model's text for each held-out image. Saves the images."""
+    """A function that returns one record with the model's text per held-out image. Saves the images."""
     shown = []
     for number, record in enumerate(held_out):
         image = f"samples/{number}.png"
@@ -319,7 +307,7 @@ def _texts(folder: Path, pixels: torch.Tensor, held_out: Records, write: Write) 
 
 
 def _draw(model: Any, pixels: torch.Tensor) -> Draw | None:
-    """What HeldOut calls, where this training reconstructs: the masked held-out images, reconstructed."""
+    """A function that reconstructs the masked held-out images, or None if this stage does not reconstruct."""
     if not _reconstructs(model):
         return None
 
@@ -333,8 +321,8 @@ def _draw(model: Any, pixels: torch.Tensor) -> Draw | None:
 
 
 def _finish(folder: Path, trainer: XFormerTrainer, processor: Any, start: int, seconds: float) -> None:
-    """Write summary.json and the model, whole or not at all; then the checkpoints have done their work."""
-    weights = trainer.whole_weights()  # which all processes must ask for
+    """Save the summary and the model."""
+    weights = trainer.whole_weights()  # a collective: all processes take part
     if not trainer.is_world_process_zero():
         return
     summary = {
@@ -350,17 +338,5 @@ def _finish(folder: Path, trainer: XFormerTrainer, processor: Any, start: int, s
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    partial = folder / "partial-model"
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(partial, state_dict=weights)
-    processor.save_pretrained(partial)
-    partial.rename(folder / "model")
-    _delete_checkpoints(folder)
-    print(f"finished: {folder}/model")
-
-
-def _delete_checkpoints(folder: Path) -> None:
-    for pattern in ("checkpoint-*", "damaged-*"):
-        for checkpoint in folder.glob(pattern):
-            shutil.rmtree(checkpoint)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    run_folder.save_model(folder, model, processor, weights, summary)

@@ -15,8 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.streams import Positioned, Stream
+from xformer_mllm.files import write_whole
 from xformer_mllm.train import fsdp as sharding
-from xformer_mllm.train import run_checkpoints, state
+from xformer_mllm.train import run_folder, state
 from xformer_mllm.train.config import RunConfig
 from xformer_mllm.train.health import query_similarity
 
@@ -30,6 +31,12 @@ class NonFiniteError(ValueError):
 
 def uses_bf16(config: RunConfig) -> bool:
     return bf16_is_fast() if config.bf16 == "auto" else config.bf16 == "yes"
+
+
+def _image_count(inputs: dict[str, Any], ids: list[str]) -> int:
+    """The number of images of a batch: in stage 2 an image may have several texts, and so several ids."""
+    index = inputs.get("image_index")
+    return len(ids) if index is None else int(index[-1]) + 1
 
 
 def _arguments(config: RunConfig, train_dataset: Dataset) -> TrainingArguments:
@@ -94,6 +101,7 @@ class XFormerTrainer(Trainer):
         self.checkpoints_kept = config.save_total_limit
         self.data_seconds = 0.0
         self._averages: dict[str, list[float]] = {}  # name -> [sum, count] since the last log
+        self._images = 0  # since the last log
         self._ids: list[str] = []
         self._logged = (0, time.perf_counter())  # step and time of the last log
         if self.args.process_index:
@@ -140,6 +148,7 @@ class XFormerTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss. Raises NonFiniteError if it, or a component of it, is not a finite number."""
         self._ids, position = inputs.pop("ids"), inputs.pop("position", None)
+        self._images += _image_count(inputs, self._ids)
         outputs = model(**inputs)
         scalars = {name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0}
         stages = outputs.get("xformer_output")
@@ -168,7 +177,7 @@ class XFormerTrainer(Trainer):
         process = f"-{self.args.process_index}" if self.args.world_size > 1 else ""
         report = self.folder / f"stopped{process}.json"
         found = {"step": step, "values": {name: str(value) for name, value in values.items()}, "ids": self._ids}
-        report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_whole(report, json.dumps(found, indent=2) + "\n")
         ids = ", ".join(self._ids[:IDS_SHOWN]) + (", ..." if len(self._ids) > IDS_SHOWN else "")
         raise NonFiniteError(
             f"stopped at step {step}: {what}, on the batch of {len(self._ids)} [{ids}] (all in {report}). Look at "
@@ -213,9 +222,10 @@ class XFormerTrainer(Trainer):
         now, (step, then) = time.perf_counter(), self._logged
         self._logged = (self.state.global_step, now)
         steps_per_second = (self.state.global_step - step) / (now - then)
-        images = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        images_per_second = self._images * self.args.world_size / (now - then)
+        self._images = 0
         left = (self.state.max_steps - self.state.global_step) / steps_per_second
-        return dict(zip(SPEED, (steps_per_second * images, left), strict=True))
+        return dict(zip(SPEED, (images_per_second, left), strict=True))
 
     # ---- checkpoints
 
@@ -244,10 +254,10 @@ class XFormerTrainer(Trainer):
         }
         if self.args.should_save:
             checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
-            with run_checkpoints.written_whole(checkpoint) as partial:
-                run_checkpoints.write_files(partial, files)
+            with run_folder.written_whole(checkpoint) as partial:
+                run_folder.write_files(partial, files)
                 self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-            run_checkpoints.rotate(self.folder, self.checkpoints_kept)
+            run_folder.rotate(self.folder, self.checkpoints_kept)
         self.accelerator.wait_for_everyone()
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
