@@ -27,7 +27,7 @@ from xformer_mllm.data.questions import QUESTION_PROMPT, ByImage
 from xformer_mllm.embedded.scenes import SceneCaptions, SceneQuestions
 from xformer_mllm.embedded.start import WEIGHTS, start_pretraining
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.train import freeze
+from xformer_mllm.train import callbacks, freeze
 from xformer_mllm.train.batches import IGNORED, Stage1Collator, Stage2Collator
 from xformer_mllm.train.config import Stage1Config, Stage2Config, differences, read_config, write_config
 from xformer_mllm.train.run_folder import checkpoints, keep_until
@@ -201,6 +201,32 @@ def test_a_batch_of_1_and_one_that_is_larger_than_the_data(tmp_path, capsys):
     said = [line for line in printed if line.startswith("step")]
     assert len(said) == 4
     assert all(" images/s  " in line and line.endswith(" left") for line in said)
+
+
+def test_the_number_of_truncated_texts_is_printed(tmp_path, capsys):
+    arguments = [*STAGE1, "--variant", "qformer", "--train-size", "3", "--steps", "2", "--max-text-tokens", "3"]
+    assert main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    assert "3 texts of the first epoch were truncated to --max-text-tokens 3" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_a_checkpoint_after_the_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(callbacks.Progress, "on_log", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    run = tmp_path / "run"
+    assert main([*STAGE1, "--variant", "qformer", "--save-steps", "99", "--output-dir", str(run)]) == 130
+    (saved,) = checkpoints(run)
+    assert f"saved {saved}; run the same command to resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main([*STAGE1, "--variant", "qformer", "--output-dir", str(run)]) == 0
+    assert main([*STAGE1, "--variant", "qformer", "--output-dir", str(tmp_path / "undisturbed")]) == 0
+    assert lines(run / "log.jsonl") == lines(tmp_path / "undisturbed" / "log.jsonl")
+
+
+def test_from_pretraining_names_the_run_below(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"did you mean --from-pretraining {runs}/"):
+        run_stage2(Stage2Config(from_pretraining=runs, output_dir=tmp_path / "2"))
+    (tmp_path / "cat.png").touch()
+    with pytest.raises(FileNotFoundError, match="give the folder of a finished run of `xformer train stage1`"):
+        run_stage2(Stage2Config(from_pretraining=tmp_path, output_dir=tmp_path / "2"))
 
 
 def test_the_log_goes_where_it_is_asked_to(tmp_path, capsys):

@@ -185,7 +185,10 @@ class Truncations(TrainerCallback):
     def __init__(self, collator: Any):
         self.cut, self.reported = collator.cut, False
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = self.cut.count.value  # of the images that the run standardised on
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not self.reported and (count := self.cut.count.value):
+        if state.is_world_process_zero and not self.reported and (count := self.cut.count.value - self.before):
             tqdm.write(f"{count:,} texts of the first epoch were truncated to --max-text-tokens {self.cut.limit}")
         self.reported = True
