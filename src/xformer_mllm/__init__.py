@@ -56,7 +56,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _register()
+    register_auto_classes()
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
@@ -64,8 +64,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register() -> None:
-    """Make transformers' Auto classes know X-Former."""
+def register_auto_classes() -> None:
+    """Make transformers' Auto classes know X-Former; importing the package and a public name, or transformers, does it."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 
     from xformer_mllm.model import modeling_xformer as modeling
@@ -94,13 +94,13 @@ class _RegisterWithTransformers:
                 execute(module)
                 # One of our own modules may be what imports transformers; its public names then register.
                 if not any(loaded.startswith(f"{__name__}.") for loaded in sys.modules):
-                    _register()
+                    register_auto_classes()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "transformers" in sys.modules:
-    _register()
+    register_auto_classes()
 else:
     sys.meta_path.insert(0, _RegisterWithTransformers())  # type: ignore[arg-type]
