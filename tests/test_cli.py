@@ -170,8 +170,18 @@ def test_python_dash_m_is_the_command():
     assert found.stdout.startswith("xformer-mllm ")
 
 
-@pytest.mark.parametrize("first", ["import xformer_mllm, transformers", "import transformers, xformer_mllm"])
-def test_auto_classes_know_x_former_in_either_order(first):
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import xformer_mllm, transformers",
+        "import transformers, xformer_mllm",
+        "import xformer_mllm.variants, transformers",
+        "import xformer_mllm.language_models, transformers",
+        "import xformer_mllm.model.fusion, transformers",
+        "import xformer_mllm, xformer_mllm.files, transformers",
+    ],
+)
+def test_auto_classes_know_x_former_in_any_order(first):
     folder = str(shipped_model("xformer"))
     program = f"{first}; print(type(transformers.AutoConfig.from_pretrained({folder!r})))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

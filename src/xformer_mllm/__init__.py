@@ -92,9 +92,7 @@ class _RegisterWithTransformers:
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
-                # One of our own modules may be what imports transformers; its public names then register.
-                if not any(loaded.startswith(f"{__name__}.") for loaded in sys.modules):
-                    register_auto_classes()
+                register_auto_classes()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

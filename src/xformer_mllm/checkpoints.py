@@ -21,7 +21,6 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from xformer_mllm import register_auto_classes
 from xformer_mllm.language_models import chat_turn, end_tokens, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import (
@@ -37,8 +36,6 @@ from xformer_mllm.model.modeling_xformer import (
 )
 from xformer_mllm.model.processing_xformer import XFormerProcessor
 from xformer_mllm.variants import variant_config
-
-register_auto_classes()  # whoever imports this module first: loading a processor asks the Auto classes
 
 logger = logging.getLogger(__name__)
 
