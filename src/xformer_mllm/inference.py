@@ -367,7 +367,7 @@ def _run_settings(model: Path) -> dict[str, Any]:
     """The configuration of the run that trained a model; {} if it is unknown."""
     folder = model_folder(model).absolute()
     if folder.parent == defaults.shipped_model().parent:
-        return {"data": "scenes", "text": "questions"}
+        return read_json(folder / "recipe.json")["trained_by"]
     run = folder.parent / "config.json"
     return read_json(run) if folder.name == "model" and run.is_file() else {}
 

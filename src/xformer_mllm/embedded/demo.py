@@ -345,12 +345,11 @@ def what_next(config: DemoConfig, page: Path, images: Mapping[Path, str]) -> str
     """The path of the report, and commands to try on the trained models."""
     variant = "xformer" if "xformer" in config.variants else config.variants[-1]
     lane, (image, question) = config.output_dir / variant, next(iter(images.items()))
-    is_default = lane == DemoConfig.output_dir / "xformer"  # the commands' default model
     stage1 = ["--model", str(lane / "stage1")]
     commands = {
-        "ask": ["ask", str(image), question, *([] if is_default else ["--model", str(lane / "stage2")])],
+        "ask": ["ask", str(image), question, "--model", str(lane / "stage2")],
         "caption": ["caption", str(image), *stage1],
-        "reconstruct": ["reconstruct", str(image), *([] if is_default else stage1)],
+        "reconstruct": ["reconstruct", str(image), *stage1],
     }
     # `make demo` does not activate its environment, so the command needs its path.
     place = "" if shutil.which("xformer") else os.path.relpath(Path(sys.executable).parent) + "/"
