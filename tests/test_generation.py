@@ -34,11 +34,10 @@ from xformer_mllm.checkpoints import load_language_model, load_model, start_gene
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.embedded.scenes import SceneCaptions, SceneQuestions
 from xformer_mllm.model.modeling_xformer import LORA
-from xformer_mllm.train import freeze
+from xformer_mllm.train import freeze, run_folder
 from xformer_mllm.train.batches import IGNORED, Stage2Collator
 from xformer_mllm.train.config import Stage2Config
 from xformer_mllm.train.stages import run_stage2
-from xformer_mllm.train.trainer import XFormerTrainer
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the package peft")
 
@@ -513,16 +512,16 @@ def test_a_run_with_adapters_is_resumed_bit_for_bit(runs, language_models, name,
     )
     run_stage2(settings)
     cut = dataclasses.replace(settings, output_dir=tmp_path / "cut")
-    save = XFormerTrainer._save_checkpoint
+    save = run_folder.rotate
 
     def save_and_stop(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(XFormerTrainer, "_save_checkpoint", save_and_stop)
+    monkeypatch.setattr(run_folder, "rotate", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         run_stage2(cut)
-    monkeypatch.setattr(XFormerTrainer, "_save_checkpoint", save)
+    monkeypatch.undo()
     (checkpoint,) = cut.output_dir.glob("checkpoint-*")
     assert any(LORA in key for key in load_file(checkpoint / "trained.safetensors"))
     run_stage2(cut)

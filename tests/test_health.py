@@ -1,7 +1,6 @@
 """Query similarity, and the alarm when the queries collapse."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,14 +28,14 @@ def test_equal_queries_are_1_and_opposite_ones_minus_1():
 
 
 def test_the_alarm_sounds_once_for_each_collapse(caplog):
-    alarm, state = CollapseAlarm(), SimpleNamespace(global_step=7, is_world_process_zero=True)
+    alarm = CollapseAlarm()
     high, low = COLLAPSED + 0.005, COLLAPSED - 0.1
     with caplog.at_level(logging.WARNING):
         for value in [*[high] * (LOGS_UNTIL_ALARM - 1), low, *[high] * 2 * LOGS_UNTIL_ALARM]:
-            alarm.on_log(None, state, None, logs={"query_similarity": value})
+            alarm.check(7, {"query_similarity": value})
         assert len(caplog.records) == 1
         assert caplog.records[0].getMessage().startswith("step 7: the queries have collapsed")
-        alarm.on_log(None, state, None, logs={"train_loss": 1.0})
+        alarm.check(7, {"loss": 1.0})
         for value in [low, *[high] * LOGS_UNTIL_ALARM]:
-            alarm.on_log(None, state, None, logs={"query_similarity": value})
+            alarm.check(7, {"query_similarity": value})
     assert len(caplog.records) == 2

@@ -163,7 +163,7 @@ def test_what_a_killed_run_left_is_tidied_up_when_it_is_asked_for_again(undistur
 def test_a_checkpoint_by_the_clock(undisturbed, tmp_path, monkeypatch):
     """With a clock that gains 20 minutes at every look: one checkpoint at every log, for 4 steps are 30 minutes or more."""
     clock = iter(range(0, 10**6, 1200))
-    monkeypatch.setattr("xformer_mllm.train.callbacks.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("xformer_mllm.train.loop.time.monotonic", lambda: float(next(clock)))
     kept = []
     monkeypatch.setattr("xformer_mllm.train.run_folder.rotate", lambda run, keep: kept.append(checkpoints(run)))
     command = [*RUN, "--save-steps", "1000", "--logging-steps", "1", "--save-minutes", "30"]

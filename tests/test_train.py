@@ -27,12 +27,13 @@ from xformer_mllm.data.questions import QUESTION_PROMPT, ByImage
 from xformer_mllm.embedded.scenes import SceneCaptions, SceneQuestions
 from xformer_mllm.embedded.start import WEIGHTS, start_pretraining
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
-from xformer_mllm.train import callbacks, freeze
+from xformer_mllm.train import freeze, logs
 from xformer_mllm.train.batches import IGNORED, Stage1Collator, Stage2Collator
 from xformer_mllm.train.config import Stage1Config, Stage2Config, differences, read_config, write_config
+from xformer_mllm.train.logs import SPEED, RunLog
+from xformer_mllm.train.loop import NonFiniteError, TrainingLoop, parameter_groups, start_accelerator
 from xformer_mllm.train.run_folder import checkpoints, keep_until
 from xformer_mllm.train.stages import run_stage1, run_stage2
-from xformer_mllm.train.trainer import SPEED, NonFiniteError, XFormerTrainer, _arguments
 
 # 8 scenes in batches of 3: two batches an epoch, so that checkpoints fall in the middle and at the end of epochs; a log
 # every 4 steps and a checkpoint every 3, so that an average runs across a resumption.
@@ -210,7 +211,7 @@ def test_the_number_of_truncated_texts_is_printed(tmp_path, capsys):
 
 
 def test_ctrl_c_saves_a_checkpoint_after_the_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks.Progress, "on_log", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(logs.tqdm, "write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     run = tmp_path / "run"
     assert main([*STAGE1, "--variant", "qformer", "--save-steps", "99", "--output-dir", str(run)]) == 130
     (saved,) = checkpoints(run)
@@ -230,8 +231,6 @@ def test_from_pretraining_names_the_run_below(runs, tmp_path):
 
 
 def test_the_log_goes_where_it_is_asked_to(tmp_path, capsys):
-    config = Stage1Config(output_dir=tmp_path, report_to=("tensorboard", "trackio"))
-    assert _arguments(config, [0] * 100).report_to == ["trackio"]  # through the Trainer; TensorBoard is ours
     assert main(["train", "stage1", "--report-to", "--output-dir", str(tmp_path), *SHORT]) == 0
     assert not (tmp_path / "tensorboard").exists()
     if importlib.util.find_spec("wandb") is None:
@@ -328,60 +327,67 @@ class Standin(nn.Module):
         return ModelOutput(loss=loss, part_loss=value.mean(), vector=value)
 
 
-def standin_trainer(folder: Path, values: list[float], **config) -> XFormerTrainer:
+def standin_loop(folder: Path, values: list[float], **config) -> TrainingLoop:
     folder.mkdir(exist_ok=True)
     records = [{"id": f"record {number}", "value": value} for number, value in enumerate(values)]
 
     def collate(batch):
         return {"ids": [record["id"] for record in batch], "value": torch.tensor([r["value"] for r in batch])}
 
-    config = Stage1Config(output_dir=folder, batch_size=1, warmup_steps=0, bf16="no", **config)
-    return XFormerTrainer(Standin(), config, records, collate, [])
+    config = Stage1Config(output_dir=folder, batch_size=1, bf16="no", **{"warmup_steps": 0, **config})
+    return TrainingLoop(start_accelerator(), Standin(), config, records, collate, RunLog(folder, config.steps))
 
 
 @pytest.mark.parametrize(("bad", "what"), [(float("nan"), "loss nan, part_loss nan"), (3e38, "gradient norm inf")])
 def test_nan_names_its_step_and_its_records(tmp_path, bad, what):
-    trainer = standin_trainer(tmp_path, [1.0, 1.0, bad, 1.0], steps=4)
-    trainer.model.weight.data.mul_(1e-30)
-    trainer.model.bias.data.mul_(1e-30)
+    loop = standin_loop(tmp_path, [1.0, 1.0, bad, 1.0], steps=4)
+    loop.model.weight.data.mul_(1e-30)
+    loop.model.bias.data.mul_(1e-30)
     with pytest.raises(NonFiniteError, match=what) as error:
-        trainer.train()
-    step = trainer.state.global_step + 1
-    assert f"stopped at step {step}: " in str(error.value)
+        loop.train()
+    assert f"stopped at step {loop.step + 1}: " in str(error.value)
     assert "on the batch of 1 [record 2]" in str(error.value)
-    assert torch.isfinite(trainer.model.weight).all()
+    assert torch.isfinite(loop.model.weight).all()
 
 
 def test_every_scalar_is_averaged_between_logs_and_others_are_not_logged(tmp_path):
-    trainer = standin_trainer(tmp_path, [1.0, 2.0, 3.0, 4.0], steps=4, logging_steps=2, learning_rate=1e-12)
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert [log["step"] for log in logs] == [1, 2, 4]
-    assert (logs[0]["part_loss"] + logs[1]["part_loss"] + 2 * logs[2]["part_loss"]) == pytest.approx(10.0)
-    assert all(log["loss"] == pytest.approx(6 * log["part_loss"]) for log in logs)
-    assert not any("vector" in log for log in logs)
+    standin_loop(tmp_path, [1.0, 2.0, 3.0, 4.0], steps=4, logging_steps=2, learning_rate=1e-12).train()
+    logged = lines(tmp_path / "log.jsonl")
+    assert [log["step"] for log in logged] == [1, 2, 4]
+    assert (logged[0]["part_loss"] + logged[1]["part_loss"] + 2 * logged[2]["part_loss"]) == pytest.approx(10.0)
+    assert all(log["loss"] == pytest.approx(6 * log["part_loss"]) for log in logged)
+    assert not any("vector" in log for log in logged)
+
+
+def test_trackers_receive_every_log_with_its_speed(tmp_path):
+    loop, tracked = standin_loop(tmp_path, [1.0, 2.0], steps=2, logging_steps=1), []
+    loop.run_log.track = lambda values, step: tracked.append((step, values))
+    loop.train()
+    assert [step for step, _ in tracked] == [1, 2]
+    assert all({"loss", "part_loss", "learning_rate", *SPEED} <= values.keys() for _, values in tracked)
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine_to_its_minimum(tmp_path):
     steps = {"steps": 6, "logging_steps": 1, "learning_rate": 1e-9, "min_learning_rate": 2e-10}
-    trainer = standin_trainer(tmp_path, [1.0] * 6, **steps)
-    trainer.args.warmup_steps = 2
-    trainer.train()
-    logged = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    loop = standin_loop(tmp_path, [1.0] * 6, warmup_steps=2, **steps)
+    loop.train()
+    logged = [log["learning_rate"] for log in lines(tmp_path / "log.jsonl")]
     falling = [2e-10 + 8e-10 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert logged == pytest.approx([0, 5e-10, *falling], rel=1e-6)
-    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(2e-10)
+    assert loop.schedule.get_last_lr()[0] == pytest.approx(2e-10)
 
 
 def test_accumulated_steps_are_the_mean_of_their_batches(tmp_path):
-    one = standin_trainer(tmp_path / "one", [1.0, 3.0], steps=1, gradient_accumulation_steps=2, max_grad_norm=0)
-    one.train()
-    assert one.state.log_history[0]["grad_norm"] == pytest.approx(2.0 * 6**0.5)
+    standin_loop(tmp_path, [1.0, 3.0, 5.0], steps=2, gradient_accumulation_steps=2, max_grad_norm=0).train()
+    first, second = lines(tmp_path / "log.jsonl")
+    of_all = first["part_loss"] * 2 + second["part_loss"]  # the last batch of an epoch is a step by itself
+    assert of_all == pytest.approx(9.0)
+    assert first["grad_norm"] == pytest.approx(first["part_loss"] * 6**0.5)
+    assert second["grad_norm"] == pytest.approx(second["part_loss"] * 6**0.5)
 
 
-def test_only_matrices_that_train_decay(tmp_path):
-    trainer = standin_trainer(tmp_path, [1.0], steps=1)
-    decayed, others = trainer.create_optimizer().param_groups
+def test_only_matrices_that_train_decay():
+    decayed, others = parameter_groups(Standin(), 0.05)
     assert decayed["weight_decay"] == 0.05
     assert [tuple(p.shape) for p in decayed["params"]] == [(2, 2)]
     assert others["weight_decay"] == 0

@@ -16,7 +16,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import llm_inputs, randomise, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
-from transformers import TrainerCallback
 from transformers.utils import is_accelerate_available
 
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, processes
@@ -26,44 +25,14 @@ from xformer_mllm.model.distributed import rank
 from xformer_mllm.train import fsdp as sharding
 from xformer_mllm.train import state
 from xformer_mllm.train.batches import Stage1Collator
-from xformer_mllm.train.callbacks import Samples, SaveByTheClock
 from xformer_mllm.train.config import Stage1Config
+from xformer_mllm.train.logs import RunLog, Samples
+from xformer_mllm.train.loop import TrainingLoop, start_accelerator
 from xformer_mllm.train.run_folder import checkpoints, fault
-from xformer_mllm.train.trainer import XFormerTrainer
 
 WORLD = 2
 TABLE_ROWS = ["qformer", "xformer", "concat", "early_cross_attention", "clip_shallow", "no_reconstruction"]
 PRETRAINING, GENERATION = XFormerForPreTraining, XFormerForConditionalGeneration
-
-
-class Keep(TrainerCallback):
-    """The gradients of every step and the weights at the end, as one process sees them."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.gradients = folder, {}
-
-    def on_pre_optimizer_step(self, args, state_, control, model=None, **kwargs):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.gradients[f"{state_.global_step}.{name}"] = state.whole(parameter.grad).clone()
-
-    def on_train_end(self, args, state_, control, model=None, **kwargs):
-        weights = {name: state.whole(p.detach()).clone() for name, p in model.named_parameters()}
-        if state_.is_world_process_zero:
-            save_file(self.gradients, self.folder / "gradients.safetensors")
-            save_file(weights, self.folder / "weights.safetensors")
-            log = [record for record in state_.log_history if "loss" in record]
-            (self.folder / "log.json").write_text(json.dumps(log))
-
-
-class Sharded(XFormerTrainer):
-    """accelerate shards on GPUs alone; told that these processes are to be sharded, it shards CPU tensors as well."""
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.state.distributed_type = DistributedType.FSDP
-        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        self.is_fsdp_enabled = True
 
 
 def records(count: int) -> list[dict]:
@@ -129,8 +98,11 @@ def write(model) -> list[dict]:
     return [{"id": str(place), "text": str(row.tolist()), "reference": ""} for place, row in enumerate(said)]
 
 
-def train(folder: Path, kind: type, collate, count: int, batch: int, trainer=XFormerTrainer, resume=None, **settings):
-    """A run of `kind` on `count` records, everything equal but for how the work is shared."""
+def train(folder: Path, kind: type, collate, count: int, batch: int, sharded=False, resume=None, **settings):
+    """A run of `kind` on `count` records, everything equal but for how the work is shared.
+
+    Keeps the gradients of every step and the weights at the end, as one process sees them.
+    """
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     config = tiny_config()
@@ -140,14 +112,38 @@ def train(folder: Path, kind: type, collate, count: int, batch: int, trainer=XFo
     if kind is GENERATION:
         model.language_model.to(torch.bfloat16)  # frozen, beside trained fp32
     fields = {"steps": 3, "logging_steps": 1, "max_grad_norm": 1.0, "learning_rate": 1e-2} | settings
-    config = Stage1Config(output_dir=folder, batch_size=batch, warmup_steps=0, bf16="no", report_to=(), **fields)
-    callbacks = [Keep(folder), SaveByTheClock(30), Samples(folder, None, 2, write)]
-    run = trainer(model, config, records(count), collate, callbacks)
-    run.args.adam_epsilon = 1e-3  # else a gradient of 1e-9, which is 0 but for rounding, becomes a whole step
-    run.train(resume_from_checkpoint=resume)
-    weights = run.whole_weights()
-    if run.is_world_process_zero():
-        run.accelerator.unwrap_model(run.model).save_pretrained(folder / "model", state_dict=weights)
+    config = Stage1Config(
+        output_dir=folder, batch_size=batch, warmup_steps=0, bf16="no", report_to=(), sample_steps=2, **fields
+    )
+    accelerator = start_accelerator()
+    if sharded:  # accelerate shards on GPUs alone; told that these processes are to be sharded, it shards CPU tensors
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    samples = Samples(folder, None, write)
+    loop = TrainingLoop(accelerator, model, config, records(count), collate, RunLog(folder, config.steps), samples)
+    for group in loop.optimizer.param_groups:
+        group["eps"] = 1e-3  # else a gradient of 1e-9, which is 0 but for rounding, becomes a whole step
+    gradients = {}
+
+    def keep(*_):
+        for name, parameter in loop.whole_model.named_parameters():
+            if parameter.requires_grad:
+                gradients[f"{loop.step}.{name}"] = state.whole(parameter.grad).clone()
+
+    loop.optimizer.optimizer.register_step_pre_hook(keep)
+    loop.train(Path(resume) if resume else None)
+    weights = {name: state.whole(p.detach()).clone() for name, p in loop.whole_model.named_parameters()}
+    saved = loop.whole_weights()
+    if processes.is_first():
+        save_file(gradients, folder / "gradients.safetensors")
+        save_file(weights, folder / "weights.safetensors")
+        loop.whole_model.save_pretrained(folder / "model", state_dict=saved)
+    if sharded:
+        accelerator.state.distributed_type = DistributedType.MULTI_CPU
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 RUNS = {  # name: model, collator, records, joint batch. 9 records: what is left over of an epoch is dropped
@@ -173,13 +169,13 @@ def both(process: int, folder: str, port: int) -> None:
         train(root / f"{name}, two", kind, collate, count, batch // WORLD)
     for name in SHARDED:
         kind, collate, count, batch = RUNS[name]
-        train(root / f"{name}, sharded", kind, collate, count, batch // WORLD, Sharded)
+        train(root / f"{name}, sharded", kind, collate, count, batch // WORLD, sharded=True)
     train(root / "few", PRETRAINING, stage1_batch, 3, 2, steps=2)
     train(root / "saved", PRETRAINING, stage1_batch, 9, 2, save_steps=2)
     saved = str(root / "saved" / "checkpoint-2")
     train(root / "resumed by two", PRETRAINING, stage1_batch, 9, 2, resume=saved)
     if SHARDED:
-        train(root / "resumed sharded", PRETRAINING, stage1_batch, 9, 2, Sharded, resume=saved)
+        train(root / "resumed sharded", PRETRAINING, stage1_batch, 9, 2, sharded=True, resume=saved)
     refusal(process, root)
     torch.distributed.destroy_process_group()
 
@@ -243,7 +239,7 @@ def assert_same(one: Path, other: Path, what: str) -> None:
 )
 def test_two_processes_are_one_with_the_joint_batch(results, name, shared):
     one, other = results / name, results / f"{name}, {shared}"
-    ours, theirs = (json.loads((folder / "log.json").read_text()) for folder in (one, other))
+    ours, theirs = map(log_of, (one, other))
     assert [log["step"] for log in theirs] == [1, 2, 3]
     compared = {name for name in ours[0] if name.endswith(("loss", "accuracy"))}
     assert compared >= ({"lm_loss"} if name == "stage2" else {"itc_loss", "itm_loss", "itg_loss", "itm_accuracy"})
@@ -293,7 +289,7 @@ def test_a_checkpoint_holds_the_random_states_of_both(results):
 
 
 def test_fewer_records_than_a_joint_batch(results):
-    log = json.loads((results / "few" / "log.json").read_text())
+    log = log_of(results / "few")
     assert [record["step"] for record in log] == [1, 2]
 
 

@@ -4,7 +4,6 @@ import logging
 
 import torch
 from torch.nn.functional import normalize
-from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +20,7 @@ def query_similarity(queries: torch.Tensor) -> torch.Tensor:
     return (pairs / (count * (count - 1))).mean()
 
 
-class CollapseAlarm(TrainerCallback):
+class CollapseAlarm:
     """One warning when `query_similarity` was above COLLAPSED in LOGS_UNTIL_ALARM logs in a row; again after a recovery.
 
     All queries then carry the same vector: 32 of them say no more than one.
@@ -30,14 +29,15 @@ class CollapseAlarm(TrainerCallback):
     def __init__(self):
         self.above = 0
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        similarity = (logs or {}).get("query_similarity")
+    def check(self, step: int, values: dict[str, float]) -> None:
+        """Look at the values of a log."""
+        similarity = values.get("query_similarity")
         if similarity is None:
             return
         self.above = self.above + 1 if similarity > COLLAPSED else 0
-        if self.above == LOGS_UNTIL_ALARM and state.is_world_process_zero:
+        if self.above == LOGS_UNTIL_ALARM:
             logger.warning(
                 "step %d: the queries have collapsed: two of one image have a cosine of %.3f, above %.2f for %d logs; "
                 "see docs/training.md (equal initial queries? learning rate too high? wrong normalisation?)",
-                state.global_step, similarity, COLLAPSED, LOGS_UNTIL_ALARM,
+                step, similarity, COLLAPSED, LOGS_UNTIL_ALARM,
             )  # fmt: skip

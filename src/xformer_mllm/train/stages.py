@@ -1,6 +1,6 @@
 """Assemble the two stages of training: from a configuration to model, data, collator and a finished run.
 
-`run_folder.py` says what the run's folder holds; `trainer.py` has the training loop.
+`run_folder.py` says what the run's folder holds; `loop.py` has the training loop.
 """
 
 import importlib.util
@@ -28,7 +28,6 @@ from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration,
 from xformer_mllm.report.reconstructions import panel_grid, reconstructions, to_panels
 from xformer_mllm.train import datasets, freeze, run_folder
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
-from xformer_mllm.train.callbacks import Interruption, Progress, RunLog, Samples, SaveByTheClock, Truncations
 from xformer_mllm.train.config import (
     CONFIG_FILE,
     RunConfig,
@@ -39,8 +38,8 @@ from xformer_mllm.train.config import (
 )
 from xformer_mllm.train.datasets import Records
 from xformer_mllm.train.feature_cache import FeatureCache, WithFeatures
-from xformer_mllm.train.health import CollapseAlarm
-from xformer_mllm.train.trainer import XFormerTrainer, uses_bf16
+from xformer_mllm.train.logs import RunLog, Samples
+from xformer_mllm.train.loop import TrainingLoop, start_accelerator, uses_bf16
 from xformer_mllm.variants import variant_config
 
 STANDARDISED_OVER = 256  # images, whose tokens' statistics the fresh layer norms start with
@@ -188,35 +187,42 @@ def _run(
     if config.feature_cache is not None:
         train, collator = _cached(config, model, train, collator, _image_size(processor))
     pixels = processor(images=[record["image"] for record in held_out])["pixel_values"]
-    texts, draw = _texts(folder, pixels, held_out, write), _draw(model, pixels)
     tensorboard = None
     if processes.is_first() and "tensorboard" in config.report_to:
         tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-    callbacks = [
-        Progress(),
-        RunLog(folder, tensorboard),
-        SaveByTheClock(config.save_minutes),
-        Samples(folder, tensorboard, config.sample_steps, texts, draw),
-        CollapseAlarm(),
-        Truncations(text_collator),
-        interruption := Interruption(),
-    ]
-    trainer = XFormerTrainer(model, config, train, collator, callbacks)
+    trackers: list[str] = [name for name in config.report_to if name != "tensorboard"]
+    accelerator = start_accelerator(trackers)
+    if trackers:
+        accelerator.init_trackers("xformer", init_kwargs={name: {"name": folder.name} for name in trackers})
+    run_log = RunLog(folder, config.steps, tensorboard, accelerator.log)
+    samples = Samples(folder, tensorboard, _texts(folder, pixels, held_out, write), _draw(model, pixels))
+    loop = TrainingLoop(
+        accelerator, model, config, train, collator, run_log, samples, _report_truncated(text_collator)
+    )
     began = time.perf_counter()
     try:
-        with interruption:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if interruption.caught and trainer.state.global_step < config.steps:
-            raise KeyboardInterrupt
+        loop.train(checkpoint)
     except KeyboardInterrupt:
         if processes.is_first():
             print(_saved(folder))
         raise
     finally:
+        accelerator.end_training()
         if tensorboard is not None:
             tensorboard.close()
-    _finish(folder, trainer, processor, start, time.perf_counter() - began)
+    _finish(folder, loop, processor, start, time.perf_counter() - began)
     return folder
+
+
+def _report_truncated(collator: Any) -> Callable[[], None]:
+    """A function that prints how many texts were truncated since now."""
+    before = collator.cut.count.value  # of the images that the run standardised on
+
+    def report() -> None:
+        if processes.is_first() and (count := collator.cut.count.value - before):
+            print(f"{count:,} texts of the first epoch were truncated to --max-text-tokens {collator.cut.limit}")
+
+    return report
 
 
 def _saved(folder: Path) -> str:
@@ -320,23 +326,22 @@ def _draw(model: Any, pixels: torch.Tensor) -> Draw | None:
     return draw
 
 
-def _finish(folder: Path, trainer: XFormerTrainer, processor: Any, start: int, seconds: float) -> None:
+def _finish(folder: Path, loop: TrainingLoop, processor: Any, start: int, seconds: float) -> None:
     """Save the summary and the model."""
-    weights = trainer.whole_weights()  # a collective: all processes take part
-    if not trainer.is_world_process_zero():
+    weights = loop.whole_weights()  # a collective: all processes take part
+    if not processes.is_first():
         return
     summary = {
-        "steps": trainer.state.global_step,
-        "steps_in_this_session": trainer.state.global_step - start,
+        "steps": loop.step,
+        "steps_in_this_session": loop.step - start,
         "seconds_in_this_session": round(seconds, 2),
-        "share_of_time_waiting_for_data": round(trainer.data_seconds / seconds, 4),
-        "processes": trainer.args.world_size,
-        "bf16": trainer.args.bf16,
+        "share_of_time_waiting_for_data": round(loop.data_seconds / seconds, 4),
+        "processes": loop.accelerator.num_processes,
+        "bf16": loop.bf16,
         "threads": torch.get_num_threads(),
-        "device": str(trainer.args.device),
+        "device": str(loop.accelerator.device),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    run_folder.save_model(folder, model, processor, weights, summary)
+    run_folder.save_model(folder, loop.whole_model, processor, weights, summary)

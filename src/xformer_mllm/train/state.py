@@ -1,6 +1,6 @@
 """The state of a run between two steps, as tensors and JSON.
 
-transformers' Trainer writes optimiser, schedule and random states as pickles; we neither publish nor load pickles. Where
+Everything is safetensors and JSON: no pickle is written or loaded. Where
 FSDP has split a tensor over the processes, all of them put it together and one writes it: a checkpoint is the same
 whatever the number of processes, and is read by another number of them, or without FSDP.
 """
