@@ -21,6 +21,8 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
+from xformer_mllm.train.run_folder import checkpoints, step_of
+
 GOES_ON = re.compile(r"resuming from .*checkpoint-(\d+)")
 LOOK = 0.002  # seconds between two looks
 A_STEP, A_WRITING = 0.1, 0.03  # seconds, about: the kill comes within
@@ -103,7 +105,7 @@ def half_written(run: Path, began: float) -> bool:
 
 def newest(run: Path) -> int:
     """The step of the newest complete checkpoint, 0 if there is none."""
-    return max((int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*")), default=0)
+    return next((step_of(checkpoint) for checkpoint in checkpoints(run)), 0)
 
 
 def logged(run: Path) -> int:
