@@ -39,7 +39,7 @@ def test_every_variant_survives_saving(tmp_path, variant, tower):
         ({"mae_config": LlamaConfig()}, "mae_config: a llama has no single patch_size; the second encoder must be"),
         ({"mae_config": ResNetConfig()}, "mae_config: a resnet has no single hidden_size"),
         ({"mae_config": SwinConfig()}, "mae_config: a swin has no single num_attention_heads"),
-        ({"mae_config": ViTMAEConfig(image_size=30, patch_size=8)}, "30 is no multiple of patch_size 8"),
+        ({"mae_config": ViTMAEConfig(image_size=30, patch_size=8)}, "30 is not a multiple of patch_size 8"),
     ],
 )
 def test_what_cannot_go_together_is_said_in_one_line(changes, message):
@@ -61,7 +61,9 @@ def test_what_is_no_x_formers_is_not_read_as_the_papers(tmp_path):
     run, model = tmp_path / "run", tmp_path / "run" / "model"
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"steps": 3}))
-    with pytest.raises(ValueError, match=r"run/config.json is no X-Former's configuration \(model_type: unknown\)$"):
+    with pytest.raises(
+        ValueError, match=r"run/config.json is not an X-Former's configuration \(model_type: unknown\)$"
+    ):
         XFormerConfig.from_pretrained(run)
     tiny_config(num_query_tokens=3).save_pretrained(model)
     for source in (run, run / "config.json"):
@@ -72,7 +74,9 @@ def test_what_is_no_x_formers_is_not_read_as_the_papers(tmp_path):
     for source in (model, model / "config.json"):
         assert XFormerConfig.from_pretrained(source).num_query_tokens == 3
     ViTMAEConfig().save_pretrained(tmp_path / "mae")
-    with pytest.raises(ValueError, match=r"mae/config.json is no X-Former's configuration \(model_type: vit_mae\)$"):
+    with pytest.raises(
+        ValueError, match=r"mae/config.json is not an X-Former's configuration \(model_type: vit_mae\)$"
+    ):
         XFormerConfig.from_pretrained(tmp_path / "mae")
     whole = ViTMAEConfig()
     whole.xformer_config = tiny_config(num_query_tokens=5).to_dict()

@@ -149,7 +149,7 @@ def test_folder(tmp_path):
 def test_not_a_image(tmp_path, content):
     path = tmp_path / "notes.png"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="not an image that can be read") as error:
+    with pytest.raises(ValueError, match="not a readable image") as error:
         load_image(path)
     assert_one_line_naming(error, "notes.png")
 
@@ -160,7 +160,7 @@ def test_truncated_file(tmp_path, name):
     path = saved(tmp_path, Image.fromarray(pixels), name)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"damaged or cut short|not an image") as error:
+    with pytest.raises(ValueError, match=r"damaged or cut short|not a readable image") as error:
         load_image(path)
     assert_one_line_naming(error, name)
 

@@ -279,7 +279,7 @@ def test_instruction_aware_queries_read_the_prompt_of_their_text(images, texts):
         assert not torch.allclose(model(images, ids, mask, **swapped).logits, logits)
         shared = model(images, ids, mask, image_index=index, **read).logits
         torch.testing.assert_close(shared, model(images[index], ids, mask, **read).logits)
-        with pytest.raises(ValueError, match="this model reads the prompt"):
+        with pytest.raises(ValueError, match="this model's queries read the prompt"):
             model(images, ids, mask)
     a = model.generate(images, ids, mask, image_index=index, max_new_tokens=3, **read)
     assert torch.equal(a, model.generate(images[index], ids, mask, max_new_tokens=3, **read))
@@ -299,14 +299,20 @@ def test_each_text_needs_its_image(images, aware):
                 call(images[:count], ids, mask, **prompts, **index)
             assert "\n" not in str(caught.value)
 
-    said("4 images, 1 text: as many texts as images, or image_index", 4, 1)
-    said("1 image, 4 texts: as many texts as images, or image_index", 1, 4)
+    said("4 images, 1 text: pass as many texts as images, or image_index", 4, 1)
+    said("1 image, 4 texts: pass as many texts as images, or image_index", 1, 4)
     said("1 image, 2 texts", 1, 2)
     said("image_index names 3 images for 2 texts", 4, 2, image_index=torch.tensor([0, 1, 2]))
     in_use = (model.generate,)
-    said(r"image_index is \[0, 4\] of 4 images: 0 to 3", 4, 2, in_use, image_index=torch.tensor([0, 4]))
-    said(r"image_index is \[-1, 0\] of 1 image: 0 to 0", 1, 2, in_use, image_index=[-1, 0])
-    with pytest.raises(ValueError, match="1 soft prompt, 4 texts"):
+    said(
+        r"image_index is \[0, 4\], but must be from 0 to 3 \(4 images\)",
+        4,
+        2,
+        in_use,
+        image_index=torch.tensor([0, 4]),
+    )
+    said(r"image_index is \[-1, 0\], but must be from 0 to 0 \(1 image\)", 1, 2, in_use, image_index=[-1, 0])
+    with pytest.raises(ValueError, match="1 soft prompt for 4 texts"):
         model(None, *llm_inputs(config, 4), soft_prompt=torch.zeros(1, 4, 36))
     if aware:
         with pytest.raises(ValueError, match="4 images, 2 texts"):
@@ -318,7 +324,7 @@ def test_each_text_needs_its_image(images, aware):
 
 def test_what_cannot_generate_says_what_is_missing(tmp_path):
     model = XFormerForConditionalGeneration(tiny_config())
-    with pytest.raises(ValueError, match="give pixel_values"):
+    with pytest.raises(ValueError, match="pass pixel_values"):
         model.generate(input_ids=llm_inputs(model.config, 1)[0])
     XFormerForPreTraining(tiny_config(text_config=None)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a model of stage 1 has no language model to generate with"):
@@ -448,8 +454,8 @@ WRONG_PIXELS = {
     "channels last": (lambda images: images.permute(0, 2, 3, 1), r"uint8\[4, 32, 32, 3\]$"),
     "grey": (lambda images: images[:, :1], r"uint8\[4, 1, 32, 32\]$"),
     "none": (lambda images: images[:0], r"uint8\[0, 3, 32, 32\]$"),
-    "an array": (lambda images: images.numpy(), "here ndarray$"),
-    "nothing": (lambda images: None, "give pixel_values"),
+    "an array": (lambda images: images.numpy(), "not ndarray$"),
+    "nothing": (lambda images: None, "pass pixel_values"),
 }
 
 

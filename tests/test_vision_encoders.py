@@ -210,9 +210,9 @@ def test_a_tower_of_any_size_sees_the_clips_images_others_their_own(images):
     assert XFormerModel(tiny_config(**fields, mae_image_size=56))(images).mae_tokens.shape[1] == 1 + 49
     patches_of_14 = {"reconstruction": False, "mae_config": Dinov2Config(**SIZES)}
     assert tiny_config(**patches_of_14).mae_image_size == 28
-    with pytest.raises(ValueError, match="image_size 33 is no multiple of patch_size 8"):
+    with pytest.raises(ValueError, match="image_size 33 is not a multiple of patch_size 8"):
         tiny_config(**fields, mae_image_size=33)
-    with pytest.raises(ValueError, match="mae_image_size is 32, but this siglip_vision_model takes 48 alone"):
+    with pytest.raises(ValueError, match="mae_image_size is 32, but this siglip_vision_model only takes 48"):
         tiny_config(mae_config=large, reconstruction=False, mae_image_size=32)
 
 
@@ -233,7 +233,7 @@ def test_a_whole_siglip_stands_for_its_vision_tower():
 
 
 def test_naflex_cannot_be_the_clip_tower():
-    with pytest.raises(ValueError, match="can be the second encoder alone"):
+    with pytest.raises(ValueError, match="use it as the second encoder only"):
         tiny_config(clip_config=Siglip2VisionConfig(**SIZES | {"hidden_size": 32}))
 
 

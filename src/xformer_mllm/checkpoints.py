@@ -1,6 +1,6 @@
-"""Assembling models: parts -> a starting X-Former; stage 1's result and a language model -> the start of stage 2.
+"""Assemble and load models: the start of each stage from its parts, and trained models for inference.
 
-A tensor that the new model has and a part lacks is an error.
+A tensor that the model has and a part lacks is an error.
 """
 
 import logging
@@ -44,14 +44,14 @@ STAGES = {
     XFormerForConditionalGeneration.__name__: "stage-2",
     XFormerForImageTextRetrieval.__name__: "retrieval",
 }
-"""What a class of model is called in messages."""
+"""Names of the model classes in messages."""
 
 
 def copy_weights(source: dict[str, torch.Tensor], target: nn.Module, name: str) -> None:
-    """Load all of `target` from `source`, which may hold more.
+    """Load every tensor of `target` from `source`, which may have more.
 
     Raises:
-        ValueError: naming the first tensor that `source` lacks or has in another shape.
+        ValueError: names the first tensor that `source` lacks or has in another shape.
     """
     wanted = target.state_dict()
     for key, tensor in wanted.items():
@@ -70,7 +70,7 @@ def continue_pretraining(folder: Path, variant: str) -> tuple[XFormerForPreTrain
 
     Args:
         folder: of the model or of its run.
-        variant: the variant that it must be.
+        variant: expected variant.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such model, or one of another kind or variant.
@@ -89,7 +89,7 @@ def continue_pretraining(folder: Path, variant: str) -> tuple[XFormerForPreTrain
 
 def load_second_encoder(model: Any, source: str | Path) -> None:
     if not model.config.has_mae:
-        tower = type(model.mae_encoder).from_pretrained(source)  # of a whole CLIP or SigLIP, its vision tower
+        tower = type(model.mae_encoder).from_pretrained(source)  # for a whole CLIP or SigLIP, its vision tower
         copy_weights(tower.state_dict(), model.mae_encoder, "second encoder")
         return
     mae = ViTMAEForPreTraining.from_pretrained(source)
@@ -104,14 +104,14 @@ def attention_for_device() -> str:
 
 
 def bf16_is_fast() -> bool:
-    """On GPUs that have it, and on CPUs with bf16 products in hardware (AMX, or AVX-512's); elsewhere it is emulated."""
+    """Whether the hardware multiplies bf16: GPUs that support it, CPUs with AMX or AVX-512 BF16; others emulate it."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen language model, causal or an encoder-decoder, without dropout, and its tokenizer.
+    """Load a frozen language model, causal or encoder-decoder, without dropout, and its tokenizer.
 
     Args:
         name: "opt" (the shipped tiny one), "smollm2", a directory or a Hub id. fp16 weights are loaded in bf16.
@@ -143,17 +143,17 @@ def start_generation(
     chat_template: bool = False,
     lora_rank: int = 0,
 ) -> tuple[XFormerForConditionalGeneration, XFormerProcessor]:
-    """Put a language model after stage 1's result: the start of stage 2 (paper section "Stage 2").
+    """Combine stage 1's model with a language model: the start of stage 2 (paper section "Stage 2").
 
     Unless it is instruction-aware, the Q-Former drops its text feed-forwards and word embeddings, as in BLIP-2.
 
     Args:
         pretrained: directory of a saved `XFormerForPreTraining` with its processor; or of `xformer convert --llm`, which
-            has its language model and projection already: `llm` and `seed` are then ignored.
+            already has a language model and a projection: `llm` and `seed` are then ignored.
         llm: as `load_language_model` takes it.
         seed: of the new projection and adapters.
-        instruction_aware: the queries read the prompt, too (InstructBLIP).
-        chat_template: use the language model's chat template.
+        instruction_aware: whether the queries also read the prompt (InstructBLIP).
+        chat_template: whether to use the language model's chat template.
         lora_rank: rank of the LoRA adapters on the language model; 0 for none, as in the paper.
 
     Raises:

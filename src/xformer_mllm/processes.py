@@ -1,7 +1,7 @@
-"""Runs of several processes: who writes and speaks, and how all come to one decision.
+"""Runs of several processes: which one writes and prints, and how all make the same decision.
 
-torchrun and `accelerate launch` start a process for each device and tell it its place in the environment; accelerate
-makes the process group of that. A process that was started by itself is alone, and needs none.
+torchrun and `accelerate launch` start a process for each device and describe it in environment variables, from which
+accelerate builds the process group. A single process needs none.
 """
 
 import atexit
@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def join(timeout: timedelta = TIMEOUT) -> PartialState:
-    """This process's place among the others, and its device."""
+    """Join the process group, if there is one; return this process's rank and device."""
     process = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     if process.num_processes > 1:
         atexit.register(_outlive_the_collectives)
@@ -31,9 +31,9 @@ def join(timeout: timedelta = TIMEOUT) -> PartialState:
 
 
 def _outlive_the_collectives() -> None:
-    """Let gloo's threads free the last tensors they sent, which they do a moment after the collective has returned.
+    """Wait for gloo's threads to free the last tensors they sent, a moment after the collective has returned.
 
-    A thread that finds Python ended by then aborts the process, which had done all its work.
+    A thread that finds the interpreter gone aborts the process.
     """
     time.sleep(0.2)
 
@@ -43,9 +43,9 @@ def is_first() -> bool:
 
 
 def on_first(decide: Callable[[], T]) -> T:
-    """What `decide` returns on the first process, which alone calls it, on all of them.
+    """Call `decide` on the first process and return its result on all of them.
 
-    What it raises there, if it is something the user can mend, ends the others, too, without a word.
+    If it raises ValueError or OSError, the first process raises it and the others exit silently.
     """
     found: list = [None, False]
     error = None
@@ -63,7 +63,7 @@ def on_first(decide: Callable[[], T]) -> T:
 
 
 def together(build: Callable[[], T]) -> T:
-    """What `build` returns on each process. Where it fails, all of them end, and the first one says why."""
+    """Call `build` on each process and return its result. If one fails, all end and the first one reports why."""
     result, error = None, None
     try:
         result = build()
@@ -81,7 +81,7 @@ def together(build: Callable[[], T]) -> T:
 
 
 def take_weights_of_first(model: nn.Module) -> None:
-    """Give what is trained the first process's values on all of them."""
+    """Broadcast the first process's trainable parameters to all processes."""
     if distributed.is_initialized():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -89,11 +89,11 @@ def take_weights_of_first(model: nn.Module) -> None:
 
 
 def described() -> str:
-    """One line: how many processes share the work, and how."""
+    """Describe how many processes share the work, and how."""
     process = PartialState()
     if process.num_processes == 1:
         here = torch.cuda.device_count()
-        hint = f"; {here} GPUs are here: torchrun --no-python --nproc-per-node {here} xformer ... takes all"
+        hint = f"; to use all {here} GPUs: torchrun --no-python --nproc-per-node {here} xformer ..."
         return f"1 process on {process.device}{hint if here > 1 else ''}"
     how = "DDP"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

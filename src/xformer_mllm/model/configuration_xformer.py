@@ -17,68 +17,68 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 HALF = [0.5, 0.5, 0.5]
 
-# What a kind of tower was trained on, where it is not what `clip_mean` and `mae_mean` have as their defaults.
+# Pixel statistics of a kind of tower, if they are not the defaults of `clip_mean` and `mae_mean`.
 PIXEL_STATISTICS = {
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "blip_2_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip_vision_model": (HALF, HALF),
     "siglip2_vision_model": (HALF, HALF),
 }
-# Towers that resize their positions by themselves, or have none that would need it.
+# Towers that interpolate their position embeddings.
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "siglip2_vision_model")
 
 FUSIONS = ("none", "concat", "early_cross_attention", "dual_cross_attention")
 
 
 def _nested(value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
-    """A sub-configuration from what `config.json` holds: a dictionary with its `model_type`."""
+    """A sub-configuration, from a dictionary with its `model_type` as in `config.json`."""
     if not isinstance(value, dict):
         return value
     return AutoConfig.for_model(**value)
 
 
 def _vision(value: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
-    """A vision tower's configuration; of a whole CLIP's or SigLIP's, its vision tower's."""
+    """A vision tower's configuration; for a whole CLIP or SigLIP, that of its vision tower."""
     config = _nested(value)
     return getattr(config, "vision_config", config)
 
 
 class XFormerConfig(PreTrainedConfig):
-    """Configuration of X-Former and of every model that the paper compares it with (see `variants.py`).
+    """Configuration of X-Former and of the models that the paper compares it with (see `variants.py`).
 
     Args:
         clip_config: the contrastive tower: `Blip2VisionConfig` (EVA-CLIP ViT-g), `CLIPVisionConfig`, `SiglipVisionConfig`.
-        mae_config: the second encoder, which gives M; None for a model without one. `ViTMAEConfig` of a MAE with its
-            decoder, or any vision tower's, of which M is the last hidden state: `Dinov2Config`, `Dinov2WithRegistersConfig`,
+        mae_config: the second encoder, whose tokens are M; None for a model without one. `ViTMAEConfig` for a MAE with its
+            decoder, or another vision tower's, whose last hidden state is M: `Dinov2Config`, `Dinov2WithRegistersConfig`,
             `DINOv3ViTConfig`, `SiglipVisionConfig` (SigLIP, and SigLIP 2 of fixed resolution), `Siglip2VisionConfig`
-            (NaFlex), `CLIPVisionConfig`. These have no decoder: they need `reconstruction=False`, and nothing is masked.
-        qformer_config: `Blip2QFormerConfig`; `use_qformer_text_input=True` is what stage 1 needs (text feed-forwards).
+            (NaFlex), `CLIPVisionConfig`. These have no decoder: they need `reconstruction=False`, and no patches are masked.
+        qformer_config: `Blip2QFormerConfig`; stage 1 needs `use_qformer_text_input=True` (text feed-forwards).
         text_config: any causal language model's configuration, or an encoder-decoder's (FlanT5); None before stage 2.
-        clip_feature_layer: which of the tower's layers gives C. BLIP-2 takes the penultimate layer (-2); transformers'
-            `Blip2VisionConfig` describes a ViT-g whose last layer is already removed, so there it is -1.
+        clip_feature_layer: layer of the tower whose output is C. BLIP-2 uses the penultimate layer (-2); transformers'
+            `Blip2VisionConfig` describes a ViT-g without its last layer, so there it is -1.
         clip_shallow_layer: if set, M is this layer of the CLIP tower and there is no MAE (the paper's ablation: 26).
         fusion: one of `FUSIONS`.
         fusion_blocks: number of dual cross-attention blocks.
-        reconstruction: stage 1 has the masked-image reconstruction loss.
-        reconstruction_in_stage2: stage 2 keeps it (the paper's ablation; it hurts).
+        reconstruction: whether stage 1 has the masked-image reconstruction loss.
+        reconstruction_in_stage2: whether stage 2 keeps it (the paper's ablation; it hurts).
         instruction_aware: in stage 2 the queries also read the language model's prompt inside the Q-Former (InstructBLIP);
             not in the paper.
-        lora_rank: of the LoRA adapters that the language model has in stage 2 (needs the package peft); 0 for none, as in
-            the paper.
-        mask_ratio: share of the MAE's patches that are masked where there is a reconstruction loss.
+        lora_rank: rank of the language model's LoRA adapters in stage 2 (needs the package peft); 0 for none, as in the
+            paper.
+        mask_ratio: share of the MAE's patches that are masked for the reconstruction loss.
         label_smoothing: of ITC and ITG (BLIP-2's 0.1).
         initial_temperature: of ITC, learned (BLIP-2's 0.07).
         image_text_hidden_size: width of the shared image-text space of ITC.
         image_token_index: id of the image placeholder in the language model's tokenizer; set with the tokenizer.
-        text_start_token_id: id of [DEC] in the Q-Former's tokenizer, which starts a text that is to be generated (ITG).
+        text_start_token_id: id of [DEC] in the Q-Former's tokenizer, which starts a generated text (ITG).
         clip_mean, clip_std, mae_mean, mae_std: per-channel statistics of pixels in [0, 1], applied inside the model; by
-            default what the kind of tower was trained on (`PIXEL_STATISTICS`; else CLIP's, and ImageNet's for M).
-        mae_image_size: side of the images that the second encoder is given; by default its own, and for towers of
-            `ANY_SIZE` the CLIP's, in whole patches (DINOv2's own 518 pixels would only enlarge the CLIP's 224).
+            default those of the kind of tower (`PIXEL_STATISTICS`; else CLIP's, and ImageNet's for M).
+        mae_image_size: side of the second encoder's images; by default its own, and for towers of `ANY_SIZE` the CLIP's, in
+            whole patches (DINOv2's own 518 pixels would only enlarge the CLIP's 224).
         itc_weight, itm_weight, itg_weight, reconstruction_weight: weights of the stage-1 losses (all 1 in the paper).
 
     Raises:
-        ValueError: in one line, where two of these cannot go together.
+        ValueError: for values that contradict each other.
     """
 
     model_type = "xformer"
@@ -121,10 +121,10 @@ class XFormerConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As transformers' own, which would give the defaults for what is no X-Former's.
+        """Read a configuration as transformers does, but refuse those of other models, which would get defaults.
 
         Raises:
-            ValueError: in one line, if it is not.
+            ValueError: if it is not an X-Former's.
         """
         source = pretrained_model_name_or_path
         fields, kwargs = super().get_config_dict(source, **kwargs)
@@ -133,7 +133,7 @@ class XFormerConfig(PreTrainedConfig):
             file = source if os.path.isfile(source) else os.path.join(source, "config.json")
             model = os.path.join(os.path.dirname(file), "model")
             kind = fields.get("model_type", "unknown")
-            what = f"{file} is no X-Former's configuration (model_type: {kind})"
+            what = f"{file} is not an X-Former's configuration (model_type: {kind})"
             if "model_type" not in fields and os.path.isdir(model):
                 what = f"{file} is a run's configuration; the model's is in {model}"
             raise ValueError(what)
@@ -165,17 +165,17 @@ class XFormerConfig(PreTrainedConfig):
         self._check_sizes()
 
     def _set_pixel_defaults(self) -> None:
-        """Mean, deviation and size of the pixels of both encoders, by the kind of each, where they are not given."""
+        """Set mean, deviation and size of both encoders' pixels by their kinds, unless given."""
         if not hasattr(self.clip_config, "image_size"):
             raise ValueError(
-                f"clip_config: a {self.clip_config.model_type} has no image_size; it can be the second encoder alone"
+                f"clip_config: a {self.clip_config.model_type} has no image_size; use it as the second encoder only"
             )
         clip = PIXEL_STATISTICS.get(self.clip_config.model_type, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         self.clip_mean, self.clip_std = self.clip_mean or clip[0], self.clip_std or clip[1]
         kind = getattr(self.mae_config, "model_type", "")
         sizes = ("hidden_size", "num_attention_heads", "patch_size", *(() if kind in ANY_SIZE else ("image_size",)))
         for name in sizes if kind else ():
-            if not isinstance(getattr(self.mae_config, name, None), int):  # others have none, or one of each stage
+            if not isinstance(getattr(self.mae_config, name, None), int):  # others have none, or one for each stage
                 raise ValueError(
                     f"mae_config: a {kind} has no single {name}; the second encoder must be a vision transformer, "
                     "such as a ViTMAEConfig or a Dinov2Config describes"
@@ -198,17 +198,17 @@ class XFormerConfig(PreTrainedConfig):
 
     @property
     def has_second_encoder(self) -> bool:
-        """Whether there are tokens M at all."""
+        """Whether the model has tokens M."""
         return self.mae_config is not None or self.clip_shallow_layer is not None
 
     @property
     def has_mae(self) -> bool:
-        """Whether M comes from a MAE: what can be masked, and has a decoder to reconstruct with."""
+        """Whether M comes from a MAE, which can mask patches and has a decoder."""
         return self.mae_config is not None and self.mae_config.model_type == ViTMAEConfig.model_type
 
     @property
     def second_encoder_config(self) -> PreTrainedConfig:
-        """Of the tower that gives M: its width and its number of heads."""
+        """Configuration of the tower whose tokens are M."""
         return self.clip_config if self.mae_config is None else self.mae_config
 
     def _check(self) -> None:
@@ -252,7 +252,7 @@ class XFormerConfig(PreTrainedConfig):
         if not 0.0 <= self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio is {self.mask_ratio}; it must be at least 0 and below 1")
         if self.reconstruction and self.mask_ratio == 0.0:
-            raise ValueError("reconstruction needs a mask_ratio above 0: its loss is taken on masked patches alone")
+            raise ValueError("reconstruction needs a mask_ratio above 0: its loss is on masked patches only")
 
     def _check_sizes(self) -> None:
         sizes = [("clip_config", self.clip_config, self.clip_config.image_size)]
@@ -261,11 +261,11 @@ class XFormerConfig(PreTrainedConfig):
             kind = self.mae_config.model_type
             if kind not in ANY_SIZE and self.mae_image_size != self.mae_config.image_size:
                 raise ValueError(
-                    f"mae_image_size is {self.mae_image_size}, but this {kind} takes {self.mae_config.image_size} alone"
+                    f"mae_image_size is {self.mae_image_size}, but this {kind} only takes {self.mae_config.image_size}"
                 )
         for name, tower, size in sizes:
             if size == 0 or size % tower.patch_size:
-                raise ValueError(f"{name}: image_size {size} is no multiple of patch_size {tower.patch_size}")
+                raise ValueError(f"{name}: image_size {size} is not a multiple of patch_size {tower.patch_size}")
 
 
 __all__ = ["FUSIONS", "XFormerConfig"]

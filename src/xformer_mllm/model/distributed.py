@@ -1,8 +1,8 @@
 """Gathering over processes; the identity on one process, with no process group needed.
 
-A loss that each process takes as a mean over its own items equals the mean over the joint batch only where all processes
-bring equally many. `share` mends that: DDP and FSDP average the gradients of the processes, so N processes of batch b
-give the gradient of one process of batch N * b, whatever the lengths of their texts.
+The average of the processes' mean losses equals the mean over the joint batch only if all of them have equally many items.
+`share` corrects for that: DDP and FSDP average gradients over processes, so N processes of batch b give the gradient of
+one process of batch N * b, whatever the lengths of their texts.
 """
 
 import torch
@@ -19,7 +19,7 @@ def rank() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """All rows on every process; backward sums what all processes' losses say about this process's rows."""
+    """All rows on every process; backward sums the gradients of all processes' losses for this process's rows."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        # torch.distributed.nn.functional.all_gather gives wrong sums for gradients that are not contiguous (gloo).
+        # torch.distributed.nn.functional.all_gather returns wrong sums for non-contiguous gradients (gloo).
         gradient = gradient.contiguous()
         distributed.all_reduce(gradient)
         return gradient.chunk(_world_size())[rank()]
@@ -39,15 +39,15 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """[B, ...] of each process -> [processes * B, ...] on all of them, in the order of their ranks, with gradient.
 
     The gradient of every process's loss flows back to the process that owns the row. As DDP averages over processes,
-    N processes of batch b give the gradient of one process of batch N * b. All processes must bring the same shape.
+    N processes of batch b give the gradient of one process of batch N * b. Shapes must be the same on all processes.
     """
     return tensor if _world_size() == 1 else _Gather.apply(tensor.contiguous())
 
 
 def equally_long(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their padding mask [B, T], padded on the right to the longest T of all processes.
+    """Pad token ids and their mask [B, T] on the right to the longest T of all processes, for `gather`.
 
-    Then they can be gathered. What stands at a padded place becomes 0 everywhere: equal texts stay equal rows.
+    Padding becomes 0 on every process, so that equal texts are equal rows.
     """
     if _world_size() == 1:
         return ids, mask
@@ -59,10 +59,10 @@ def equally_long(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def share(items: torch.Tensor) -> torch.Tensor | float:
-    """What to multiply this process's mean with, so that the processes' average is the mean over the joint batch.
+    """Weight of this process's mean, so that the average over processes is the mean over the joint batch.
 
     Args:
-        items: what the mean is over: a mask, true (or 1) for every token or pair that counts.
+        items: a mask of what the mean is over, true (or 1) for every token or pair that counts.
 
     Returns:
         This process's number of items over the processes' average number of them; 1 on one process.

@@ -1,14 +1,14 @@
 """How the MAE tokens reach the queries: the four ways that the paper compares, behind one interface.
 
-A fusion says what the Q-Former reads (`qformer_inputs`) and what becomes of its output (`forward`):
+A fusion determines what the Q-Former reads (`qformer_inputs`) and what happens to its output (`forward`):
 
     none                    Q-Former reads C                                    Z' = Z_q                  (BLIP-2)
     concat                  Q-Former reads [C; project(M)]                      Z' = Z_q
     early_cross_attention   Q-Former reads C, and M in the same layers          Z' = Z_q
     dual_cross_attention    Q-Former reads C;  M reads Z_q -> M';  Z_q reads M' -> Z'                    (X-Former)
 
-Every output projection that is ours starts at zero, so a model made from a BLIP-2 checkpoint starts as BLIP-2 and its
-MAE as itself (concat alone changes the softmax from the first step).
+New output projections start at zero, so a model made from a BLIP-2 checkpoint starts as that BLIP-2, with M' = M
+(only concat changes the softmax from the first step).
 
 `B` batch, `Q` queries, `N` CLIP tokens, `L` MAE tokens, `D` Q-Former width, `D_m` width of M.
 """
@@ -25,7 +25,7 @@ from .configuration_xformer import XFormerConfig
 
 
 class Fused(NamedTuple):
-    """Z' [B, Q, D]; M' [B, L, D_m], None without a second encoder; of each block the map of Z_q over M' [B, heads, Q, L]."""
+    """Z' [B, Q, D]; M' [B, L, D_m], None without a second encoder; each block's map of Z_q over M' [B, heads, Q, L]."""
 
     queries: torch.Tensor
     mae_tokens: torch.Tensor | None
@@ -33,17 +33,17 @@ class Fused(NamedTuple):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero (`XFormerPreTrainedModel._init_weights`): its branch adds nothing yet."""
+    """A linear layer that starts at zero (`XFormerPreTrainedModel._init_weights`), so its branch adds nothing at first."""
 
 
 class CrossAttention(nn.Module):
-    """`x` attends to `context`; pre-norm on both sides; the output projection starts at zero.
+    """Cross-attention of `x` to `context`, with pre-norm on both sides; the output projection starts at zero.
 
     Args:
-        width: of `x`, also the width inside.
+        width: of `x` and of the attention.
         context_width: of `context`.
         heads: number of heads, a divisor of `width`.
-        config: the Q-Former's: layer-norm epsilon, attention dropout, and which attention implementation to use.
+        config: the Q-Former's, for layer-norm epsilon, attention dropout and attention implementation.
     """
 
     def __init__(self, width: int, context_width: int, heads: int, config: Blip2QFormerConfig):
@@ -60,7 +60,7 @@ class CrossAttention(nn.Module):
         self.output = ZeroLinear(width, width)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, X, width], [B, Y, context_width] -> what to add to x, and the map [B, heads, X, Y] (eager only)."""
+        """[B, X, width], [B, Y, context_width] -> the residual for x, and the map [B, heads, X, Y] (eager only)."""
         context = self.context_norm(context)
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
 
 
 class Fusion(nn.Module):
-    """How M reaches the queries: what the Q-Former reads, and what becomes of its output. By default M is not used."""
+    """How M reaches the queries. By default it does not."""
 
     def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
         """Keyword arguments of the Q-Former, from C [B, N, D_c] and M [B, L, D_m]."""
@@ -123,7 +123,7 @@ class Concatenation(Fusion):
 class EarlyCrossAttention(Fusion):
     """Every Q-Former layer that reads C then reads M as well (paper's ablation "early cross-attention").
 
-    The Q-Former stays the library's own: a hook behind each of its cross-attentions adds ours, whose weights live here.
+    The Q-Former stays the library's own: a hook after each of its cross-attentions adds ours, whose weights are here.
     """
 
     def __init__(self, mae_width: int, qformer: Blip2QFormerModel):
@@ -151,7 +151,7 @@ class EarlyCrossAttention(Fusion):
 
 
 class DualCrossAttentionBlock(nn.Module):
-    """M' = M reads Z_q, then Z' = Z_q reads M' (paper section "Dual cross-attention"), a feed-forward after each."""
+    """M reads Z_q -> M', then Z_q reads M' -> Z' (paper section "Dual cross-attention"), with a feed-forward after each."""
 
     def __init__(self, mae_width: int, mae_heads: int, config: Blip2QFormerConfig):
         super().__init__()
@@ -191,7 +191,7 @@ class DualCrossAttention(Fusion):
 
 
 def build_fusion(config: XFormerConfig, qformer: Blip2QFormerModel) -> Fusion:
-    """The fusion that the configuration names, for this Q-Former."""
+    """Build the fusion that the configuration names."""
     if config.fusion == "none":
         return NoFusion()
     source = config.second_encoder_config

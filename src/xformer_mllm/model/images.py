@@ -1,7 +1,7 @@
-"""Any image a user may have -> one 8-bit RGB image: the only place where files become pixels.
+"""Read any image as 8-bit RGB.
 
-Used by the processor, by the image-folder data set and by the command line, so that training and inference see
-the same pixels. Nothing is resized here.
+The processor, the data sets and the command line all read images here, so training and inference see the same pixels.
+Nothing is resized.
 """
 
 import os
@@ -19,26 +19,26 @@ MAX_PIXELS = 64_000_000
 def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     """Open an image and return it as 8-bit RGB.
 
-    Animated: the first frame (of a PIL image: the frame it stands at). Transparency: laid over white. 16-bit, 32-bit
+    Animated: the first frame (of a PIL image: the current one). Transparency: composited over white. 16-bit, 32-bit
     and float greys: scaled to 8 bits, not clipped. EXIF orientation: applied. CMYK, palette, 1-bit: converted.
 
     source: path of a file, or a PIL image (left as it is).
-    Raises FileNotFoundError if there is no such file, ValueError if it is no readable image or too large, TypeError
-    for any other source; every message is one line and names the file.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not a readable image or too large, TypeError
+    for any other source; messages name the file.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, name=str(getattr(source, "filename", "") or "the given image"))
     if not isinstance(source, str | os.PathLike):
-        hint = "; Image.fromarray(uint8[H, W, 3]) makes one of an array" if hasattr(source, "shape") else ""
+        hint = "; convert an array with Image.fromarray(uint8[H, W, 3])" if hasattr(source, "shape") else ""
         raise TypeError(f"an image must be a path or a PIL image, not {type(source).__name__}{hint}")
     name = os.fspath(source)
     if str(name).startswith(("http://", "https://")):
-        raise FileNotFoundError(f"{name}: addresses are not fetched; download the image and give its path")
+        raise FileNotFoundError(f"{name}: URLs are not fetched; download the image and pass its path")
     path = Path(name)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such image; check the path")
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder, not an image; give the path of one image")
+        raise ValueError(f"{path}: is a folder, not an image; pass the path of one image")
     try:
         with warnings.catch_warnings():
             # Pillow warns between its limit and twice it; ours is lower and an error.
@@ -47,9 +47,7 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(_too_large(path)) from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... on foreign bytes
-        raise ValueError(
-            f"{path}: not an image that can be read ({_one_line(error)}); convert it to PNG or JPEG"
-        ) from error
+        raise ValueError(f"{path}: not a readable image ({_one_line(error)}); convert it to PNG or JPEG") from error
     with image:
         return _to_rgb(image, name=str(path))
 
@@ -60,7 +58,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.width * image.height == 0:
         raise ValueError(f"{name}: the image has no pixels ({image.width} x {image.height})")
     try:
-        image.load()  # decodes: a file cut short fails here
+        image.load()  # decodes: a truncated file fails here
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
@@ -75,8 +73,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Transparent pixels carry arbitrary colours (often black); white is what a page would show behind them."""
-    if image.mode == "La":  # premultiplied grey has no direct way to RGBA
+    """Composite over white: transparent pixels carry arbitrary colours, often black."""
+    if image.mode == "La":  # premultiplied grey does not convert to RGBA directly
         image = image.convert("LA")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
@@ -84,7 +82,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey with more than 8 bits -> mode L over the whole range of the mode; Pillow's own conversion clips at 255.
+    """Scale grey of more than 8 bits to mode L; Pillow's own conversion clips at 255.
 
     I;16*: 0..65535. I: the same, as Pillow holds 16-bit files there too, unless a value lies outside of it: then the
     image's own range. F: 0..1, unless a value lies outside of it: then the image's own range.

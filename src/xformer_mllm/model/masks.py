@@ -1,6 +1,6 @@
 """The three attention masks of stage 1 (paper section "Stage 1"; BLIP-2 figure 2), as 4-D boolean masks.
 
-Rows ask, columns are asked; `Q` are the learned queries, `T` the text; `#` may be seen, `.` may not.
+Rows attend to columns; `Q` are the learned queries, `T` the text; `#` is visible, `.` is not.
 
     unimodal (ITC)        multimodal causal (ITG)      bidirectional (ITM)
          Q Q T T T             Q Q T T T                    Q Q T T T
@@ -10,14 +10,14 @@ Rows ask, columns are asked; `Q` are the learned queries, `T` the text; `#` may 
       T  . . # # #          T  # # # # .                 T  # # # # #
       T  . . # # #          T  # # # # #                 T  # # # # #
 
-A padded text token is seen by nobody. `B` batch, `Q` queries, `T` text tokens.
+Padding is never visible. `B` batch, `Q` queries, `T` text tokens.
 """
 
 import torch
 
 
 def _with_padding(allowed: torch.Tensor, text_mask: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """bool[Q+T, Q+T] and the text's mask [B, T] -> bool[B, 1, Q+T, Q+T] in which nobody sees padding."""
+    """Hide padding: bool[Q+T, Q+T] and the text's mask [B, T] -> bool[B, 1, Q+T, Q+T]."""
     seen = torch.nn.functional.pad(text_mask.bool(), (num_queries, 0), value=True)
     return allowed[None, None] & seen[:, None, None, :]
 
@@ -44,7 +44,7 @@ def bidirectional_mask(text_mask: torch.Tensor, num_queries: int) -> torch.Tenso
 
 
 def to_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """bool mask -> 0 where seen, the dtype's lowest number where not: what eager and sdpa attention both take."""
+    """Convert a bool mask to 0 where visible and the dtype's minimum elsewhere, which eager and sdpa attention accept."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 

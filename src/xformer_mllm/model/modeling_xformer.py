@@ -62,7 +62,7 @@ class XFormerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Trained parts stay fp32 whatever the frozen ones are loaded in.
+    # Trained parts stay fp32, whatever dtype the frozen ones are loaded in.
     _keep_in_fp32_modules_strict = [
         "clip_layernorm",
         "query_tokens",
@@ -90,7 +90,7 @@ class XFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ViTMAEDecoder):  # transformers leaves its positions and its mask token at zero
             module.initialize_weights(module.decoder_pos_embed.shape[1] - 1)
         elif isinstance(module, XFormerModel):
-            # Zeros, as transformers has them, would make all queries equal for ever.
+            # transformers starts queries at zero, and equal queries get equal gradients: they would stay equal.
             init.normal_(module.query_tokens, std=self.config.initializer_range)
             if isinstance(module.mae_encoder, ViTMAEModel):  # transformers leaves these positions at zero, too
                 positions = module.mae_encoder.embeddings.position_embeddings
@@ -116,14 +116,14 @@ class XFormerPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen parts: what config.json keeps, and a saved model is loaded in. What is trained is fp32 always."""
+        """Dtype of the frozen parts, which config.json records and the model is loaded in; trained parts are always fp32."""
         for name, parameter in self.named_parameters():
             if set(FROZEN) & set(name.split(".")[:2]):
                 return parameter.dtype
         return super().dtype
 
     def train(self, mode: bool = True):
-        """As usual, but frozen encoders stay in evaluation mode (BLIP-2's `disabled_train`)."""
+        """Set the mode of all modules but frozen encoders, which stay in evaluation mode (BLIP-2's `disabled_train`)."""
         super().train(mode)
         for name, module in self.named_modules():
             if name.rpartition(".")[2] in ("clip_encoder", "mae_encoder", "mae_decoder") and is_frozen(module):
@@ -131,19 +131,19 @@ class XFormerPreTrainedModel(PreTrainedModel):
         return self
 
 
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _check_range(image_index, images: int) -> None:
-    """In use alone: on a GPU it waits for the values, which a training step must not."""
+    """Called at inference only: it waits for a GPU, which a training step must not."""
     named = [] if image_index is None else torch.as_tensor(image_index).tolist()
     if any(not 0 <= place < images for place in named):
-        raise ValueError(f"image_index is {named} of {_counted(images, 'image')}: 0 to {images - 1}")
+        raise ValueError(f"image_index is {named}, but must be from 0 to {images - 1} ({_counted(images, 'image')})")
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same configuration, changed in place: a frozen language model must not drop anything."""
+    """Set every dropout rate of a frozen language model's configuration to 0, in place."""
     for name, value in list(vars(config).items()):  # dropout (OPT), dropout_rate (T5), resid_pdrop (GPT-2), ...
         if "drop" in name and type(value) in (int, float):
             setattr(config, name, 0.0)
@@ -156,14 +156,14 @@ def language_model_class(config: PreTrainedConfig) -> Any:
 
 
 def add_lora(language_model: PreTrainedModel, rank: int) -> None:
-    """LoRA adapters, in place, on every linear layer but the vocabulary's; fp32, and without effect until they are trained.
+    """Add LoRA adapters, in fp32, to every linear layer but the vocabulary's; alpha is twice the rank.
 
-    They are scaled by 2 (alpha is twice the rank).
+    They start without effect: B is zero.
 
     Raises:
         ModuleNotFoundError: without the package peft.
     """
-    peft = importlib.import_module("peft")  # as an import statement, everybody would need it (trust_remote_code)
+    peft = importlib.import_module("peft")  # optional; trust_remote_code installs every import statement's package
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     peft.inject_adapter_in_model(settings, language_model)
     for name, parameter in language_model.named_parameters():
@@ -203,12 +203,13 @@ class XFormerModel(XFormerPreTrainedModel):
         noise: torch.Tensor | None = None,
         features: dict[str, torch.Tensor] | None = None,
     ) -> ImageTokens:
-        """uint8[B, 3, H, W] (or float in [0, 1]) -> C and M. CLIP sees the whole image, the MAE what is not masked.
+        """Encode uint8[B, 3, H, W] (or float in [0, 1]) -> C and M. Only the MAE's patches are masked.
 
-        What is in `features`, from `frozen_features` of the same images, is not encoded again.
+        Args:
+            features: outputs of `frozen_features` for the same images, used instead of running the encoders.
 
         Raises:
-            ValueError: if these are no such pixels.
+            ValueError: for pixels of another type or shape.
         """
         features = features or {}
         if not features.keys() >= ({"clip"} if self.mae_encoder is None else {"clip", "mae"}):
@@ -225,7 +226,7 @@ class XFormerModel(XFormerPreTrainedModel):
         return ImageTokens(clip_tokens, mae, pixels)
 
     def _clip_states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """The layers of CLIP that are read, [B, N, D_clip] each."""
+        """Hidden states of the CLIP layers that are used, [B, N, D_clip] each."""
         config, tower = self.config, self.clip_encoder
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower)):
             dtype = next(tower.parameters()).dtype
@@ -234,10 +235,9 @@ class XFormerModel(XFormerPreTrainedModel):
 
     @torch.no_grad()
     def frozen_features(self, pixel_values: torch.Tensor, masked: bool) -> dict[str, torch.Tensor]:
-        """What the encoders make of images, before anything that is trained; to be kept, and given to `forward`.
+        """Outputs of the frozen encoders, to cache and pass to `forward` as `features`.
 
-        {"clip": [B, layers that are read, N, D_clip]}, and, unless training masks a part of each image anew, "mae":
-        [B, 1+L, D_mae].
+        {"clip": [B, layers used, N, D_clip]} and, unless each step masks other patches (`masked`), "mae": [B, 1+L, D_mae].
         """
         check_pixels(pixel_values)
         features = {"clip": torch.stack(self._clip_states(pixel_values), dim=1)}
@@ -247,10 +247,10 @@ class XFormerModel(XFormerPreTrainedModel):
 
     @torch.no_grad()
     def standardise(self, pixel_values: torch.Tensor) -> None:
-        """Start the layer norms that read C and M such that each channel has mean 0 and deviation 1 over these images.
+        """Initialise the layer norms that read C and M so that each channel has mean 0 and deviation 1 over these images.
 
-        What a frozen encoder knows of detail is often a small part of its tokens' variance, and slow to be found there.
-        For fresh norms alone: those of a BLIP-2 checkpoint are trained. Z' = Z_q and M' = M at step 0 still hold.
+        Local detail is often a small part of the variance of a frozen encoder's tokens, and slow to learn from there.
+        For new norms only: those of a BLIP-2 checkpoint are trained. Z' = Z_q and M' = M still hold at step 0.
         """
         image = self.encode_image(pixel_values)
         pairs = [(self.clip_layernorm, image.clip_tokens)]
@@ -269,10 +269,10 @@ class XFormerModel(XFormerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> XFormerModelOutput:
-        """The queries read the image's C, then (by the fusion) its M.
+        """Let the queries read C in the Q-Former, then M in the fusion.
 
         Args:
-            image: of B images.
+            image: C and M of B images.
             input_ids: int64[B, T] of the Q-Former's tokenizer, read together with the queries; None for queries alone.
             attention_mask: bool[B, 1, Q+T, Q+T], one of `masks.py`; None for queries alone.
             output_attentions: also return the queries' attention maps (eager attention only).
@@ -306,19 +306,19 @@ class XFormerModel(XFormerPreTrainedModel):
         )
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Text alone through the Q-Former: int64[B, T], its padding mask [B, T] -> [B, T, D]."""
+        """Encode text alone with the Q-Former: int64[B, T] and its padding mask [B, T] -> [B, T, D]."""
         return self.qformer(
             query_embeds=self.embeddings(input_ids), query_length=0, attention_mask=attention_mask
         ).last_hidden_state
 
     def reconstruct(self, output: XFormerModelOutput) -> torch.Tensor:
-        """M' through the frozen decoder -> predicted patches [B, L, P] (paper section "Stage 1")."""
+        """Decode M' with the frozen decoder -> predicted patches [B, L, P] (paper section "Stage 1")."""
         decoder = self.mae_decoder
         tokens = output.enriched_mae_tokens.to(next(decoder.parameters()).dtype)
         return decoder(tokens, output.ids_restore).logits
 
     def reconstruction_loss(self, image: ImageTokens, output: XFormerModelOutput) -> torch.Tensor:
-        """Of the masked patches, against the pixels that the MAE was given."""
+        """Loss on the masked patches, against the pixels that the MAE was given."""
         config = self.config.mae_config
         return reconstruction_loss(
             self.reconstruct(output), image.pixels, output.mae_mask, config.patch_size, config.norm_pix_loss
@@ -334,7 +334,7 @@ class XFormerModel(XFormerPreTrainedModel):
         output_attentions: bool = False,
         **_,
     ) -> XFormerModelOutput:
-        """Features of images, and of texts by themselves (neither sees the other).
+        """Encode images, and texts separately (neither sees the other).
 
         Args:
             pixel_values: uint8[B, 3, H, W], or float in [0, 1].
@@ -365,21 +365,21 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
         self.post_init()
 
     def _add_heads(self, config: XFormerConfig) -> None:
-        """Stage 1's own heads; none for scoring."""
+        """Add the heads that only stage 1 needs."""
 
     def image_features(self, fused_queries: torch.Tensor) -> torch.Tensor:
-        """Z' -> [B, Q, image_text_hidden_size] of length 1."""
+        """Project Z' -> [B, Q, image_text_hidden_size], of unit length."""
         return normalize(self.vision_projection(fused_queries).float(), dim=-1)
 
     def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """-> [B, image_text_hidden_size] of length 1, from the [CLS] state."""
+        """Project the [CLS] state of texts -> [B, image_text_hidden_size], of unit length."""
         states = self.xformer.encode_text(input_ids, attention_mask)
         return normalize(self.text_projection(states[:, 0]).float(), dim=-1)
 
     def match(
         self, image: ImageTokens, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, XFormerModelOutput]:
-        """ITM logits [B, 2] of B image-text pairs: queries and text read each other."""
+        """Match B image-text pairs: queries and text read each other -> ITM logits [B, 2]."""
         mask = masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
         output = self.xformer.read(image, input_ids, mask)
         return self.itm_head(output.fused_queries).mean(dim=1), output
@@ -392,7 +392,7 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
         use_image_text_matching_head: bool = False,
         **_,
     ) -> XFormerForImageTextRetrievalOutput:
-        """Every image with every text (ITC), or each image with its own text (ITM, `use_image_text_matching_head`)."""
+        """Score every image with every text (ITC), or each image with its own text (ITM, `use_image_text_matching_head`)."""
         image = self.xformer.encode_image(pixel_values)
         if use_image_text_matching_head:
             logits, output = self.match(image, qformer_input_ids, qformer_attention_mask)
@@ -421,7 +421,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         self.temperature = nn.Parameter(torch.tensor(config.initial_temperature))
 
     def itg_logits(self, text_states: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] -> [B, T, V], through BERT's head, tied to the word embeddings."""
+        """Predict tokens with BERT's head, tied to the word embeddings: [B, T, D] -> [B, T, V]."""
         words = self.xformer.embeddings.word_embeddings.weight
         return nn.functional.linear(self.itg_transform(text_states), words, self.itg_bias)
 
@@ -443,7 +443,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
             noise: [B, L] in [0, 1) for the masking; drawn if None.
             negatives: for each text an image and for each image a text, int64[B] each, indices over all processes, -1
                 for none; drawn hard if None.
-            features: from `XFormerModel.frozen_features`: what is not to be encoded again.
+            features: cached outputs of `XFormerModel.frozen_features`.
         """
         config = self.config
         ids, text_mask = equally_long(qformer_input_ids, qformer_attention_mask)
@@ -491,7 +491,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         )
 
     def _match_with_negatives(self, image, ids, text_mask, negatives) -> tuple[torch.Tensor, torch.Tensor]:
-        """ITM logits and labels of (own image, own text), (another image, own text), (own image, another text)."""
+        """ITM logits and labels of (image, its text), (negative image, text), (image, negative text)."""
         negative_images, negative_texts = negatives
         all_images, all_ids, all_masks = image.gathered(), gather(ids), gather(text_mask)
         own = rank() * len(ids) + torch.arange(len(ids), device=ids.device)
@@ -505,9 +505,9 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
 
     @torch.no_grad()
     def caption(self, pixel_values: torch.Tensor, end_token_id: int, max_new_tokens: int = 20) -> torch.Tensor:
-        """Greedy captions by the ITG head: pixels of B images -> int64[B, <=max_new_tokens] of the Q-Former's tokenizer.
+        """Caption B images greedily with the ITG head -> int64[B, <=max_new_tokens] of the Q-Former's tokenizer.
 
-        Behind its end token a row is filled with it.
+        A row that has ended is padded with the end token.
         """
         image = self.xformer.encode_image(pixel_values)
         start = torch.full((len(pixel_values), 1), self.config.text_start_token_id, device=pixel_values.device)
@@ -523,9 +523,9 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
 
 
 class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
-    """Stage 2 and use: projection(Z') is a soft prompt at the image placeholders of a frozen language model.
+    """Stage 2 and inference: projection(Z') is a soft prompt at the image placeholders of a frozen language model.
 
-    The language model is a decoder, or an encoder-decoder that reads the soft prompt and the text by its encoder (BLIP-2's
+    The language model is a decoder, or an encoder-decoder whose encoder reads the soft prompt and the text (BLIP-2's
     FlanT5). Its LoRA adapters (`config.lora_rank`) are part of it, and are saved with the rest.
     """
 
@@ -543,13 +543,13 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, dtype=None, config=None, **kwargs):
-        """As transformers' own; the frozen parts come in the dtype that their language model was saved in."""
+        """Load as transformers does; the frozen parts in the dtype of the saved language model unless `dtype` is given."""
         if dtype is None:
             config = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
             if config.text_config is None:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: a model of stage 1 has no language model to generate with; "
-                    "load it as XFormerForPreTraining, or put one behind it by `xformer train stage2`"
+                    "load it as XFormerForPreTraining, or add one with `xformer train stage2`"
                 )
             dtype = config.text_config.dtype or "auto"
         return super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype, config=config, **kwargs)
@@ -577,27 +577,27 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         return self._soft_prompt(output, image_index)
 
     def _check_texts(self, images: int, image_index, input_ids, qformer_input_ids) -> None:
-        """As many texts [texts, T] as images, or the image of each: else they would be answered from others."""
+        """Check that each text [texts, T] has its image: as many texts as images, or an `image_index`."""
         index = None if image_index is None else torch.as_tensor(image_index)
         read = qformer_input_ids if self.config.instruction_aware else None
         for count in [len(ids) for ids in (input_ids, read) if ids is not None]:
             if index is None and count != images:
                 raise ValueError(
-                    f"{_counted(images, 'image')}, {_counted(count, 'text')}: as many texts as images, "
+                    f"{_counted(images, 'image')}, {_counted(count, 'text')}: pass as many texts as images, "
                     "or image_index=[the image of each text]"
                 )
             if index is not None and count != len(index):
                 raise ValueError(
-                    f"image_index names {_counted(len(index), 'image')} for {_counted(count, 'text')}: one for each text"
+                    f"image_index names {_counted(len(index), 'image')} for {_counted(count, 'text')}; pass one per text"
                 )
 
     def _read(self, image: ImageTokens, image_index, input_ids, attention_mask) -> XFormerModelOutput:
-        """The queries read each image, or, instruction-aware, each text's image together with the text's prompt."""
+        """Let the queries read each image; in an instruction-aware model each text's image together with its prompt."""
         if not self.config.instruction_aware:
             return self.xformer.read(image)
         if input_ids is None:
             raise ValueError(
-                "this model reads the prompt: give qformer_input_ids, as XFormerProcessor does with a text"
+                "this model's queries read the prompt: pass qformer_input_ids, which XFormerProcessor returns for a text"
             )
         if image_index is not None:
             image = image.select(image_index)
@@ -606,22 +606,22 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         )
 
     def _soft_prompt(self, output: XFormerModelOutput, image_index: torch.Tensor | None) -> torch.Tensor:
-        """Z' -> [texts, Q, E]."""
+        """Project Z' for each text: -> [texts, Q, E]."""
         soft_prompt = self.language_projection(output.fused_queries)
         shared = image_index is not None and not self.config.instruction_aware
         return soft_prompt[image_index] if shared else soft_prompt
 
     def _with_soft_prompt(self, input_ids: torch.Tensor, soft_prompt: torch.Tensor) -> torch.Tensor:
-        """Embeddings of int64[B, T] with the soft prompt [B, Q, E] at the image placeholders -> [B, T, E]."""
+        """Embed int64[B, T], with the soft prompt [B, Q, E] at the image placeholders -> [B, T, E]."""
         if len(input_ids) != len(soft_prompt):
             raise ValueError(
-                f"{_counted(len(soft_prompt), 'soft prompt')}, {_counted(len(input_ids), 'text')}: give each text its own"
+                f"{_counted(len(soft_prompt), 'soft prompt')} for {_counted(len(input_ids), 'text')}; pass one for each text"
             )
         at = input_ids == self.config.image_token_index
         if not (at.sum(-1) == soft_prompt.shape[1]).all():
             raise ValueError(
                 f"every text needs {soft_prompt.shape[1]} image placeholders (token {self.config.image_token_index}), "
-                f"found {at.sum(-1).tolist()}; let XFormerProcessor put them there"
+                f"found {at.sum(-1).tolist()}; XFormerProcessor inserts them"
             )
         embeds = self.get_input_embeddings()(input_ids.masked_fill(at, 0))
         return embeds.masked_scatter(at.unsqueeze(-1), soft_prompt.to(embeds.dtype))
@@ -641,23 +641,23 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         features: dict[str, torch.Tensor] | None = None,
         **_,
     ) -> XFormerForConditionalGenerationOutput:
-        """The language-modelling loss of texts behind images (paper section "Stage 2").
+        """Compute the language-modelling loss of texts after images (paper section "Stage 2").
 
         Args:
             pixel_values: uint8[B, 3, H, W] or float in [0, 1].
             input_ids: int64[B, T] with the image placeholders in it, from `XFormerProcessor`.
             attention_mask: [B, T], 1 = token.
-            labels: int64[B, T], -100 where nothing is to be learned; no loss if None. An encoder-decoder's are what its
-                decoder is to say, int64[B, T'].
+            labels: int64[B, T], -100 at positions without loss; no loss if None. For an encoder-decoder, the target text of
+                the decoder, int64[B, T'].
             noise: [B, L] for the masking of the variant that keeps the reconstruction loss.
-            soft_prompt: [texts, Q, E] from `get_image_features`, in place of `pixel_values`.
-            image_index: int64[texts], the image of each text where images have several; one each, in order, if None.
+            soft_prompt: [texts, Q, E] from `get_image_features`, instead of `pixel_values`.
+            image_index: int64[texts], the image of each text, where an image has several; by default text i has image i.
             qformer_input_ids, qformer_attention_mask: int64[texts, T''], the prompts for an instruction-aware Q-Former.
-            decoder_input_ids: int64[B, T'], what an encoder-decoder's decoder reads where there are no labels.
-            features: from `XFormerModel.frozen_features`: what is not to be encoded again.
+            decoder_input_ids: int64[B, T'], input of an encoder-decoder's decoder, where there are no labels.
+            features: cached outputs of `XFormerModel.frozen_features`.
 
         Raises:
-            ValueError: if a text has not exactly as many placeholders as there are queries, or not one image.
+            ValueError: if a text does not have exactly one image and as many placeholders as there are queries.
         """
         config, output, image = self.config, None, None
         reconstructs = config.reconstruction_in_stage2 and labels is not None
@@ -686,12 +686,12 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
     def _predict(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [texts, columns, V], and the tokens that they are to give: -100 where nothing is to be learned."""
+        """Logits [texts, columns, V] and their target tokens, -100 at positions without loss."""
         if self.config.text_config.is_encoder_decoder:
             ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
             output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, decoder_input_ids=ids)
             return output.logits, labels
-        # The vocabulary is by far the widest layer: it is computed only in the columns where there is something to learn.
+        # The vocabulary is by far the widest layer: only columns that have a target are computed.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         columns = (targets != -100).any(0).nonzero().squeeze(1)
         output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, logits_to_keep=columns)
@@ -709,9 +709,9 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
-        """Continue texts behind images: as `forward`, and the language model's `generate` arguments -> new tokens only.
+        """Continue texts after images -> new tokens only; also takes arguments of the language model's `generate`.
 
-        Pad on the left, as for any decoder, or an encoder's text on the right. Without `input_ids` the text is empty.
+        Pad on the left for a decoder, on the right for an encoder-decoder. Without `input_ids` the text is empty.
         """
         if soft_prompt is None:
             check_pixels(pixel_values)
@@ -732,7 +732,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         return tokens[:, 1:] if decoder_starts else tokens
 
     def _empty_text(self) -> list[int]:
-        """Placeholders and the start token, or an encoder's end token: those that there are."""
+        """Tokens of an empty prompt: placeholders, then the start token, or an encoder's end token, if there is one."""
         settings = self.generation_config
         token = settings.eos_token_id if self.config.text_config.is_encoder_decoder else settings.bos_token_id
         text = [] if token is None else token if isinstance(token, list) else [token]

@@ -1,4 +1,4 @@
-"""What the X-Former models return: named tensors, every stage of the figure among them.
+"""Outputs of the X-Former models.
 
 `B` batch, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` MAE patches, `K` kept MAE patches, `D` width, `V` vocabulary.
 """
@@ -14,12 +14,12 @@ class XFormerModelOutput(ModelOutput):
     """Every stage of the figure.
 
     Args:
-        clip_tokens: C behind its trainable layer norm, [B, N, D_clip].
+        clip_tokens: C after its trainable layer norm, [B, N, D_clip].
         mae_tokens: M, CLS first, [B, 1+K, D_mae]; None without a second encoder.
         queries: Z_q, [B, Q, D].
         fused_queries: Z', [B, Q, D].
         enriched_mae_tokens: M', [B, 1+K, D_mae].
-        text_states: [B, T, D], where text was given.
+        text_states: [B, T, D], if text was given.
         mae_mask: [B, L], 1 = masked.
         ids_restore: int64[B, L]; the order of M (see `vision_encoders.MaeTokens`).
         clip_attentions: a map [B, heads, Q, N] for each Q-Former layer that reads C, on request.

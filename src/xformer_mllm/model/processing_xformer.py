@@ -1,12 +1,12 @@
-"""One image -> one tensor for both encoders; text -> ids for the Q-Former and for the language model.
+"""Images and texts -> inputs of the X-Former models.
 
-Images are resized to a square (BLIP-2's evaluation transform: bicubic, no crop) and stay uint8: each encoder's mean and
-deviation are applied in the model. What the language model reads is laid out here alone, for training and for use, `[…]`
-being one token each and `Q` the number of queries:
+Images are resized to a square (BLIP-2's evaluation transform: bicubic, no crop) and stay uint8; the model normalises them
+for each encoder. The language model's input has this layout, in training and at inference (`[…]` is one token, `Q` the
+number of queries):
 
-    a decoder            Q x [<image>] [start] the prompt | what is to be said [end]         as `Blip2Processor` has it
-    with a chat template Q x [<image>] inside the user's turn, before the prompt | what is to be said [end of the turn]
-    an encoder-decoder   Q x [<image>] the prompt [end] into the encoder | what is to be said [end] out of the decoder
+    decoder              Q x [<image>] [start] prompt | target [end]                         as in `Blip2Processor`
+    with a chat template Q x [<image>] inside the user's turn, before the prompt | target [end of turn]
+    encoder-decoder      Q x [<image>] prompt [end] (encoder) | target [end] (decoder)
 """
 
 import logging
@@ -30,24 +30,24 @@ ImageInput = str | os.PathLike | Image.Image
 
 
 def image_processor(image_size: int) -> BlipImageProcessorPil:
-    """Resizes to a square of `image_size` and keeps uint8."""
+    """Return an image processor that resizes to a square of `image_size` and keeps uint8."""
     return BlipImageProcessorPil(
         size={"height": image_size, "width": image_size}, do_rescale=False, do_normalize=False
     )
 
 
 class XFormerProcessor(ProcessorMixin):
-    """Images and texts -> what the X-Former models take.
+    """Prepare images and texts for the X-Former models.
 
     Args:
         image_processor: from `image_processor(image_size)`.
-        tokenizer: the language model's; before stage 2 there is none, and the Q-Former's stands here too.
-        qformer_tokenizer: the Q-Former's, BERT's kind: [CLS] text [SEP].
-        num_query_tokens: placeholders for the image in each of the language model's texts.
-        instruction_aware: the language model's text is also given to the Q-Former, as the model's configuration asks.
-        encoder_decoder: the language model is one: it reads by its encoder, which is padded on the right.
-        turn: what a chat template puts [before the image, behind the prompt, before the answer]; None for a language
-            model that is asked in plain text. It is kept as text, because a template may change with the calendar.
+        tokenizer: the language model's; before stage 2, the Q-Former's again.
+        qformer_tokenizer: the Q-Former's, a BERT tokenizer: [CLS] text [SEP].
+        num_query_tokens: number of image placeholders in each text for the language model.
+        instruction_aware: also tokenize the text for the Q-Former, for a model with `config.instruction_aware`.
+        encoder_decoder: the language model is an encoder-decoder; its texts are padded on the right.
+        turn: the chat template's text [before the image, after the prompt, before the answer]; None for plain prompts. It is
+            kept as text because a template may contain the current date.
     """
 
     def __init__(
@@ -84,20 +84,19 @@ class XFormerProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **_,
     ) -> BatchFeature:
-        """Any of the three; lists make a batch.
+        """Prepare images, prompts, or texts for the Q-Former; lists make a batch.
 
         Args:
             images: paths or PIL images, any mode or size -> pixel_values, uint8[B, 3, S, S].
-            text: prompts for the language model -> input_ids, attention_mask, int64[B, T], with the placeholders (and the
-                chat template) around them. Padding is on the left, as generation needs it; an encoder's on the right.
+            text: prompts for the language model -> input_ids, attention_mask, int64[B, T], with image placeholders (and the
+                chat template). Padded on the left, as generation requires; for an encoder-decoder on the right.
             qformer_text: for the Q-Former (stage 1, retrieval) -> qformer_input_ids, qformer_attention_mask, int64[B, T],
-                cut behind `MAX_CAPTION_TOKENS` tokens.
+                truncated to `MAX_CAPTION_TOKENS` tokens.
             padding: to the longest (True) or to `max_length` ("max_length").
-            max_length: a longer prompt is cut such that the row has so many tokens, not counting the placeholders.
+            max_length: maximum number of tokens, not counting image placeholders; longer prompts are truncated.
 
         Raises:
-            ValueError, FileNotFoundError, TypeError: in one line, for an image that cannot be read, an empty text or list,
-                or what is neither.
+            ValueError, FileNotFoundError, TypeError: for an unreadable image, an empty text or list, or another type.
         """
         data = {}
         if images is not None:
@@ -110,17 +109,17 @@ class XFormerProcessor(ProcessorMixin):
         if qformer_text is not None:
             for caption in _texts(qformer_text, "qformer_text"):
                 if not caption.strip():
-                    raise ValueError("a text for the Q-Former is empty; leave the pair out or give it a caption")
+                    raise ValueError("a text for the Q-Former is empty; remove the pair or give it a caption")
             data |= self.qformer_inputs(_texts(qformer_text, "qformer_text"), padding)
         if not data:
-            raise ValueError("give the processor images, text or qformer_text")
+            raise ValueError("pass images, text or qformer_text")
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _llm_text(self, texts: list[str], padding: bool | str, max_length: int | None) -> dict:
         rows = self.prompt_ids(texts)
         room = None if max_length is None else max_length + (self.num_query_tokens or 0)
         if room is not None and max(map(len, rows)) > room:
-            logger.warning("a text of %d tokens was cut to %d", max(map(len, rows)), room)
+            logger.warning("a text of %d tokens was truncated to %d", max(map(len, rows)), room)
             rows = self.prompt_ids([self._cut(text, len(row) - room) for text, row in zip(texts, rows, strict=True)])
         length = max(map(len, rows)) if padding is True or room is None else room
         return {
@@ -140,7 +139,7 @@ class XFormerProcessor(ProcessorMixin):
         return torch.tensor([row + pad if self.encoder_decoder else pad + row for row, pad in pairs])
 
     def prompt_ids(self, prompts: list[str]) -> list[list[int]]:
-        """What the language model reads before it speaks: the tokens of each prompt, with all that is around it."""
+        """Tokens of each prompt, with image placeholders, start token and chat template."""
         placeholders, rows = [self.image_token_id] * (self.num_query_tokens or 0), self._ids(map(self._asked, prompts))
         if self.turn is None:
             return [placeholders + ids for ids in rows]
@@ -148,9 +147,9 @@ class XFormerProcessor(ProcessorMixin):
         return [[*ids[:at], *placeholders, *ids[at + 1 :]] for ids, at in zip(rows, places, strict=True)]
 
     def target_ids(self, prompts: list[str], targets: list[str]) -> list[list[int]]:
-        """The tokens of what is to be said behind each prompt, as they would stand in one text; no end token.
+        """Tokens of each target text after its prompt, without the end token.
 
-        Tokenizers join a space to the word behind it, each in its own way, so it is the whole text that is tokenized.
+        Tokenizers join a space to the following word, each in its own way, so prompt and target are tokenized together.
         """
         targets = list(map(without_placeholders, targets))
         if self.encoder_decoder:
@@ -166,17 +165,17 @@ class XFormerProcessor(ProcessorMixin):
         ]
 
     def _asked(self, prompt: str) -> str:
-        """A prompt with what the chat template has around it, and one placeholder."""
+        """A prompt within the chat template, with one placeholder."""
         if self.turn is None:
             return without_placeholders(prompt)
         return self.turn[0] + IMAGE_TOKEN + without_placeholders(prompt) + self.turn[1]
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
-        """A chat template writes the start token itself."""
+        """Tokenize; a chat template has the start token in it."""
         return self.tokenizer(list(texts), add_special_tokens=self.turn is None, verbose=False)["input_ids"]
 
     def qformer_inputs(self, texts: list[str], padding: bool | str = True) -> dict:
-        """Texts -> qformer_input_ids, qformer_attention_mask, int64[B, T], cut behind `MAX_CAPTION_TOKENS` tokens."""
+        """Texts -> qformer_input_ids, qformer_attention_mask, int64[B, T], truncated to `MAX_CAPTION_TOKENS` tokens."""
         encoded = encode(self.qformer_tokenizer, texts, padding, MAX_CAPTION_TOKENS, padding_side="right")
         return {
             "qformer_input_ids": encoded["input_ids"],
@@ -195,12 +194,12 @@ def encode(
     max_length: int | None,
     padding_side: str,
 ) -> dict[str, torch.Tensor]:
-    """Texts -> input_ids and attention_mask, int64[B, T]. A text that is cut is said so once in the log."""
+    """Texts -> input_ids and attention_mask, int64[B, T]. Truncation is logged."""
     texts = list(map(without_placeholders, texts))
     encoded = tokenizer(texts, return_token_type_ids=False, verbose=False)["input_ids"]
     longest = max(len(ids) for ids in encoded)
     if max_length is not None and longest > max_length:
-        logger.warning("a text of %d tokens was cut to %d: '%.60s…'", longest, max_length, max(texts, key=len))
+        logger.warning("a text of %d tokens was truncated to %d: '%.60s…'", longest, max_length, max(texts, key=len))
     return tokenizer(
         texts,
         padding=padding,
@@ -213,9 +212,10 @@ def encode(
 
 
 def without_placeholders(text: str) -> str:
-    """A text of the web may hold the placeholder's name, and a pipeline gives a prompt placeholders of its own.
+    """Remove image placeholders from a text.
 
-    The Q-Former has no embedding for them, and the language model takes exactly `num_query_tokens`.
+    Web captions may contain the string, and pipelines add placeholders of their own; the Q-Former has no embedding for
+    them, and the language model needs exactly `num_query_tokens`.
     """
     return text.replace(IMAGE_TOKEN, "")
 
@@ -223,7 +223,7 @@ def without_placeholders(text: str) -> str:
 def _as_list(value, name: str) -> list:
     values = list(value) if isinstance(value, list | tuple) else [value]
     if not values:
-        raise ValueError(f"{name} is empty; give at least one, or leave it out")
+        raise ValueError(f"{name} is empty; pass at least one, or omit it")
     return values
 
 
@@ -231,7 +231,7 @@ def _texts(value, name: str) -> list[str]:
     texts = _as_list(value, name)
     for text in texts:
         if not isinstance(text, str):
-            raise TypeError(f"{name} must be a str or a list of them; a {type(text).__name__} is among them")
+            raise TypeError(f"{name} must be a str or a list of str; it contains a {type(text).__name__}")
     return texts
 
 

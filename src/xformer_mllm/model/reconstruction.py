@@ -7,7 +7,7 @@ import torch
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[B, 3, H, W] -> [B, L, P]."""
+    """Cut images into patches: [B, 3, H, W] -> [B, L, P]."""
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     patches = pixels.reshape(batch, channels, rows, patch_size, columns, patch_size)
@@ -15,7 +15,7 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[B, L, P] -> [B, 3, H, W], of a square image: the inverse of `patchify`."""
+    """Invert `patchify` for square images: [B, L, P] -> [B, 3, H, W]."""
     batch, length, values = patches.shape
     side, channels = round(length**0.5), values // patch_size**2
     pixels = patches.reshape(batch, side, side, patch_size, patch_size, channels)
@@ -23,21 +23,21 @@ def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of each patch, [B, L, 1] each, as a MAE with `norm_pix_loss` was trained (unbiased, + 1e-6)."""
+    """Mean and deviation of each patch, [B, L, 1] each, as MAE's `norm_pix_loss` has them (unbiased, + 1e-6)."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def reconstruction_loss(
     prediction: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, patch_size: int, normalise: bool
 ) -> torch.Tensor:
-    """Mean squared error on the masked patches alone, in fp32 (paper section "Stage 1", reconstruction).
+    """Mean squared error on the masked patches only, in fp32 (paper section "Stage 1", reconstruction).
 
     Args:
         prediction: the decoder's [B, L, P].
         pixels: normalised as the MAE's input, [B, 3, H, W].
         mask: [B, L], 1 = masked.
         patch_size: of the MAE.
-        normalise: whether the decoder predicts patches normalised each by itself: as its checkpoint was trained.
+        normalise: whether the decoder predicts normalised patches (MAE's `norm_pix_loss`).
     """
     target = patchify(pixels.float(), patch_size)
     if normalise:

@@ -15,19 +15,19 @@ from .configuration_xformer import XFormerConfig
 from .distributed import gather
 from .reconstruction import patchify
 
-ROUNDING = 0.01  # by which floats may lie outside of [0, 1]: a normalisation undone in bfloat16 is off by as much
+ROUNDING = 0.01  # tolerance around [0, 1]: undoing a normalisation in bfloat16 is off by as much
 
 
 def check_pixels(pixel_values: torch.Tensor | None) -> None:
-    """Refuse what is not uint8[B, 3, H, W] or float[B, 3, H, W] in [0, 1]: a tower would answer to it, but wrongly.
+    """Check that pixels are uint8[B, 3, H, W], or float[B, 3, H, W] in [0, 1]: towers accept others without an error.
 
-    Of floats alone are the values looked at, which waits for a GPU; the processor makes bytes.
+    The values of floats are checked, which waits for a GPU; the processor returns uint8.
 
     Raises:
-        ValueError: in one line.
+        ValueError: if they are not.
     """
     if pixel_values is None:
-        raise ValueError("give pixel_values, as XFormerProcessor makes them of images")
+        raise ValueError("pass pixel_values, which XFormerProcessor returns for images")
     fits = torch.is_tensor(pixel_values) and pixel_values.ndim == 4 and pixel_values.shape[1] == 3
     fits = fits and pixel_values.numel() > 0
     if fits and pixel_values.dtype == torch.uint8:
@@ -40,14 +40,14 @@ def check_pixels(pixel_values: torch.Tensor | None) -> None:
         if low >= -ROUNDING and high <= 1 + ROUNDING:
             return
         found += f" from {low:.2f} to {high:.2f}, perhaps already normalised"
-        found += ": X-Former normalises by itself, for each encoder"
+        found += "; X-Former normalises them for each encoder"
     raise ValueError(
-        f"pixel_values must be uint8[B, 3, H, W] or floats in [0, 1], as XFormerProcessor makes them; here {found}"
+        f"pixel_values must be uint8[B, 3, H, W] or floats in [0, 1], as XFormerProcessor returns them, not {found}"
     )
 
 
 def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, dtype: torch.dtype) -> torch.Tensor:
-    """One image tensor -> what one encoder was trained on: its resolution, its mean and deviation.
+    """Resize and normalise pixels for one encoder.
 
     Args:
         pixel_values: uint8[B, 3, H, W], or float in [0, 1].
@@ -65,7 +65,7 @@ def scaled(pixel_values: torch.Tensor, image_size: int, mean: list, std: list, d
 
 
 def build_tower(config: PreTrainedConfig) -> nn.Module:
-    """A randomly initialised vision tower: any that AutoModel knows, or BLIP-2's EVA-CLIP."""
+    """Build a randomly initialised vision tower: any that AutoModel knows, or BLIP-2's EVA-CLIP."""
     if config.model_type == Blip2VisionModel.config_class.model_type:
         return Blip2VisionModel._from_config(config)
     return AutoModel.from_config(config)
@@ -79,7 +79,7 @@ class ClipEncoder(nn.Module):
     """Hidden states of chosen layers of a contrastive tower, in one pass.
 
     The tower's own final norm and pooling are not used: BLIP-2 puts a trainable layer norm on the raw hidden states.
-    Layers behind the last one that is read are neither built nor run.
+    Layers after the last one that is used are neither built nor run.
     """
 
     def __init__(self, config: PreTrainedConfig, layers: list[int]):
@@ -93,10 +93,10 @@ class ClipEncoder(nn.Module):
         for module in self.tower.modules():
             if isinstance(module, nn.ModuleList) and len(module) == depth:
                 return module
-        raise ValueError(f"{type(self.tower).__name__} has no list of {depth} layers; it cannot be the CLIP tower")
+        raise ValueError(f"{type(self.tower).__name__} has no list of {depth} layers, so it cannot be the CLIP tower")
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Normalised pixels [B, 3, H, W] -> one [B, N, D] per asked layer, CLS token first where the tower has one."""
+        """Encode normalised pixels [B, 3, H, W] -> [B, N, D] for each requested layer, CLS first if the tower has one."""
         states: dict[int, torch.Tensor] = {}
 
         def keep(index: int):
@@ -116,9 +116,9 @@ class ClipEncoder(nn.Module):
 
 
 def mae_positions(patches: int, width: int) -> torch.Tensor:
-    """The MAE's fixed sine-cosine positions, a zero row for CLS first: [1, 1+L, D].
+    """The MAE's fixed sine-cosine positions, with a zero row for CLS first: [1, 1+L, D].
 
-    facebookresearch/mae puts the columns' half before the rows'; pretrained weights rely on it.
+    The columns' half comes before the rows', as in facebookresearch/mae, whose weights rely on it.
     """
     side = round(patches**0.5)
     positions = build_2d_sinusoidal_position_embedding(side, side, width, cls_token=True)
@@ -128,11 +128,11 @@ def mae_positions(patches: int, width: int) -> torch.Tensor:
 
 @dataclass
 class MaeTokens:
-    """What the second encoder saw. Of a tower that is no MAE, nothing is masked.
+    """Tokens M of the second encoder. Only a MAE masks patches.
 
     tokens: [B, 1+K, D], CLS first, then the kept patches in the order of the shuffle (row order if none is masked).
     mask: [B, L], 1 = masked (removed), 0 = kept.
-    ids_restore: int64[B, L], position of each patch in the shuffled sequence (kept first, masked behind).
+    ids_restore: int64[B, L], position of each patch in the shuffled sequence (kept first, then masked).
     """
 
     tokens: torch.Tensor
@@ -142,14 +142,14 @@ class MaeTokens:
 
 @dataclass
 class ImageTokens:
-    """C and M of a batch of images, encoded once. `pixels`: the MAE's normalised input, what it must reconstruct."""
+    """C and M of a batch of images, encoded once. `pixels`: the MAE's normalised input, the target of reconstruction."""
 
     clip_tokens: torch.Tensor
     mae: MaeTokens | None
     pixels: torch.Tensor | None
 
     def select(self, index: torch.Tensor) -> "ImageTokens":
-        """The same for a choice of the images: int64[P], each in [0, B)."""
+        """Select images: int64[P], each in [0, B)."""
         mae = None if self.mae is None else MaeTokens(*(t[index] for t in vars(self.mae).values()))
         return ImageTokens(self.clip_tokens[index], mae, None if self.pixels is None else self.pixels[index])
 
@@ -162,9 +162,9 @@ class ImageTokens:
 def encode_mae(
     encoder: ViTMAEModel, pixels: torch.Tensor, mask_ratio: float = 0.0, noise: torch.Tensor | None = None
 ) -> MaeTokens:
-    """transformers' `ViTMAEModel` with a mask ratio per call; a ratio of 0 does not shuffle.
+    """Run transformers' `ViTMAEModel` with a mask ratio per call; a ratio of 0 does not shuffle.
 
-    transformers takes the ratio from the configuration alone and shuffles the patches even when it keeps them all.
+    transformers reads the ratio from the configuration only, and shuffles the patches even when it keeps all of them.
     The masking is the MAE's (facebookresearch/mae models_mae.py `random_masking`): the int(L * (1 - ratio)) patches with
     the lowest noise are kept.
 
@@ -194,13 +194,11 @@ def encode_mae(
 
 
 def tower_tokens(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Any tower but a MAE: normalised pixels [B, 3, H, W] -> its last hidden state [B, N, D], CLS first where it has one.
+    """Run a tower that is not a MAE: normalised pixels [B, 3, H, W] -> its last hidden state [B, N, D], CLS first if any.
 
-    Registers are left out: DINO's authors throw them away as well.
+    Register tokens are dropped, as DINO's authors do.
     """
-    if isinstance(
-        tower, Siglip2VisionModel
-    ):  # NaFlex takes patches, which of them are no padding, and their rows, columns
+    if isinstance(tower, Siglip2VisionModel):  # NaFlex takes patches, their padding mask, and rows and columns
         patches = patchify(pixels, tower.config.patch_size)
         shape = pixels.new_tensor([size // tower.config.patch_size for size in pixels.shape[-2:]], dtype=torch.long)
         every = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
@@ -211,7 +209,7 @@ def tower_tokens(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def unmasked(tokens: torch.Tensor) -> MaeTokens:
-    """M [B, N, D] that comes from no MAE."""
+    """Wrap M [B, N, D] of an encoder that is not a MAE."""
     mask = tokens.new_zeros(tokens.shape[:2])
     return MaeTokens(tokens, mask, mask.long())
 
@@ -223,10 +221,10 @@ def encode_second(
     mask_ratio: float = 0.0,
     noise: torch.Tensor | None = None,
 ) -> tuple[MaeTokens, torch.Tensor]:
-    """uint8[B, 3, H, W] (or float in [0, 1]) -> M by the second encoder, and the normalised pixels that it was given.
+    """Encode uint8[B, 3, H, W] (or float in [0, 1]) -> M, and the normalised pixels that the second encoder was given.
 
     Raises:
-        ValueError: if something is to be masked for an encoder that is no MAE.
+        ValueError: if a mask ratio is given and the encoder is not a MAE.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
         dtype = next(encoder.parameters()).dtype

@@ -1,13 +1,12 @@
-"""What the frozen encoders make of unaugmented images, kept on disk: encoded once, not in every epoch and run.
+"""Outputs of the frozen encoders for unaugmented images, cached on disk: each image is encoded once for all epochs and runs.
 
-    DIR/3f0c.../about.json              what the folder's name is the hash of: source, encoders' weights, sizes, precision
+    DIR/3f0c.../about.json              what the folder's name is a hash of: source, encoders' weights, sizes, precision
     DIR/3f0c.../00000000-0.safetensors  "clip" [P, layers, N, D_clip] and "mae" [P, 1+L, D_mae] of some hundred images P
     DIR/3f0c.../00000000-0.json         their ids
-    DIR/3f0c.../filled-5000-clip.json   that all of so many images are there, and which ones are broken
+    DIR/3f0c.../filled-5000-clip.json   marks that all images are cached, and lists the broken ones
 
-Only what nothing trained lies before can be kept: CLIP's tokens always, M where no part of the image is masked (not in
-stage 1 with the reconstruction loss, whose MAE sees other patches each time). Every file is written whole or not at all:
-what an interrupted filling has written is not encoded again.
+CLIP's tokens can always be cached, M unless patches are masked (stage 1 with the reconstruction loss masks others in each
+step). Every file is written whole or not at all, and an interrupted filling resumes.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ LISTINGS = "[0-9]*-[0-9]*.json"
 
 
 def image_id(item: dict[str, Any] | list[dict[str, Any]]) -> str:
-    """The name of the image of an item: of a caption, or of one image's questions."""
+    """The image's id in an item: a caption, or the list of one image's questions."""
     return item[0]["image_id"] if isinstance(item, list) else item["id"]
 
 
@@ -42,12 +41,12 @@ class FeatureCache:
     """The features of images by their ids.
 
     Args:
-        folder: DIR; what other encoders have made of the images lies in another folder inside.
-        model: with its encoders frozen.
-        masked: whether training masks a part of each image anew, so that M cannot be kept.
-        source: what names the images' source; in it, an id names an image.
+        folder: DIR; other encoders' outputs are in other folders inside.
+        model: its encoders are frozen.
+        masked: whether each step masks other patches, so that M cannot be cached.
+        source: name of the images' source, within which ids are unique.
         image_size: of the square that the images are resized to.
-        bf16: whether training runs under bf16 autocast; the encoders do here, too.
+        bf16: whether the encoders run under bf16 autocast, as in training.
     """
 
     def __init__(self, folder: Path, model: Any, masked: bool, source: str, image_size: int, bf16: bool):
@@ -64,19 +63,19 @@ class FeatureCache:
         """{"clip": [B, layers, N, D], "mae": [B, 1+L, D]} of images. Raises ValueError for one that is not there."""
         for name in ids:
             if name not in self._places:
-                raise ValueError(f"{self.folder}: has no features of {name}; delete that folder to fill it anew")
+                raise ValueError(f"{self.folder}: has no features of {name}; delete that folder to fill it again")
         return {part: torch.stack([self._row(part, *self._places[name]) for name in ids]) for part in self.names}
 
     def _row(self, part: str, shard: Path, row: int) -> torch.Tensor:
         if shard not in self._open:
-            self._open[shard] = safe_open(shard, framework="pt")  # maps the file; reads what is asked for
+            self._open[shard] = safe_open(shard, framework="pt")  # maps the file, reads only the requested row
         return self._open[shard].get_slice(part)[row]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}  # a worker process maps the files itself
 
     def look(self) -> None:
-        """Find out which images are there; a shard without M counts only where M is not needed."""
+        """Index the cached images; shards without M count only if M is not needed."""
         self._places = {}
         for listing in sorted(self.folder.glob(LISTINGS)):
             held = read_json(listing)
@@ -87,13 +86,13 @@ class FeatureCache:
     # ---- filling
 
     def fill(self, model: Any, dataset: Any, collator: Callable, workers: int = 0) -> dict[str, str]:
-        """Encode what is missing of a data set, each process a part; returns its broken images, id -> why.
+        """Encode the images of a data set that are missing, split between processes; return the broken ones, id -> reason.
 
         Args:
-            model: with its encoders on the device that is to encode.
-            dataset: whole images, of known number.
+            model: its encoders are on the device that encodes.
+            dataset: whole images, of known length.
             collator: items -> a batch with pixel_values.
-            workers: processes that prepare batches.
+            workers: number of processes that load data.
         """
         process = PartialState()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ class FeatureCache:
             batch_size=BATCH,
             collate_fn=_Missing(collator, dataset, set(self._places)),
             num_workers=workers,
-            generator=torch.Generator(),  # its workers' seeds are not drawn from the run's random numbers
+            generator=torch.Generator(),  # so that workers' seeds are not drawn from the run's random numbers
         )
         number = len(list(self.folder.glob(LISTINGS)))  # more than any of this process's
         held: dict[str, list] = {"ids": [], **{name: [] for name in self.names}}
@@ -144,7 +143,7 @@ class FeatureCache:
             return model.xformer.frozen_features(pixels, self.masked)
 
     def _write(self, held: dict[str, list], number: int) -> int:
-        """Write what is held as one shard, empty it, and return the next shard's number."""
+        """Write one shard, empty `held`, and return the next shard's number."""
         listing = self.folder / f"{number:08}-{PartialState().process_index}.json"
         shard, partial = listing.with_suffix(".safetensors"), listing.with_suffix(".partial")
         save_file({name: torch.cat(held[name]).contiguous() for name in self.names}, partial)
@@ -155,13 +154,13 @@ class FeatureCache:
         return number + 1
 
     def _size(self) -> int:
-        """Bytes for each image, of the newest shard."""
+        """Bytes per image in the newest shard."""
         listing = max(self.folder.glob(LISTINGS))
         return listing.with_suffix(".safetensors").stat().st_size // len(read_json(listing)["ids"])
 
 
 class WithFeatures:
-    """A collator whose batches also hold "features", from a cache; and no images, where they are not needed any more."""
+    """A collator that adds "features" from a cache, and drops the pixels if they are not needed."""
 
     def __init__(self, collator: Callable, cache: FeatureCache, pixels_needed: bool):
         self.collator, self.cache, self.pixels_needed = collator, cache, pixels_needed
@@ -172,7 +171,7 @@ class WithFeatures:
 
 
 class _Missing:
-    """A collator for filling: ids and pixels of the images that are not there yet, and what was broken so far."""
+    """A collator for filling: ids and pixels of images not cached yet, and the images found broken so far."""
 
     def __init__(self, collator: Callable, dataset: Any, there: set[str]):
         self.collator, self.there = collator, there
@@ -185,7 +184,7 @@ class _Missing:
 
 
 def _about(model: Any, source: str, image_size: int, bf16: bool) -> dict[str, Any]:
-    """All that the features depend on but the images themselves."""
+    """Everything but the images that the features depend on."""
     config = model.config
     weights = {part.name: part.sha256 for part in freeze.freeze_table(model.xformer)}
     about: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""What FSDP has to know of our models: accelerate does the sharding, here it is told where.
+"""FSDP settings for our models; accelerate does the sharding.
 
-Wanted: every layer of the big frozen parts (encoders, language model) is split over the processes and put together only
-while it computes; frozen bf16 and trained fp32 weights live side by side; and the numbers are those of DDP.
+Every layer of the large frozen parts (encoders, language model) is sharded and gathered only while it computes; frozen bf16
+and trained fp32 weights coexist; and the numbers are those of DDP.
 """
 
 import warnings
@@ -19,10 +19,10 @@ ACCELERATE = "1.15.0"
 
 
 def plan(model: Any, plugin: Any, device: torch.device) -> None:
-    """Fill accelerate's FSDP plugin in, before it prepares `model`.
+    """Fill in accelerate's FSDP plugin before it prepares `model`.
 
-    Raises ValueError if the plugin is for the first version of FSDP, which takes no two dtypes in one unit, or leaves the
-    reading of the weights to one process, and for an older accelerate, which shards scalars and makes frozen weights fp32.
+    Raises ValueError for FSDP 1, which cannot hold two dtypes in one unit, for loading by one process only, and for an older
+    accelerate, which shards scalars and converts frozen weights to fp32.
     """
     if not is_accelerate_available(ACCELERATE):
         raise ValueError(f"FSDP needs accelerate {ACCELERATE} or newer: pip install --upgrade accelerate")
@@ -30,13 +30,13 @@ def plan(model: Any, plugin: Any, device: torch.device) -> None:
         raise ValueError("FSDP: only its second version can hold this model; set fsdp_version: 2 in the configuration")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError("FSDP: every process reads the weights; set fsdp_cpu_ram_efficient_loading: false")
-    # Of outputs that must not be changed in place; none is.
+    # It warns of outputs that must not be changed in place; none is.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted(frozen_layers(model))
-    # Nothing is cast by FSDP: what is trained stays fp32 under autocast, as without FSDP.
+    # FSDP casts nothing: trained weights stay fp32 under autocast, as without FSDP.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    scalars = [p for p in model.parameters() if p.ndim == 0]  # the temperature: FSDP takes no scalars
+    scalars = [p for p in model.parameters() if p.ndim == 0]  # the temperature: FSDP does not shard scalars
     for scalar in scalars:
         scalar.data = scalar.data.to(device)
         scalar.register_post_accumulate_grad_hook(_average)
@@ -56,7 +56,7 @@ def frozen_layers(model: nn.Module) -> set[str]:
 
 
 def keep_tied_weights(model: Any) -> None:
-    """Leave the word embeddings whole once they were read: ITG's head takes their weight directly."""
+    """Keep the word embeddings gathered after use: ITG's head reads their weight directly."""
     words = model.get_input_embeddings()
     if isinstance(words, FSDPModule):
         words.set_reshard_after_forward(False)

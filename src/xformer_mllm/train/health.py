@@ -1,4 +1,4 @@
-"""Is a run healthy? How alike the queries have become, and an alarm when they say one and the same thing."""
+"""Health of a run: similarity of the queries, and a warning when they have collapsed."""
 
 import logging
 
@@ -15,7 +15,7 @@ def query_similarity(queries: torch.Tensor) -> torch.Tensor:
     """The mean cosine of two different queries of one image, [B, Q, D] -> a scalar in [-1, 1]; nan for one query."""
     unit = normalize(queries.detach().float(), dim=-1)
     count = unit.shape[1]
-    # The squared length of the sum holds every cosine twice, and the ones of the queries with themselves.
+    # The squared length of the sum is every cosine twice, plus 1 for each query with itself.
     pairs = unit.sum(1).square().sum(-1) - count
     return (pairs / (count * (count - 1))).mean()
 
@@ -23,7 +23,7 @@ def query_similarity(queries: torch.Tensor) -> torch.Tensor:
 class CollapseAlarm:
     """One warning when `query_similarity` was above COLLAPSED in LOGS_UNTIL_ALARM logs in a row; again after a recovery.
 
-    All queries then carry the same vector: 32 of them say no more than one.
+    All queries are then the same vector: 32 of them carry no more information than one.
     """
 
     def __init__(self):

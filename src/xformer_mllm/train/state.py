@@ -1,8 +1,8 @@
 """The state of a run between two steps, as tensors and JSON.
 
-Everything is safetensors and JSON: no pickle is written or loaded. Where
-FSDP has split a tensor over the processes, all of them put it together and one writes it: a checkpoint is the same
-whatever the number of processes, and is read by another number of them, or without FSDP.
+Everything is safetensors and JSON: no pickle is written or loaded. Tensors
+that FSDP has sharded are gathered before they are written, so a checkpoint is the same whatever the number of processes and
+can be resumed with another number, or without FSDP.
 """
 
 import json
@@ -25,12 +25,12 @@ Files = dict[str, dict[str, Any]]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor itself, or what FSDP has split, put together; then every process must ask for it."""
+    """The whole of a tensor that FSDP may have sharded; a collective if it has."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What may be split, put together one by one, in the first process's main memory; nothing on the others."""
+    """Gather tensors one by one into the first process's main memory; empty on the other processes."""
     first, found = PartialState().is_main_process, {}
     for name, tensor in tensors.items():
         one = whole(tensor.detach())
@@ -40,7 +40,7 @@ def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _as_split(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, where `like` is split."""
+    """This process's shard of a whole tensor, if `like` is sharded."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -55,7 +55,7 @@ def trained(model: nn.Module) -> Files:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Load what `trained` gave. Raises ValueError if that is not exactly what `model` trains."""
+    """Load what `trained` returned. Raises ValueError if it does not match the trainable parameters of `model`."""
     found = load_file(folder / TRAINED)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wrong = sorted(
@@ -84,7 +84,7 @@ def of_optimizer(optimizer: Any, scheduler: Any) -> Files:
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Load what `of_optimizer` gave."""
+    """Load what `of_optimizer` returned."""
     settings = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -100,7 +100,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
 
 
 def of_processes(own: dict[str, Any]) -> Files:
-    """The random states of every process and what else it has of its own, `own` (plain); all processes must ask."""
+    """Random states and `own` (JSON values) of every process; a collective."""
     tensors = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -114,9 +114,9 @@ def of_processes(own: dict[str, Any]) -> Files:
 
 
 def load_process(folder: Path, rank: int) -> dict[str, Any]:
-    """Set this process's random states as `of_processes` found them; returns its `own`.
+    """Restore this process's random states and return its `own`.
 
-    A process that was not there keeps its own random state, and gets the first one's `own`.
+    A process that did not exist when the checkpoint was written keeps its random state and gets the first one's `own`.
     """
     everyone = json.loads((folder / PROCESSES).read_text(encoding="utf-8"))
     if str(rank) not in everyone:
