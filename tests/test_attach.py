@@ -188,7 +188,7 @@ def test_pixels_are_denormalised_by_the_given_statistics(images, pixels):
     for settings, normalised in (({}, pixels), (given, scaled(images, 32, *half, torch.float32))):
         model, _ = host("blip2")
         attach_xformer(model, mae, **settings)
-        model.vision_model.register_forward_hook(lambda *_, part=model.xformer: seen.append(part.mae_tokens))
+        model.vision_model.register_forward_hook(lambda *call: seen.append(call[-1][0].mae_tokens))
         model.get_image_features(normalised)
     torch.testing.assert_close(*seen, atol=1e-5, rtol=1e-4)
 

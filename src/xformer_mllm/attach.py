@@ -5,8 +5,9 @@
             └─> second encoder (frozen) ──> M ──────────────────────┘
 
 C and M are the tokens of the CLIP tower and of the second encoder (a MAE, for instance), Z_q the Q-Former's output, Z' the
-fused queries. Two hooks do it: one before the vision model passes the pixels to the second encoder, one after the
-Q-Former replaces Z_q by Z'. The model's own parts, names and weights stay as they are; `model.xformer` is new.
+fused queries. Two hooks do it: one on the vision model computes M, which C carries to the Q-Former as an attribute of its
+tensor, so that nothing is kept on a module; one on the Q-Former replaces Z_q by Z'. The model's own parts, names and weights
+stay as they are; `model.xformer` is new.
 
 `B` batch, `Q` queries, `T` text tokens, `D` Q-Former width.
 """
@@ -17,7 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration, PreTrainedModel
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    PreTrainedModel,
+    ViTMAEModel,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 from xformer_mllm.model.configuration_xformer import XFormerConfig
@@ -49,25 +55,24 @@ class AttachedXFormer(XFormerPreTrainedModel):
             tower.hidden_size, tower.num_attention_heads, config.fusion_blocks, config.qformer_config
         )
         self.post_init()  # initialises, so a pretrained encoder is added after it
-        self.mae_encoder = build_tower(tower) if mae_encoder is None else mae_encoder
-        self.mae_tokens: torch.Tensor | None = None  # M, between the two hooks
+        self.mae_encoder = build_tower(tower) if mae_encoder is None else _own(mae_encoder)
         self.handles: list[Any] = []
 
-    def take_pixels(self, _vision_model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Hook: the model's pixels, float[B, 3, H, W], back to [0, 1] -> the second encoder's own -> M, kept for `fuse`."""
+    def encode(self, _vision_model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Hook: the model's pixels, float[B, 3, H, W], back to [0, 1] -> M, an attribute of C."""
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
         pixels = pixels.to(self.device, torch.float32)
         mean, std = (pixels.new_tensor(s).view(1, 3, 1, 1) for s in (self.config.clip_mean, self.config.clip_std))
-        self.mae_tokens = encode_second(self.mae_encoder, self.config, pixels * std + mean)[0].tokens
+        output[0].mae_tokens = encode_second(self.mae_encoder, self.config, pixels * std + mean)[0].tokens
 
-    def fuse(self, _qformer: nn.Module, _args: tuple, output: Any) -> Any:
+    def fuse(self, _qformer: nn.Module, _args: tuple, kwargs: dict, output: Any) -> Any:
         """Hook: the Q-Former's output [B, Q+T, D] with Z' in place of Z_q."""
-        if self.mae_tokens is None:
-            raise ValueError("the Q-Former was called without the vision model, so X-Former has no pixels")
+        mae_tokens = getattr(kwargs.get("encoder_hidden_states"), "mae_tokens", None)
+        if mae_tokens is None:
+            raise ValueError("the Q-Former was called without the vision model's output, so X-Former has no pixels")
         states, count = output.last_hidden_state, self.config.num_query_tokens
         dtype = next(self.fusion.parameters()).dtype  # fp32, whatever the model's dtype
-        queries, mae_tokens = (x.to(states.device, dtype) for x in (states[:, :count], self.mae_tokens))
-        self.mae_tokens = None
+        queries, mae_tokens = (x.to(states.device, dtype) for x in (states[:, :count], mae_tokens))
         fused = self.fusion(queries, mae_tokens).queries.to(states.dtype)
         output.last_hidden_state = torch.cat([fused, states[:, count:]], dim=1)
         return output
@@ -121,8 +126,8 @@ def attach_xformer(model: Model, mae: PreTrainedModel | str | os.PathLike, **set
     part.to(model.query_tokens.device)
     part.train(model.training)
     part.handles = [
-        model.vision_model.register_forward_pre_hook(part.take_pixels, with_kwargs=True),
-        model.qformer.register_forward_hook(part.fuse),
+        model.vision_model.register_forward_hook(part.encode, with_kwargs=True),
+        model.qformer.register_forward_hook(part.fuse, with_kwargs=True),
     ]
     model.xformer = part
     model.config.xformer_config = part.config.to_dict()  # saved in config.json, for loading the whole model
@@ -142,6 +147,16 @@ def detach_xformer(model: Model) -> AttachedXFormer:
         handle.remove()
     del model.xformer, model.config.xformer_config
     return part
+
+
+def _own(tower: nn.Module) -> nn.Module:
+    """The tower itself; of a MAE one with the same weights that masks nothing, so the given one still masks."""
+    if not isinstance(tower, ViTMAEModel):
+        return tower
+    with torch.device("meta"):
+        own = build_tower(tower.config)
+    own.load_state_dict(tower.state_dict(), assign=True)
+    return own
 
 
 def _config(model: Model, tower: PreTrainedModel, settings: dict) -> XFormerConfig:

@@ -28,7 +28,7 @@ from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
 from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 from xformer_mllm.files import write_whole
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from xformer_mllm.model.vision_encoders import encode_mae, scaled
+from xformer_mllm.model.vision_encoders import encode_mae, scaled, without_masking
 
 ATTRIBUTES = ("texture", "count_texture", "ground", "size", "colour", "count")
 TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("clip", "mae")}
@@ -126,7 +126,7 @@ def _encoders(config: ProbeConfig) -> dict[str, Any]:
         return clip(pixels, output_hidden_states=True).hidden_states[-2]
 
     def mae_tokens(model: ViTMAEForPreTraining, images: np.ndarray) -> Tensor:
-        return encode_mae(model.vit, _pixels(images, IMAGENET_MEAN, IMAGENET_STD)).tokens
+        return encode_mae(without_masking(model.vit), _pixels(images, IMAGENET_MEAN, IMAGENET_STD)).tokens
 
     return {"random": partial(mae_tokens, untrained), "clip": clip_tokens, "mae": partial(mae_tokens, mae)}
 

@@ -13,6 +13,7 @@ New output projections start at zero, so a model made from a BLIP-2 checkpoint s
 `B` batch, `Q` queries, `N` CLIP tokens, `L` MAE tokens, `D` Q-Former width, `D_m` width of M.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -134,20 +135,18 @@ class EarlyCrossAttention(Fusion):
             CrossAttention(config.hidden_size, mae_width, config.num_attention_heads, config) for _ in reading
         )
         for module, layer in zip(reading, self.layers, strict=True):
-            module.register_forward_hook(self._then_read_mae(layer), with_kwargs=True)
+            # A partial, not a closure: a copy of the model then calls the copied layer.
+            module.register_forward_hook(partial(_then_read_mae, layer), with_kwargs=True)
 
     def mae_norms(self) -> list[nn.Module]:
         return [part for name, part in self.named_modules() if name.endswith("context_norm")]
 
-    @staticmethod
-    def _then_read_mae(layer: nn.Module):
-        def hook(_module, _args, kwargs, queries):
-            return queries + layer(queries, kwargs["mae_tokens"])[0]
-
-        return hook
-
     def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
         return {"encoder_hidden_states": clip_tokens, "mae_tokens": mae_tokens}
+
+
+def _then_read_mae(layer: nn.Module, _module, _args, kwargs, queries):
+    return queries + layer(queries, kwargs["mae_tokens"])[0]
 
 
 class DualCrossAttentionBlock(nn.Module):

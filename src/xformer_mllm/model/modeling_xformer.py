@@ -269,7 +269,7 @@ class XFormerModel(XFormerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> XFormerModelOutput:
-        """Let the queries read C in the Q-Former, then M in the fusion.
+        """Let the queries read C in the Q-Former, then M in the fusion: `forward` on images that are encoded already.
 
         Args:
             image: C and M of B images.
@@ -277,32 +277,8 @@ class XFormerModel(XFormerPreTrainedModel):
             attention_mask: bool[B, 1, Q+T, Q+T], one of `masks.py`; None for queries alone.
             output_attentions: also return the queries' attention maps (eager attention only).
         """
-        mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
-        query_tokens = self.query_tokens.expand(image.clip_tokens.shape[0], -1, -1)
-        embeds = query_tokens if input_ids is None else self.embeddings(input_ids, query_embeds=query_tokens)
-        if attention_mask is not None:
-            attention_mask = masks.to_additive(attention_mask, embeds.dtype)
-        qformer_output = self.qformer(
-            query_embeds=embeds,
-            query_length=query_tokens.shape[1],
-            attention_mask=attention_mask,
-            output_attentions=output_attentions,
-            **self.fusion.qformer_inputs(image.clip_tokens, mae_tokens),
-        )
-        states = qformer_output.last_hidden_state
-        queries, text_states = states[:, : query_tokens.shape[1]], states[:, query_tokens.shape[1] :]
-        fused = self.fusion(queries, mae_tokens)
-        return XFormerModelOutput(
-            clip_tokens=image.clip_tokens,
-            mae_tokens=mae_tokens,
-            queries=queries,
-            fused_queries=fused.queries,
-            enriched_mae_tokens=fused.mae_tokens,
-            text_states=None if input_ids is None else text_states,
-            mae_mask=None if image.mae is None else image.mae.mask,
-            ids_restore=None if image.mae is None else image.mae.ids_restore,
-            clip_attentions=qformer_output.cross_attentions if output_attentions else None,
-            mae_attentions=fused.attentions if output_attentions else None,
+        return self(
+            image=image, input_ids=input_ids, attention_mask=attention_mask, output_attentions=output_attentions
         )
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -326,13 +302,15 @@ class XFormerModel(XFormerPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         mask_ratio: float = 0.0,
         noise: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
-        **_,
+        image: ImageTokens | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> XFormerModelOutput:
         """Encode images, and texts separately (neither sees the other).
 
@@ -342,11 +320,39 @@ class XFormerModel(XFormerPreTrainedModel):
             noise: [B, L] for the masking; drawn if None.
             qformer_input_ids, qformer_attention_mask: int64[texts, T], for `text_states`.
             output_attentions: also return the queries' attention maps (eager attention only).
+            image, input_ids, attention_mask: as in `read`, instead of `pixel_values`.
         """
-        output = self.read(self.encode_image(pixel_values, mask_ratio, noise), output_attentions=output_attentions)
+        if image is None:
+            image = self.encode_image(pixel_values, mask_ratio, noise)
+        mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
+        query_tokens = self.query_tokens.expand(image.clip_tokens.shape[0], -1, -1)
+        embeds = query_tokens if input_ids is None else self.embeddings(input_ids, query_embeds=query_tokens)
+        if attention_mask is not None:
+            attention_mask = masks.to_additive(attention_mask, embeds.dtype)
+        qformer_output = self.qformer(
+            query_embeds=embeds,
+            query_length=query_tokens.shape[1],
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            **self.fusion.qformer_inputs(image.clip_tokens, mae_tokens),
+        )
+        states = qformer_output.last_hidden_state
+        queries, text_states = states[:, : query_tokens.shape[1]], states[:, query_tokens.shape[1] :]
+        fused = self.fusion(queries, mae_tokens)
         if qformer_input_ids is not None:
-            output.text_states = self.encode_text(qformer_input_ids, qformer_attention_mask)
-        return output
+            text_states = self.encode_text(qformer_input_ids, qformer_attention_mask)
+        return XFormerModelOutput(
+            clip_tokens=image.clip_tokens,
+            mae_tokens=mae_tokens,
+            queries=queries,
+            fused_queries=fused.queries,
+            enriched_mae_tokens=fused.mae_tokens,
+            text_states=None if input_ids is None and qformer_input_ids is None else text_states,
+            mae_mask=None if image.mae is None else image.mae.mask,
+            ids_restore=None if image.mae is None else image.mae.ids_restore,
+            clip_attentions=qformer_output.cross_attentions if output_attentions else None,
+            mae_attentions=fused.attentions if output_attentions else None,
+        )
 
 
 class XFormerForImageTextRetrieval(XFormerPreTrainedModel):

@@ -3,6 +3,10 @@
 `B` batch, `N` CLIP tokens, `L` MAE patches, `K` kept MAE patches, `D` width.
 """
 
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +40,8 @@ def check_pixels(pixel_values: torch.Tensor | None) -> None:
     if torch.is_tensor(pixel_values):
         found = f"{str(pixel_values.dtype).removeprefix('torch.')}{list(pixel_values.shape)}"
     if fits and pixel_values.is_floating_point():
+        if torch.compiler.is_compiling():  # values are not known
+            return
         low, high = (bound.item() for bound in pixel_values.aminmax())
         if low >= -ROUNDING and high <= 1 + ROUNDING:
             return
@@ -68,7 +74,15 @@ def build_tower(config: PreTrainedConfig) -> nn.Module:
     """Build a randomly initialised vision tower: any that AutoModel knows, or BLIP-2's EVA-CLIP."""
     if config.model_type == Blip2VisionModel.config_class.model_type:
         return Blip2VisionModel._from_config(config)
-    return AutoModel.from_config(config)
+    tower = AutoModel.from_config(config)
+    return without_masking(tower) if isinstance(tower, ViTMAEModel) else tower
+
+
+def without_masking(encoder: ViTMAEModel) -> ViTMAEModel:
+    """Let a MAE's embeddings keep all patches, in place: `encode_mae` masks them, with a ratio per call."""
+    encoder.embeddings.config = copy.deepcopy(encoder.config)
+    encoder.embeddings.config.mask_ratio = 0.0
+    return encoder
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -88,6 +102,9 @@ class ClipEncoder(nn.Module):
         self.read_layers = [layer % config.num_hidden_layers for layer in layers]
         stack = self._stack(config.num_hidden_layers)
         del stack[max(self.read_layers) + 1 :]
+        # CLIP's and SigLIP's layers require a mask, BLIP-2's do not take one.
+        takes_mask = "attention_mask" in inspect.signature(stack[0].forward).parameters
+        self.layer_arguments = {"attention_mask": None} if takes_mask else {}
 
     def _stack(self, depth: int) -> nn.ModuleList:
         for module in self.tower.modules():
@@ -97,22 +114,15 @@ class ClipEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Encode normalised pixels [B, 3, H, W] -> [B, N, D] for each requested layer, CLS first if the tower has one."""
-        states: dict[int, torch.Tensor] = {}
-
-        def keep(index: int):
-            def hook(_module, _inputs, output):
-                states[index] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        stack = self._stack(max(self.read_layers) + 1)
-        hooks = [stack[index].register_forward_hook(keep(index)) for index in set(self.read_layers)]
-        try:
-            self.tower(pixels)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [states[index] for index in self.read_layers]
+        states = self.tower.embeddings(pixels)
+        if hasattr(self.tower, "pre_layrnorm"):  # CLIP's, as transformers spells it
+            states = self.tower.pre_layrnorm(states)
+        read = {}
+        for index, layer in enumerate(self._stack(max(self.read_layers) + 1)):
+            states = layer(states, **self.layer_arguments)
+            if index in self.read_layers:
+                read[index] = states
+        return [read[index] for index in self.read_layers]
 
 
 def mae_positions(patches: int, width: int) -> torch.Tensor:
@@ -148,15 +158,22 @@ class ImageTokens:
     mae: MaeTokens | None
     pixels: torch.Tensor | None
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ImageTokens":
+        """Apply a function to every tensor."""
+        mae = None if self.mae is None else MaeTokens(*map(change, vars(self.mae).values()))
+        return ImageTokens(change(self.clip_tokens), mae, None if self.pixels is None else change(self.pixels))
+
     def select(self, index: torch.Tensor) -> "ImageTokens":
         """Select images: int64[P], each in [0, B)."""
-        mae = None if self.mae is None else MaeTokens(*(t[index] for t in vars(self.mae).values()))
-        return ImageTokens(self.clip_tokens[index], mae, None if self.pixels is None else self.pixels[index])
+        return self.map(lambda tensor: tensor[index])
 
     def gathered(self) -> "ImageTokens":
-        """The images of all processes."""
-        mae = None if self.mae is None else MaeTokens(*(gather(t) for t in vars(self.mae).values()))
-        return ImageTokens(gather(self.clip_tokens), mae, None)
+        """The images of all processes, without their pixels."""
+        return dataclasses.replace(self, pixels=None).map(gather)
+
+    def to(self, *args, **kwargs) -> "ImageTokens":
+        """Move every tensor to another device."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
 
 def encode_mae(
@@ -169,25 +186,23 @@ def encode_mae(
     the lowest noise are kept.
 
     Args:
-        encoder: a `ViTMAEModel`.
+        encoder: a `ViTMAEModel` from `without_masking`.
         pixels: normalised, [B, 3, H, W].
         mask_ratio: share of the patches to remove, in [0, 1).
         noise: [B, L] in [0, 1); drawn if None.
     """
-    embeddings = encoder.embeddings
-    patches = embeddings.patch_embeddings(pixels) + embeddings.position_embeddings[:, 1:]
-    batch, length, width = patches.shape
+    batch, length = pixels.shape[0], encoder.embeddings.patch_embeddings.num_patches
+    in_order = torch.arange(length, dtype=torch.float32, device=pixels.device).expand(batch, -1)
+    states, _, _ = encoder.embeddings(pixels, noise=in_order)
     if mask_ratio == 0.0:
-        ids_shuffle = torch.arange(length, device=pixels.device).expand(batch, -1)
+        ids_shuffle = in_order.argsort(dim=1)
     else:
         noise = torch.rand(batch, length, device=pixels.device) if noise is None else noise.to(pixels.device)
         ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     kept = int(length * (1 - mask_ratio))
-    patches = patches.gather(1, ids_shuffle[:, :kept, None].expand(-1, -1, width))
-    cls_token = (embeddings.cls_token + embeddings.position_embeddings[:, :1]).expand(batch, -1, -1)
-
-    states = torch.cat([cls_token, patches], dim=1)
+    places = ids_shuffle[:, :kept, None].expand(-1, -1, states.shape[2])
+    states = torch.cat([states[:, :1], states[:, 1:].gather(1, places)], dim=1)
     for layer in encoder.layers:
         states = layer(states)
     return MaeTokens(encoder.layernorm(states), (ids_restore >= kept).to(pixels.dtype), ids_restore)
@@ -248,4 +263,5 @@ __all__ = [
     "mae_positions",
     "scaled",
     "unmasked",
+    "without_masking",
 ]
