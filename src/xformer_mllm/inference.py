@@ -126,8 +126,12 @@ def generate(
     found: list[Any] = [None] * len(prompts)
     if probabilities:
         logits = torch.stack(output.logits, 1)  # [R, T, V], before any processing such as min_new_tokens
-        output = output.sequences[:, -logits.shape[1] :]  # without an encoder-decoder's start token
+        output = output.sequences[:, -logits.shape[1] :]
         found = _probabilities(logits, output, model.generation_config.eos_token_id)
+    elif model.config.text_config.is_encoder_decoder:
+        output = output[:, 1:]  # its start token
+    else:
+        output = output[:, text["input_ids"].shape[1] :]
     return list(map(Generated, processor.tokenizer.batch_decode(output, skip_special_tokens=True), found))
 
 

@@ -54,8 +54,6 @@ def sizes_of(model: Any) -> Sizes:
     gates = [name for name, _ in model.named_modules() if name.endswith("gate_proj")]
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
     cast = sum(m.weight.numel() for m in linear)
-    if "itg_bias" in parameters:
-        cast += model.xformer.embeddings.word_embeddings.weight.numel()
     return Sizes(
         parameters, trained, {name: _stack(tower) for name, tower in towers.items() if tower}, bool(gates), cast
     )

@@ -82,6 +82,7 @@ class XFormerConfig(PreTrainedConfig):
     """
 
     model_type = "xformer"
+    keys_to_ignore_at_inference = ["xformer_output", "past_key_values"]
     sub_configs = {
         "clip_config": AutoConfig,
         "mae_config": AutoConfig,
@@ -118,6 +119,7 @@ class XFormerConfig(PreTrainedConfig):
     mae_std: Any = None
     mae_image_size: Any = None
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True  # of ITG's head, as in BERT
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -25,6 +25,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
+from transformers.utils import ModelOutput, can_return_tuple
 
 from . import losses, masks
 from .configuration_xformer import XFormerConfig
@@ -34,6 +35,7 @@ from .outputs import (
     XFormerForConditionalGenerationOutput,
     XFormerForImageTextRetrievalOutput,
     XFormerForPreTrainingOutput,
+    XFormerImageFeaturesOutput,
     XFormerModelOutput,
 )
 from .reconstruction import reconstruction_loss
@@ -42,6 +44,7 @@ from .vision_encoders import (
     ImageTokens,
     build_tower,
     check_pixels,
+    dtype_of,
     encode_second,
     is_frozen,
     mae_positions,
@@ -51,6 +54,12 @@ from .vision_encoders import (
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
 LORA = ".lora_"  # in the names of adapters' weights
+# Patterns of trained modules and parameters: anchored, as towers and language models have "embeddings", too.
+TRAINED = [
+    r"^(?:xformer\.)?(?:clip_layernorm|query_tokens|embeddings|qformer|fusion)",
+    r"^(?:vision_projection|text_projection|itm_head|itg_|temperature|language_projection)",
+    r".*lora_[AB]",
+]
 
 
 class XFormerPreTrainedModel(PreTrainedModel):
@@ -63,27 +72,15 @@ class XFormerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     # Trained parts stay fp32, whatever dtype the frozen ones are loaded in.
-    _keep_in_fp32_modules_strict = [
-        "clip_layernorm",
-        "query_tokens",
-        r"xformer\.embeddings",  # the Q-Former's; towers and language models have some of that name, too
-        r"^embeddings",  # the same of an XFormerModel by itself
-        "qformer",
-        "fusion",
-        "vision_projection",
-        "text_projection",
-        "itm_head",
-        "itg_transform",
-        "itg_bias",
-        "temperature",
-        "language_projection",
-        "lora_A",
-        "lora_B",
-    ]
+    _keep_in_fp32_modules_strict = TRAINED
+    _keep_in_fp32_modules = TRAINED  # quantisers leave these out
+    accepts_loss_kwargs = False  # losses are means over the batch: Trainer divides them by the accumulation steps
     _no_split_modules = ("Blip2QFormerLayer", "DualCrossAttentionBlock")
 
     @torch.no_grad()
     def _init_weights(self, module):
+        if isinstance(module, TiedLinear):
+            return
         super()._init_weights(module)
         if isinstance(module, Blip2TextEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
@@ -118,7 +115,7 @@ class XFormerPreTrainedModel(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """Dtype of the frozen parts, which config.json records and the model is loaded in; trained parts are always fp32."""
         for name, parameter in self.named_parameters():
-            if set(FROZEN) & set(name.split(".")[:2]):
+            if set(FROZEN) & set(name.split(".")[:2]) and parameter.is_floating_point():  # quantised weights are not
                 return parameter.dtype
         return super().dtype
 
@@ -171,6 +168,17 @@ def add_lora(language_model: PreTrainedModel, rank: int) -> None:
             parameter.data = parameter.data.float()
 
 
+def _resize(model: PreTrainedModel, *args, **kwargs) -> nn.Module:
+    """Resize the Q-Former's vocabulary: transformers' own function notes the size of `text_config` alone."""
+    text = model.config.text_config
+    size = None if text is None else text.vocab_size
+    words = PreTrainedModel.resize_token_embeddings(model, *args, **kwargs)
+    if text is not None:
+        text.vocab_size = size
+    model.config.qformer_config.vocab_size = words.num_embeddings
+    return words
+
+
 class XFormerModel(XFormerPreTrainedModel):
     """Encoders -> Q-Former -> fusion: C, M, Z_q, Z', M' (paper figure 2)."""
 
@@ -195,6 +203,13 @@ class XFormerModel(XFormerPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module | None:
         return None if self.embeddings is None else self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """Resize the Q-Former's vocabulary, with the arguments of transformers' function."""
+        return _resize(self, *args, **kwargs)
 
     def encode_image(
         self,
@@ -229,7 +244,7 @@ class XFormerModel(XFormerPreTrainedModel):
         """Hidden states of the CLIP layers that are used, [B, N, D_clip] each."""
         config, tower = self.config, self.clip_encoder
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower)):
-            dtype = next(tower.parameters()).dtype
+            dtype = dtype_of(tower)
             size = config.clip_config.image_size
             return tower(scaled(pixel_values, size, config.clip_mean, config.clip_std, dtype))
 
@@ -278,19 +293,32 @@ class XFormerModel(XFormerPreTrainedModel):
             output_attentions: also return the queries' attention maps (eager attention only).
         """
         return self(
-            image=image, input_ids=input_ids, attention_mask=attention_mask, output_attentions=output_attentions
+            image=image,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            return_dict=True,
         )
+
+    def _embed(self, input_ids: torch.Tensor, query_tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed int64[B, T] after the queries.
+
+        As `Blip2TextEmbeddings`, whose forward reads a device from its weight and so cannot be offloaded.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        words = self.embeddings.word_embeddings(input_ids) + self.embeddings.position_embeddings(positions)
+        return words if query_tokens is None else torch.cat([query_tokens.to(words.dtype), words], dim=1)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Encode text alone with the Q-Former: int64[B, T] and its padding mask [B, T] -> [B, T, D]."""
         return self.qformer(
-            query_embeds=self.embeddings(input_ids), query_length=0, attention_mask=attention_mask
+            query_embeds=self._embed(input_ids), query_length=0, attention_mask=attention_mask
         ).last_hidden_state
 
     def reconstruct(self, output: XFormerModelOutput) -> torch.Tensor:
         """Decode M' with the frozen decoder -> predicted patches [B, L, P] (paper section "Stage 1")."""
         decoder = self.mae_decoder
-        tokens = output.enriched_mae_tokens.to(next(decoder.parameters()).dtype)
+        tokens = output.enriched_mae_tokens.to(dtype_of(decoder))
         return decoder(tokens, output.ids_restore).logits
 
     def reconstruction_loss(self, image: ImageTokens, output: XFormerModelOutput) -> torch.Tensor:
@@ -300,6 +328,7 @@ class XFormerModel(XFormerPreTrainedModel):
             self.reconstruct(output), image.pixels, output.mae_mask, config.patch_size, config.norm_pix_loss
         )
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -308,6 +337,7 @@ class XFormerModel(XFormerPreTrainedModel):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        output_hidden_states: bool = False,
         image: ImageTokens | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -319,14 +349,15 @@ class XFormerModel(XFormerPreTrainedModel):
             mask_ratio: share of the MAE's patches to mask, in [0, 1).
             noise: [B, L] for the masking; drawn if None.
             qformer_input_ids, qformer_attention_mask: int64[texts, T], for `text_states`.
-            output_attentions: also return the queries' attention maps (eager attention only).
+            output_attentions: also return attention maps (eager attention only).
+            output_hidden_states: also return the hidden states of the Q-Former's layers.
             image, input_ids, attention_mask: as in `read`, instead of `pixel_values`.
         """
         if image is None:
             image = self.encode_image(pixel_values, mask_ratio, noise)
         mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
         query_tokens = self.query_tokens.expand(image.clip_tokens.shape[0], -1, -1)
-        embeds = query_tokens if input_ids is None else self.embeddings(input_ids, query_embeds=query_tokens)
+        embeds = query_tokens if input_ids is None else self._embed(input_ids, query_tokens)
         if attention_mask is not None:
             attention_mask = masks.to_additive(attention_mask, embeds.dtype)
         qformer_output = self.qformer(
@@ -334,6 +365,7 @@ class XFormerModel(XFormerPreTrainedModel):
             query_length=query_tokens.shape[1],
             attention_mask=attention_mask,
             output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             **self.fusion.qformer_inputs(image.clip_tokens, mae_tokens),
         )
         states = qformer_output.last_hidden_state
@@ -352,6 +384,8 @@ class XFormerModel(XFormerPreTrainedModel):
             ids_restore=None if image.mae is None else image.mae.ids_restore,
             clip_attentions=qformer_output.cross_attentions if output_attentions else None,
             mae_attentions=fused.attentions if output_attentions else None,
+            attentions=qformer_output.attentions if output_attentions else None,
+            hidden_states=qformer_output.hidden_states if output_hidden_states else None,
         )
 
 
@@ -373,6 +407,16 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
     def _add_heads(self, config: XFormerConfig) -> None:
         """Add the heads that only stage 1 needs."""
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.xformer.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.xformer.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """Resize the Q-Former's vocabulary, with the arguments of transformers' function."""
+        return _resize(self, *args, **kwargs)
+
     def image_features(self, fused_queries: torch.Tensor) -> torch.Tensor:
         """Project Z' -> [B, Q, image_text_hidden_size], of unit length."""
         return normalize(self.vision_projection(fused_queries).float(), dim=-1)
@@ -390,13 +434,13 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
         output = self.xformer.read(image, input_ids, mask)
         return self.itm_head(output.fused_queries).mean(dim=1), output
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         qformer_input_ids: torch.Tensor,
         qformer_attention_mask: torch.Tensor,
         use_image_text_matching_head: bool = False,
-        **_,
     ) -> XFormerForImageTextRetrievalOutput:
         """Score every image with every text (ITC), or each image with its own text (ITM, `use_image_text_matching_head`)."""
         image = self.xformer.encode_image(pixel_values)
@@ -412,6 +456,13 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
         return XFormerForImageTextRetrievalOutput(similarity, similarity.t(), image_embeds, text_embeds, output)
 
 
+class TiedLinear(nn.Linear):
+    """BERT's prediction of words, whose weight is the word embeddings'; the bias is the model's own parameter."""
+
+    def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(states, self.weight, bias)
+
+
 class XFormerForPreTraining(XFormerForImageTextRetrieval):
     """Stage 1: ITC + ITM + ITG + reconstruction (paper section "Stage 1").
 
@@ -419,18 +470,32 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
     it serves ITG, ITC's image side and the reconstruction), text alone, and queries and text together for ITM.
     """
 
+    _tied_weights_keys = {"itg_head.weight": "xformer.embeddings.word_embeddings.weight"}
+
     def _add_heads(self, config: XFormerConfig) -> None:
         if config.qformer_config.use_qformer_text_input is False:
             raise ValueError("stage 1 reads text: qformer_config.use_qformer_text_input must be True")
         self.itg_transform = BertPredictionHeadTransform(config.qformer_config)
-        self.itg_bias = nn.Parameter(torch.zeros(config.qformer_config.vocab_size))
+        width, words = config.qformer_config.hidden_size, config.qformer_config.vocab_size
+        self.itg_bias = nn.Parameter(torch.zeros(words))
+        self.itg_head = nn.utils.skip_init(TiedLinear, width, words, bias=False)
         self.temperature = nn.Parameter(torch.tensor(config.initial_temperature))
 
     def itg_logits(self, text_states: torch.Tensor) -> torch.Tensor:
         """Predict tokens with BERT's head, tied to the word embeddings: [B, T, D] -> [B, T, V]."""
-        words = self.xformer.embeddings.word_embeddings.weight
-        return nn.functional.linear(self.itg_transform(text_states), words, self.itg_bias)
+        return self.itg_head(self.itg_transform(text_states), self.itg_bias)
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.itg_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Set ITG's head; new words start with a bias of 0."""
+        self.itg_head = nn.utils.skip_init(TiedLinear, value.in_features, value.out_features, bias=False)
+        self.itg_head.weight = value.weight
+        bias = self.itg_bias.data[: value.out_features]
+        self.itg_bias.data = nn.functional.pad(bias, (0, value.out_features - len(bias)))
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -439,7 +504,6 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         noise: torch.Tensor | None = None,
         negatives: tuple[torch.Tensor, torch.Tensor] | None = None,
         features: dict[str, torch.Tensor] | None = None,
-        **_,
     ) -> XFormerForPreTrainingOutput:
         """The four losses of B image-text pairs.
 
@@ -550,6 +614,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, dtype=None, config=None, **kwargs):
         """Load as transformers does; the frozen parts in the dtype of the saved language model unless `dtype` is given."""
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype  # its name before transformers 5
         if dtype is None:
             config = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
             if config.text_config is None:
@@ -569,18 +634,32 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.language_model.get_encoder() if modality is None else super().get_encoder(modality=modality)
+
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         image_index: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The soft prompt of each text: pixels of B images -> [texts, Q, E]; arguments as in `forward`."""
+    ) -> XFormerImageFeaturesOutput:
+        """Encode images for the language model: pixels of B images -> `pooler_output`, the soft prompts [texts, Q, E].
+
+        Arguments as in `forward`.
+        """
         image = self.xformer.encode_image(pixel_values)
         self._check_texts(len(image.clip_tokens), image_index, None, qformer_input_ids)
         output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
-        return self._soft_prompt(output, image_index)
+        return XFormerImageFeaturesOutput(
+            last_hidden_state=output.clip_tokens,
+            pooler_output=self._soft_prompt(output, image_index),
+            xformer_output=output,
+        )
 
     def _check_texts(self, images: int, image_index, input_ids, qformer_input_ids) -> None:
         """Check that each text [texts, T] has its image: as many texts as images, or an `image_index`."""
@@ -624,7 +703,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
                 f"{_counted(len(soft_prompt), 'soft prompt')} for {_counted(len(input_ids), 'text')}; pass one for each text"
             )
         at = input_ids == self.config.image_token_index
-        if not (at.sum(-1) == soft_prompt.shape[1]).all():
+        if not torch.compiler.is_compiling() and not (at.sum(-1) == soft_prompt.shape[1]).all():
             raise ValueError(
                 f"every text needs {soft_prompt.shape[1]} image placeholders (token {self.config.image_token_index}), "
                 f"found {at.sum(-1).tolist()}; XFormerProcessor inserts them"
@@ -632,6 +711,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids.masked_fill(at, 0))
         return embeds.masked_scatter(at.unsqueeze(-1), soft_prompt.to(embeds.dtype))
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -645,7 +725,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         features: dict[str, torch.Tensor] | None = None,
-        **_,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> XFormerForConditionalGenerationOutput:
         """Compute the language-modelling loss of texts after images (paper section "Stage 2").
 
@@ -661,6 +742,11 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             qformer_input_ids, qformer_attention_mask: int64[texts, T''], the prompts for an instruction-aware Q-Former.
             decoder_input_ids: int64[B, T'], input of an encoder-decoder's decoder, where there are no labels.
             features: cached outputs of `XFormerModel.frozen_features`.
+            output_attentions, output_hidden_states: also return the language model's.
+
+        Returns:
+            `logits` [B, T, V] without labels and in evaluation mode; in training with labels they are not computed for
+            every position, and None.
 
         Raises:
             ValueError: if a text does not have exactly one image and as many placeholders as there are queries.
@@ -673,35 +759,46 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             self._check_texts(len(image.clip_tokens), image_index, input_ids, qformer_input_ids)
             output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
             soft_prompt = self._soft_prompt(output, image_index)
-        embeds = self._with_soft_prompt(input_ids, soft_prompt)
+        inputs = {
+            "inputs_embeds": self._with_soft_prompt(input_ids, soft_prompt),
+            "attention_mask": attention_mask,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
         if labels is None:
-            decoder = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
-            logits = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, **decoder).logits
-            return XFormerForConditionalGenerationOutput(logits=logits, xformer_output=output)
-
-        logits, targets = self._predict(embeds, attention_mask, labels)
+            inputs |= {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
+            predicted, targets = self.language_model(**inputs), None
+        else:
+            predicted, targets = self._predict(inputs, labels)
+        found = XFormerForConditionalGenerationOutput(
+            logits=None if self.training and labels is not None else predicted.logits,
+            hidden_states=predicted.get("hidden_states", predicted.get("decoder_hidden_states")),
+            attentions=predicted.get("attentions", predicted.get("decoder_attentions")),
+            xformer_output=output,
+        )
+        if targets is None:
+            return found
+        logits = predicted.logits
         lm = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) * share(targets != -100)
-        loss, reconstruction = lm, None
+        found.loss = found.lm_loss = lm
         if reconstructs:
             if config.instruction_aware and image_index is not None:
                 image = image.select(image_index)
-            reconstruction = self.xformer.reconstruction_loss(image, output)
-            loss = loss + config.reconstruction_weight * reconstruction
-        return XFormerForConditionalGenerationOutput(loss, lm, reconstruction, None, output)
+            found.reconstruction_loss = self.xformer.reconstruction_loss(image, output)
+            found.loss = lm + config.reconstruction_weight * found.reconstruction_loss
+        return found
 
-    def _predict(
-        self, embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [texts, columns, V] and their target tokens, -100 at positions without loss."""
+    def _predict(self, inputs: dict, labels: torch.Tensor) -> tuple[ModelOutput, torch.Tensor]:
+        """The language model's output, with logits [texts, columns, V], and their targets, -100 at those without loss."""
         if self.config.text_config.is_encoder_decoder:
             ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
-            output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, decoder_input_ids=ids)
-            return output.logits, labels
-        # The vocabulary is by far the widest layer: only columns that have a target are computed.
+            return self.language_model(**inputs, decoder_input_ids=ids), labels
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if not self.training or torch.compiler.is_compiling():
+            return self.language_model(**inputs), targets
+        # The vocabulary is by far the widest layer: in training, only columns that have a target are computed.
         columns = (targets != -100).any(0).nonzero().squeeze(1)
-        output = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, logits_to_keep=columns)
-        return output.logits, targets[:, columns]
+        return self.language_model(**inputs, logits_to_keep=columns), targets[:, columns]
 
     @torch.no_grad()
     def generate(
@@ -715,27 +812,42 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
-        """Continue texts after images -> new tokens only; also takes arguments of the language model's `generate`.
+        """Continue texts after images, with the arguments of `forward` and of the language model's `generate`.
 
         Pad on the left for a decoder, on the right for an encoder-decoder. Without `input_ids` the text is empty.
+
+        Returns:
+            As `Blip2ForConditionalGeneration.generate`: a decoder's `input_ids` with their placeholders, then new tokens;
+            an encoder-decoder's start token, then new ones. The prompt does not count for penalties on repetition.
         """
         if soft_prompt is None:
             check_pixels(pixel_values)
             self._check_texts(len(pixel_values), image_index, input_ids, qformer_input_ids)
             _check_range(image_index, len(pixel_values))
-            soft_prompt = self.get_image_features(pixel_values, image_index, qformer_input_ids, qformer_attention_mask)
+            soft_prompt = self.get_image_features(
+                pixel_values, image_index, qformer_input_ids, qformer_attention_mask, return_dict=True
+            ).pooler_output
         if input_ids is None:
             input_ids = torch.tensor(self._empty_text(), device=soft_prompt.device).expand(len(soft_prompt), -1)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        self.language_model.generation_config = self.generation_config
-        tokens = self.language_model.generate(
+        if generate_kwargs.get("assistant_model") is not None or generate_kwargs.get("prompt_lookup_num_tokens"):
+            raise ValueError("assisted generation needs a prompt of tokens, and an image is none; omit the assistant")
+        output = self.language_model.generate(
             inputs_embeds=self._with_soft_prompt(input_ids, soft_prompt),
             attention_mask=attention_mask,
+            generation_config=generate_kwargs.pop("generation_config", None) or self.generation_config,
             **generate_kwargs,
         )
-        decoder_starts = self.config.text_config.is_encoder_decoder and torch.is_tensor(tokens)
-        return tokens[:, 1:] if decoder_starts else tokens
+        if self.config.text_config.is_encoder_decoder:
+            return output
+        tokens = output if torch.is_tensor(output) else output.sequences
+        prompts = input_ids.to(tokens.device).repeat_interleave(len(tokens) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, tokens], dim=1)
+        if torch.is_tensor(output):
+            return sequences
+        output.sequences = sequences
+        return output
 
     def _empty_text(self) -> list[int]:
         """Tokens of an empty prompt: placeholders, then the start token, or an encoder's end token, if there is one."""

@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 
@@ -24,6 +25,8 @@ class XFormerModelOutput(ModelOutput):
         ids_restore: int64[B, L]; the order of M (see `vision_encoders.MaeTokens`).
         clip_attentions: a map [B, heads, Q, N] for each Q-Former layer that reads C, on request.
         mae_attentions: a map [B, heads, Q, 1+K] for each fusion block, on request.
+        attentions: a map [B, heads, Q+T, Q+T] for each Q-Former layer, on request.
+        hidden_states: [B, Q+T, D] before and after each Q-Former layer, on request.
     """
 
     clip_tokens: torch.Tensor | None = None
@@ -36,6 +39,8 @@ class XFormerModelOutput(ModelOutput):
     ids_restore: torch.Tensor | None = None
     clip_attentions: tuple | None = None
     mae_attentions: tuple | None = None
+    attentions: tuple | None = None
+    hidden_states: tuple | None = None
 
 
 @dataclass
@@ -67,12 +72,24 @@ class XFormerForImageTextRetrievalOutput(ModelOutput):
 
 @dataclass
 class XFormerForConditionalGenerationOutput(ModelOutput):
-    """`loss`: `lm_loss`, plus `reconstruction_loss` in the variant that keeps it; `logits` [B, T, V], without labels."""
+    """`loss`: `lm_loss`, plus `reconstruction_loss` in the variant that keeps it; `logits` [B, T, V].
+
+    `hidden_states` and `attentions` are the language model's (of an encoder-decoder the decoder's), on request.
+    """
 
     loss: torch.Tensor | None = None
     lm_loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+    xformer_output: XFormerModelOutput | None = None
+
+
+@dataclass
+class XFormerImageFeaturesOutput(BaseModelOutputWithPooling):
+    """`last_hidden_state`: C, [B, N, D_clip]; `pooler_output`: soft prompts [texts, Q, E]; `xformer_output`: all stages."""
+
     xformer_output: XFormerModelOutput | None = None
 
 
@@ -80,5 +97,6 @@ __all__ = [
     "XFormerForConditionalGenerationOutput",
     "XFormerForImageTextRetrievalOutput",
     "XFormerForPreTrainingOutput",
+    "XFormerImageFeaturesOutput",
     "XFormerModelOutput",
 ]

@@ -89,6 +89,11 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Dtype of a module's first floating-point parameter: quantised weights are integers."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
 class ClipEncoder(nn.Module):
     """Hidden states of chosen layers of a contrastive tower, in one pass.
 
@@ -242,7 +247,7 @@ def encode_second(
         ValueError: if a mask ratio is given and the encoder is not a MAE.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
-        dtype = next(encoder.parameters()).dtype
+        dtype = dtype_of(encoder)
         pixels = scaled(pixel_values, config.mae_image_size, config.mae_mean, config.mae_std, dtype)
         if config.has_mae:
             return encode_mae(encoder, pixels, mask_ratio, noise), pixels
@@ -257,6 +262,7 @@ __all__ = [
     "MaeTokens",
     "build_tower",
     "check_pixels",
+    "dtype_of",
     "encode_mae",
     "encode_second",
     "is_frozen",

@@ -121,7 +121,8 @@ def run_stage2(config: Stage2Config) -> Path:
     def write(model: nn.Module, pixels: torch.Tensor) -> list[str]:
         text = processor(text=asked).to(pixels.device)
         tokens = model.generate(pixels, **text, max_new_tokens=SAMPLE_TOKENS, do_sample=False)  # type: ignore[operator]
-        return processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        prompt = 1 if processor.encoder_decoder else text["input_ids"].shape[1]
+        return processor.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
 
     return _run(config, "train stage2", model, processor, train, held_out, collator, write)
 
