@@ -3,6 +3,7 @@
 from typing import Any
 
 from xformer_mllm.estimate.costs import Cost, total
+from xformer_mllm.report.wording import aligned
 
 
 def show(result: dict[str, Any]) -> str:
@@ -38,7 +39,7 @@ def _word(name: str) -> str:
 def _parameter_table(parameters: dict[str, list[int]]) -> str:
     rows = [[name, f"{number:,}", f"{trained:,}"] for name, (number, trained) in parameters.items()]
     sums = [f"{sum(column):,}" for column in zip(*parameters.values(), strict=True)]
-    return _table(["part", "parameters", "trained"], [*rows, ["total", *sums]])
+    return "\n".join(aligned([["part", "parameters", "trained"], *rows, ["total", *sums]]))
 
 
 def _part_table(per_image: dict[str, dict[str, int]]) -> str:
@@ -48,7 +49,7 @@ def _part_table(per_image: dict[str, dict[str, int]]) -> str:
         [name, f"{cost.forward / 1e9:.1f}", f"{cost.backward / 1e9:.1f}", f"{cost.kept / 1e6:.1f}"]
         for name, cost in parts.items()
     ]
-    return _table(["per image", "GFLOP forward", "GFLOP backward", "MB kept"], rows)
+    return "\n".join(aligned([["per image", "GFLOP forward", "GFLOP backward", "MB kept"], *rows]))
 
 
 def _memory_table(result: dict[str, Any]) -> str:
@@ -58,10 +59,8 @@ def _memory_table(result: dict[str, Any]) -> str:
     rows = [[name, f"{number / 1e9:.2f}"] for name, number in held.items() if number]
     room = result["gpu"]["memory"]
     verdict = "fits" if needed <= room else "does NOT fit"
-    return (
-        _table(["memory per GPU", "GB"], [*rows, ["total", f"{needed / 1e9:.2f}"]])
-        + f"\n{verdict} in {room / 1e9:.0f} GB; the largest batch_size that does: {largest}"
-    )
+    table = aligned([["memory per GPU", "GB"], *rows, ["total", f"{needed / 1e9:.2f}"]])
+    return "\n".join([*table, f"{verdict} in {room / 1e9:.0f} GB; the largest batch_size that does: {largest}"])
 
 
 def _variant_table(variants: dict[str, Any]) -> str:
@@ -73,18 +72,9 @@ def _variant_table(variants: dict[str, Any]) -> str:
             cells += [f"{row[key] / unit:,.2f}", f"{row[key] / base[key]:.3f}"]
         rows.append([name, *cells])
     head = ["variant", "M trained", "GFLOP per image", "ratio", "s per pass", "ratio", "GB per GPU", "ratio"]
-    return _table(head, rows)
+    return "\n".join(aligned([head, *rows]))
 
 
 def _lines(named: dict[str, str]) -> str:
     width = max(map(len, named))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in named.items())
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Columns of text, the first left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in [head, *rows]
-    )

@@ -1,4 +1,4 @@
-"""How names and numbers are written."""
+"""Text for names, numbers and tables."""
 
 import re
 from collections.abc import Sequence
@@ -70,3 +70,9 @@ def plain(group: str) -> str:
 def definitions(groups: Sequence[str]) -> dict[str, str]:
     """What the question types among the groups ask, in the same order."""
     return {plain(group): QUESTION_TYPES[group] for group in groups if group in QUESTION_TYPES}
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a text table: the first column left-aligned, the others right-aligned."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
