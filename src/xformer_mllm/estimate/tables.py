@@ -7,7 +7,7 @@ from xformer_mllm.report.wording import aligned
 
 
 def show(result: dict[str, Any]) -> str:
-    """What `estimate` returns, as tables."""
+    """Format the result of `estimate` as tables."""
     work, gpu, assumed, run, step = (result[name] for name in ("work", "gpu", "assumed", "run", "step"))
     blocks = [
         f"{result['recipe']}: {result['variant']}, stage {work['stage']}, on {work['gpus']} x {gpu['name']}, "
@@ -44,7 +44,7 @@ def _parameter_table(parameters: dict[str, list[int]]) -> str:
 
 def _part_table(per_image: dict[str, dict[str, int]]) -> str:
     parts = {name: Cost(**cost) for name, cost in per_image.items()}
-    parts["total"] = total(list(parts.values()))
+    parts["total"] = total(parts.values())
     rows = [
         [name, f"{cost.forward / 1e9:.1f}", f"{cost.backward / 1e9:.1f}", f"{cost.kept / 1e6:.1f}"]
         for name, cost in parts.items()

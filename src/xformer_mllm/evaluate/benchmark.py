@@ -6,7 +6,7 @@ Each benchmark is one file in this package with a subclass of `Benchmark`; `eval
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,18 +25,13 @@ EXPORT_FILE = "export.json"
 
 # Zero-shot question answering with OPT: "paper" is BLIP-2's paper, "lavis" is LAVIS's vqav2_zeroshot_opt_eval.yaml with
 # the length penalty of `Blip2OPT.predict_answers`.
+_BLIP2 = GenerationSettings(
+    prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
+)
+_LAVIS_PROMPT = "Question: {question} Short answer:"
 ZERO_SHOT = {
-    "paper": GenerationSettings(
-        prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
-    ),
-    "lavis": GenerationSettings(
-        prompt="Question: {question} Short answer:",
-        num_beams=5,
-        length_penalty=0.0,
-        max_new_tokens=10,
-        min_new_tokens=1,
-        plain_question=True,
-    ),
+    "paper": _BLIP2,
+    "lavis": replace(_BLIP2, prompt=_LAVIS_PROMPT, length_penalty=0.0, plain_question=True),
 }
 
 
@@ -110,6 +105,15 @@ class Benchmark(ABC, Generic[Record]):
     def credit(self, record: Record, answer: str) -> float | None:
         """Score of one answer in [0, 1]; None if answers only score together or the truth is not public."""
         return None
+
+    def predictions(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
+        """The answered records with "prediction" and, if single answers are scored, "credit"."""
+        rows = []
+        for record in self.answered(answers):
+            answer = answers[record.id]
+            credit = self.credit(record, answer)
+            rows.append({**asdict(record), "prediction": answer, **({} if credit is None else {"credit": credit})})
+        return rows
 
     def official(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
         """{record id: answer} -> JSON value for the official server or scorer."""

@@ -11,6 +11,7 @@ not fine-tune, and its paper does not give the prompt.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from xformer_mllm.evaluate.karpathy import read_split
 from xformer_mllm.files import read_json
 from xformer_mllm.inference import GenerationSettings
 
-PROMPT = "a photo of"
-BLIP2 = GenerationSettings(prompt=PROMPT, num_beams=5, length_penalty=1.0, max_new_tokens=30, min_new_tokens=8)
+BLIP2 = GenerationSettings(prompt="a photo of", num_beams=5, length_penalty=1.0, max_new_tokens=30, min_new_tokens=8)
 
 
 class CocoCaptions(CaptionBenchmark):
@@ -32,14 +32,7 @@ class CocoCaptions(CaptionBenchmark):
     settings = {
         "paper": BLIP2,
         # LAVIS's task since December 2023 (71a2da9), after its models were released and reported.
-        "lavis": GenerationSettings(
-            prompt=PROMPT,
-            num_beams=5,
-            length_penalty=0.0,
-            max_new_tokens=30,
-            min_new_tokens=8,
-            repetition_penalty=1.15,
-        ),
+        "lavis": replace(BLIP2, length_penalty=0.0, repetition_penalty=1.15),
     }
     files = "dataset_coco.json or coco_karpathy_{test,val}.json, and the images in val2014/"
 

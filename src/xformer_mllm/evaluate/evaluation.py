@@ -159,7 +159,7 @@ def _answer(
             "--images names the folder of the images"
         )
     metrics = describe_answers(benchmark, found)
-    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, found.answers)]
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in benchmark.predictions(found.answers)]
     write_whole(folder / "predictions.jsonl", "".join(rows))
     write_whole(folder / "official.json", json.dumps(benchmark.official(found.answers)) + "\n")
     return metrics, examples(benchmark, found.answers)
@@ -353,17 +353,6 @@ def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Ex
         )
         for record in random.Random(0).sample(answered, min(EXAMPLES, len(answered)))
     ]
-
-
-def predictions(benchmark: Benchmark, answers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The answered records with "prediction" and, for benchmarks that score single answers, "credit"."""
-    rows = []
-    for record in benchmark.answered(answers):
-        answer = answers[record.id]
-        credit = benchmark.credit(record, answer)
-        known = {} if credit is None else {"credit": credit}
-        rows.append({**asdict(record), "prediction": answer, **known})
-    return rows
 
 
 def summary(metrics: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ a bootstrap over images for the difference of two, since the questions of one im
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,19 +28,6 @@ Prediction = dict[str, Any]
 def is_right(answer: str, truth: str | None) -> bool:
     """Whether two answers match."""
     return truth is not None and answer.strip().lower() == truth.strip().lower()
-
-
-def predictions_of(questions: Iterable[Question], answers: Mapping[str, str]) -> list[Prediction]:
-    """The answered questions as rows."""
-    return [
-        {
-            **asdict(question),
-            "prediction": answers[question.id],
-            "credit": float(is_right(answers[question.id], question.answer)),
-        }
-        for question in questions
-        if question.id in answers
-    ]
 
 
 @dataclass(frozen=True)

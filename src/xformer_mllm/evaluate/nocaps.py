@@ -14,13 +14,13 @@ projects/blip2/eval/caption_nocaps_out_domain_flant5xl_eval.yaml, for a model th
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from xformer_mllm.evaluate.benchmark import CaptionRecord, Scores, check_images, field
 from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark
 from xformer_mllm.evaluate.coco_captions import BLIP2, read_captions
 from xformer_mllm.files import read_json
-from xformer_mllm.inference import GenerationSettings
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
@@ -34,14 +34,7 @@ class NoCaps(CaptionBenchmark):
     splits = ("val", "test")
     settings = {
         "paper": BLIP2,
-        "lavis": GenerationSettings(
-            prompt="",
-            num_beams=5,
-            length_penalty=1.0,
-            max_new_tokens=80,
-            min_new_tokens=10,
-            repetition_penalty=1.15,
-        ),
+        "lavis": replace(BLIP2, prompt="", max_new_tokens=80, min_new_tokens=10, repetition_penalty=1.15),
     }
     files = "nocaps_val_4500_captions.json (test: nocaps_test_image_info.json), and the images in images/"
 

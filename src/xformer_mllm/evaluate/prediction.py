@@ -100,10 +100,8 @@ def remove_parts(output_dir: Path) -> None:
 
 def _batches(records: Sequence[Record], batch_size: int) -> list[list[Record]]:
     """All records in batches, with the records of one image next to each other."""
-    images: dict[str, list[Record]] = {}
-    for record in records:
-        images.setdefault(record.image_id, []).append(record)
-    ordered = [record for group in images.values() for record in group]
+    order = {image_id: index for index, image_id in enumerate(dict.fromkeys(r.image_id for r in records))}
+    ordered = sorted(records, key=lambda record: order[record.image_id])
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 

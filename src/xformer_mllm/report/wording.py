@@ -42,9 +42,9 @@ def signed(value: float, form: str = ".3f") -> str:
     return f"{value:{form}}".replace("-", "−")
 
 
-def percent(share: float) -> str:
+def percent(value: float) -> str:
     """0.7564 -> '75.6 %' with a no-break space."""
-    return f"{100 * share:.1f}\u00a0%"
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def points(difference: float) -> str:
@@ -57,9 +57,14 @@ def points_interval(interval: Sequence[float]) -> str:
     return f"{points(interval[0])} to {points(interval[1])}"
 
 
+def share(value: float | None) -> str:
+    """0.7564 -> '75.6'; an en dash for None."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
 def percent_interval(interval: Sequence[float]) -> str:
     """[0.0913, 0.107] -> '9.1–10.7'."""
-    return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+    return f"{share(interval[0])}–{share(interval[1])}"
 
 
 def plain(group: str) -> str:
