@@ -174,9 +174,8 @@ def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int) -> C
     """One pass of `queries` and `text` together; either may be 0. Only queries read the image."""
     parts, width, heads = config.qformer_config, config.qformer_config.hidden_size, _heads(config)
     both = queries + text
-    embedded = norm(both if text else 0, width) + dropout(
-        both, width, parts
-    )  # queries alone are a view of a parameter
+    normed = both if text else 0  # queries alone are a view of a parameter
+    embedded = norm(normed, width) + dropout(both, width, parts)
     reads = tokens.clip + (tokens.mae if config.fusion == "concat" else 0)
     after = norm(both, width) + dropout(both, width, parts)
     layer = linear(both, width, width) * 4 + attention(both, both, width, heads, masked=text > 0) + after
@@ -228,10 +227,8 @@ def reconstruction(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
     width, length, values = mae.decoder_hidden_size, tokens.mae_patches + 1, 3 * mae.patch_size**2
     ends = 2 * tokens.mae * _mae_width(config) * width + 2 * length * width * values
     unshuffled = Cost(kept=INT64 * tokens.mae_patches * width)
-    layers, weights = sizes.stacks["mae_decoder"]
-    stack = frozen_stack(
-        layers, weights, length, width, width, mae.decoder_num_attention_heads, mae.decoder_intermediate_size
-    )
+    heads, inside = mae.decoder_num_attention_heads, mae.decoder_intermediate_size
+    stack = frozen_stack(*sizes.stacks["mae_decoder"], length, width, width, heads, inside)
     error = Cost(kept=FP32 * tokens.mae_patches * values)
     return Cost(ends, ends) + unshuffled + stack + norm(length, width) + error
 

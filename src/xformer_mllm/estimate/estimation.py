@@ -20,7 +20,7 @@ from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.variants import VARIANTS, variant_config
 
 MOST_IMAGES = 2**20  # the largest batch considered
-OPT_SIZES = {"facebook/opt-2.7b": (2560, 32, 32), "facebook/opt-6.7b": (4096, 32, 32)}  # width, layers, heads
+OPT_WIDTHS = {"facebook/opt-2.7b": 2560, "facebook/opt-6.7b": 4096}  # both have 32 layers and 32 heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +115,9 @@ def _config_of(model: Path) -> XFormerConfig:
 
 def language_model_config(name: str) -> PreTrainedConfig:
     """The configuration of a language model; the paper's two need no Hub."""
-    if name in OPT_SIZES:
-        width, layers, heads = OPT_SIZES[name]
-        return OPTConfig(
-            hidden_size=width,
-            word_embed_proj_dim=width,
-            ffn_dim=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-        )
+    if width := OPT_WIDTHS.get(name):
+        depth = {"num_hidden_layers": 32, "num_attention_heads": 32}
+        return OPTConfig(hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, **depth)
     source = language_model_dir(name)
     if isinstance(source, str):
         check_on_hub("llm", source)

@@ -9,6 +9,7 @@ from xformer_mllm.report.wording import aligned
 def show(result: dict[str, Any]) -> str:
     """Format the result of `estimate` as tables."""
     work, gpu, assumed, run, step = (result[name] for name in ("work", "gpu", "assumed", "run", "step"))
+    tokens = {"CLIP" if name == "clip" else name: n for name, n in result["tokens_per_image"].items()}
     blocks = [
         f"{result['recipe']}: {result['variant']}, stage {work['stage']}, on {work['gpus']} x {gpu['name']}, "
         f"{work['images']} images each",
@@ -16,7 +17,7 @@ def show(result: dict[str, Any]) -> str:
         _part_table(result["per_image"]),
         _lines(
             {
-                "tokens per image": ", ".join(f"{n} {_word(w)}" for w, n in result["tokens_per_image"].items()),
+                "tokens per image": ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in tokens.items()),
                 "step": f"{step['images']:,} images, {step['flops_per_gpu'] / 1e12:,.1f} TFLOP per GPU, "
                 f"{step['seconds']:.2f} s: {step['images_per_second']:,.0f} images/s",
                 "run": f"{run['steps']:,} steps, {run['images']:,} images ({run['epochs']:.2f} epochs), at most "
@@ -30,10 +31,6 @@ def show(result: dict[str, Any]) -> str:
     if "variants" in result:
         blocks.append(_variant_table(result["variants"]))
     return "\n\n".join(blocks)
-
-
-def _word(name: str) -> str:
-    return {"clip": "CLIP"}.get(name, name.replace("_", " "))
 
 
 def _parameter_table(parameters: dict[str, list[int]]) -> str:

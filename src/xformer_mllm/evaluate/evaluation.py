@@ -22,7 +22,7 @@ from xformer_mllm.evaluate.gqa import Gqa
 from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
 from xformer_mllm.evaluate.nocaps import NoCaps
 from xformer_mllm.evaluate.ok_vqa import OkVqa
-from xformer_mllm.evaluate.prediction import Answers, predict, remove_parts
+from xformer_mllm.evaluate.prediction import predict, remove_parts
 from xformer_mllm.evaluate.retrieval import CocoRetrieval, FlickrRetrieval, Retrieval, retrieve
 from xformer_mllm.evaluate.vqav2 import Vqav2
 from xformer_mllm.files import read_json, write_whole
@@ -158,7 +158,7 @@ def _answer(
             f"none of the {len(benchmark.records):,} records has an answer, e.g. {why}; "
             "--images names the folder of the images"
         )
-    metrics = describe_answers(benchmark, found)
+    metrics = describe_answers(benchmark, found.answers, found.problems)
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in benchmark.predictions(found.answers)]
     write_whole(folder / "predictions.jsonl", "".join(rows))
     write_whole(folder / "official.json", json.dumps(benchmark.official(found.answers)) + "\n")
@@ -173,7 +173,7 @@ def _rank(
         model, processor, benchmark, folder, config.batch_size, config.k_test, config.workers, _made_by(config)
     )
     problems = ranking["unreadable_images"]
-    return describe(benchmark, scores, len(benchmark.records) - len(problems), 0, problems), ()
+    return describe(benchmark, scores, len(benchmark.records) - len(problems), problems), ()
 
 
 def _output_dir(config: EvaluateConfig) -> Path:
@@ -224,7 +224,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format: {error}{hint}") from None
     found, expected = [name for name, _ in pairs], [record.id for record in benchmark.records]
     check_ids(config.answers, found, expected, config.partial)
-    metrics = describe_answers(benchmark, Answers(dict(pairs), {}))
+    metrics = describe_answers(benchmark, dict(pairs), {})
     metrics |= {"exported_scenes": _is_exported(config), "config": _plain(config)}
     if config.output:
         write_whole(config.output, json.dumps(metrics, indent=2) + "\n")
@@ -316,14 +316,8 @@ def check_ids(file: Path, found: Sequence[str], expected: Sequence[str], partial
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def describe_answers(benchmark: Benchmark, found: Answers) -> dict[str, Any]:
-    """Score answers and describe the scores."""
-    empty = sum(not answer for answer in found.answers.values())
-    return describe(benchmark, benchmark.score(found.answers), len(found.answers), empty, found.problems)
-
-
 def describe(
-    benchmark: Benchmark | Retrieval, scores: Scores, answered: int, empty: int, problems: Mapping[str, str]
+    benchmark: Benchmark | Retrieval, scores: Scores, answered: int, problems: Mapping[str, str], empty: int = 0
 ) -> dict[str, Any]:
     """Scores with the facts needed to read them."""
     return {
@@ -337,6 +331,12 @@ def describe(
         "not_computed": dict(benchmark.not_computed),
         "notes": list(benchmark.notes),
     }
+
+
+def describe_answers(benchmark: Benchmark, answers: Mapping[str, str], problems: Mapping[str, str]) -> dict[str, Any]:
+    """Score answers and describe the scores."""
+    empty = sum(not answer for answer in answers.values())
+    return describe(benchmark, benchmark.score(answers), len(answers), problems, empty)
 
 
 def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Example]:

@@ -38,9 +38,6 @@ NO_STEP = ("exist", "query: name", "choose name")  # final steps that eval.py do
 OfficialQuestion = Mapping[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------------------- scoring
-
-
 def gqa_scores(
     questions: Mapping[str, OfficialQuestion],
     predictions: Mapping[str, str],
@@ -147,10 +144,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-# ----------------------------------------------------------------------------------------------------------- benchmark
-
-
-class Gqa(Benchmark):
+class Gqa(Benchmark[Question]):
     """The balanced questions of a split; with "-all" every question, which consistency needs and takes long.
 
     "paper" is the BLIP-2 paper (section 4.1) with OPT. "lavis" is LAVIS's gqa_zeroshot_flant5xl_eval.yaml (FlanT5 only)
@@ -186,13 +180,13 @@ class Gqa(Benchmark):
             self.not_computed |= dict.fromkeys(("validity", "plausibility"), f"there is no {choices_file}")
         self.records = [_record(name, question) for name, question in self.questions.items()]
 
-    def image_file(self, record: Question) -> Path:  # type: ignore[override]
+    def image_file(self, record: Question) -> Path:
         return self.images / f"{record.image_id}.jpg"
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         return gqa_scores(self.questions, answers, self.choices, self.consistency)
 
-    def credit(self, record: Question, answer: str) -> float:  # type: ignore[override]
+    def credit(self, record: Question, answer: str) -> float:
         return float(as_written(answer) == record.answer)
 
     def official(self, answers: Mapping[str, str]) -> list[dict[str, str]]:
@@ -206,9 +200,6 @@ def _record(name: str, question: OfficialQuestion) -> Question:
     return Question(
         name, question["imageId"], question["question"], question["answer"], types["detailed"], structural, semantic
     )
-
-
-# --------------------------------------------------------------------------------------------------------------- files
 
 
 def _read_questions(file: Path) -> dict[str, OfficialQuestion]:

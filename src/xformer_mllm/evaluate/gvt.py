@@ -50,9 +50,6 @@ class Row(NamedTuple):
     objects: int
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def gvt_number(text: str) -> float:
     """The number that upstream reads."""
     for word, number in GVT_WORDS.items():
@@ -77,9 +74,6 @@ def strict_yes(text: str) -> bool | None:
     """Whether the first word is yes; None if it is neither yes nor no."""
     found = YES_OR_NO.match(text.lower())
     return found[1] == "yes" if found else None
-
-
-# ------------------------------------------------------------------------------------------------------------- scoring
 
 
 def counting_scores(rows: Sequence[Row]) -> Scores:
@@ -131,10 +125,7 @@ def _identification(rows: Sequence[Row], strict: bool) -> dict[str, float]:
     return {"accuracy": fmean(answer is truth for answer, truth in pairs), "unparsed": unparsed, "n": len(rows)}
 
 
-# ---------------------------------------------------------------------------------------------------------- benchmarks
-
-
-class _Gvt(Benchmark):
+class _Gvt(Benchmark[Question]):
     """One of the four lists of GVTBench. An entry's id is its index in the list.
 
     Settings: the X-Former paper does not give its prompt. "blip2", the default, is BLIP-2's zero-shot protocol for OPT, as
@@ -168,7 +159,7 @@ class _Gvt(Benchmark):
                 raise ValueError(f'{where}: "text_out" is {answer!r}, not an answer to {self.name}')
             self.records.append(Question(str(index), str(image_id), question, answer, self.task))
 
-    def image_file(self, record: Question) -> Path:  # type: ignore[override]
+    def image_file(self, record: Question) -> Path:
         """COCO's number with twelve digits; VCR's path within vcr1images."""
         return self.images / (f"{int(record.image_id):012}.jpg" if self.split == "coco" else record.image_id)
 
@@ -243,7 +234,7 @@ class GvtCounting(_Gvt):
                 f"only scores on the same one; in this one {ones:.1%} of the answers are 1"
             ]
 
-    def credit(self, record: Question, answer: str) -> float:  # type: ignore[override]
+    def credit(self, record: Question, answer: str) -> float:
         return float(gvt_number(answer) == int(record.answer or 0))
 
     def _scores(self, rows: Sequence[Row]) -> Scores:
@@ -276,7 +267,7 @@ class GvtIdentification(_Gvt):
                 "they are not corrected"
             ]
 
-    def credit(self, record: Question, answer: str) -> float:  # type: ignore[override]
+    def credit(self, record: Question, answer: str) -> float:
         return float(gvt_agrees(answer, record.answer or ""))
 
     def _scores(self, rows: Sequence[Row]) -> Scores:

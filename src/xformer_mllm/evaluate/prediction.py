@@ -105,9 +105,6 @@ def _batches(records: Sequence[Record], batch_size: int) -> list[list[Record]]:
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
-
-
 def open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
     """Create the folder. Raises ValueError if it belongs to another run."""
     about = parts / "run.json"
@@ -139,9 +136,6 @@ def _read_parts(parts: Path) -> dict[str, dict[str, str]]:
 
 def _line(row: Mapping[str, str]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-# ----------------------------------------------------------------------------------------------------------- answering
 
 
 def _answer(

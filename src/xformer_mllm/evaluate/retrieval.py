@@ -244,14 +244,13 @@ def retrieve(
     place = {record.id: number for number, record in enumerate(records)}
     owner = torch.tensor([place[name.rpartition("#")[0]] for name in captions.names])
     scores = scores_of(by_text, by_image, owner)
+    images, names = list(place), captions.names
     ranking = {
         "benchmark": benchmark.name,
         "k_test": k_test,
         "unreadable_images": problems,
-        "text retrieval": {method: _listed(ranked, list(place), captions.names) for method, ranked in by_text.items()},
-        "image retrieval": {
-            method: _listed(ranked, captions.names, list(place)) for method, ranked in by_image.items()
-        },
+        "text retrieval": {method: _listed(ranked, images, names) for method, ranked in by_text.items()},
+        "image retrieval": {method: _listed(ranked, names, images) for method, ranked in by_image.items()},
     }
     if state.is_main_process:
         write_whole(output_dir / "ranking.json", json.dumps(ranking, ensure_ascii=False) + "\n")
@@ -287,10 +286,10 @@ class _Captions:
         """The captions chosen by bool[C]."""
         return _Captions(list(compress(self.names, kept.tolist())), self.ids[kept], self.mask[kept])
 
-    def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, places: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """int64[B] indices -> ids and mask, int64[B, T], cut to the longest of them."""
         longest = int(self.mask[places].sum(1).max())
-        return self.ids[places, :longest], self.mask[places, :longest]
+        return self.ids[places, :longest].to(device), self.mask[places, :longest].to(device)
 
 
 @dataclass(frozen=True)
@@ -314,7 +313,7 @@ class _Work:
     def cosines(self, captions: _Captions) -> tuple[torch.Tensor, dict[str, str]]:
         """ITC's cosines, fp32[I, C], of the readable images, and {id: why} of the others."""
         places = torch.arange(len(captions.names)).split(CAPTIONS_AT_ONCE)
-        features = torch.cat([self._text_features(*captions.batch(some)) for some in places])
+        features = torch.cat([self.model.text_features(*captions.batch(some, self.device)) for some in places])
 
         def rows(_block: int, pixels: torch.Tensor | None) -> torch.Tensor:
             if pixels is None:
@@ -326,9 +325,6 @@ class _Work:
         found = self._by_block("itc", self.benchmark.records, rows)
         problems = {name: problem for _, problems in found for name, problem in problems.items()}
         return torch.cat([tensor for tensor, _ in found]), problems
-
-    def _text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.model.text_features(ids.to(self.device), mask.to(self.device))
 
     def logits(self, records: Sequence[CaptionedImage], captions: _Captions, needed: torch.Tensor) -> torch.Tensor:
         """ITM's logits for "a pair": fp32[I, C], nan where `needed`, bool[I, C], is false."""
@@ -350,10 +346,9 @@ class _Work:
 
     def _match(self, image: ImageTokens, captions: _Captions, pairs: torch.Tensor) -> torch.Tensor:
         """int64[P, 2], indices of an image of the block and of a caption -> fp32[P]."""
-        ids, mask = captions.batch(pairs[:, 1])
         with bf16_autocast(self.device):
             chosen = image.select(pairs[:, 0].to(self.device))
-            _, output = self.model.match(chosen, ids.to(self.device), mask.to(self.device))
+            _, output = self.model.match(chosen, *captions.batch(pairs[:, 1], self.device))
         return self.model.itm_head(output.fused_queries.float()).mean(1)[:, 1].cpu()
 
     def _by_block(

@@ -1,7 +1,7 @@
 """VQAv2: ten annotators' answers per question, in visualqa.org's files, scored by the official accuracy."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +30,7 @@ class Annotation(NamedTuple):
     raw_answers: tuple[str, ...]
 
 
-class Vqav2(Benchmark):
+class Vqav2(Benchmark[Question]):
     """VQAv2 by the official accuracy: overall, by type of answer and by type of question ("question:how many").
 
     "paper" is BLIP-2's paper with OPT. "lavis" is LAVIS's vqav2_zeroshot_opt_eval.yaml with the length penalty of
@@ -59,8 +59,6 @@ class Vqav2(Benchmark):
     has_raw_answers: ClassVar[bool] = False
     result_keys = ("question_id", "answer")
 
-    records: Sequence[Question]
-
     def __init__(self, data: Path, split: str, images: Path | None = None):
         names = self.official_files[split]
         self._images = images or data / names.images
@@ -81,16 +79,16 @@ class Vqav2(Benchmark):
         content, rows = _by_question_id(path, "annotations")
         # OK-VQA's types have a code ("one") and a name.
         type_names = field({"question_types": {}, **content}, "question_types", dict, str(path), DOWNLOAD_AGAIN)
-        return {name: self._annotation(*found, type_names) for name, found in rows.items()}
-
-    def _annotation(self, where: str, row: Any, type_names: Mapping[str, str]) -> Annotation:
-        question_type = field(row, "question_type", str, where, DOWNLOAD_AGAIN)
-        return Annotation(
-            type_names.get(question_type, question_type),
-            field(row, "answer_type", str, where, DOWNLOAD_AGAIN),
-            _answers(row, "answer", where),
-            _answers(row, "raw_answer", where) if self.has_raw_answers else (),
-        )
+        annotations = {}
+        for name, (where, row) in rows.items():
+            question_type = field(row, "question_type", str, where, DOWNLOAD_AGAIN)
+            annotations[name] = Annotation(
+                type_names.get(question_type, question_type),
+                field(row, "answer_type", str, where, DOWNLOAD_AGAIN),
+                _answers(row, "answer", where),
+                _answers(row, "raw_answer", where) if self.has_raw_answers else (),
+            )
+        return annotations
 
     def _question(self, name: str, where: str, row: Any) -> Question:
         annotation = self._annotations.get(name)

@@ -1,7 +1,4 @@
-"""The page of one model on one benchmark, written next to its metrics.json.
-
-page = benchmark_page("X-Former on VQAv2, val", "runs/stage2/model", metrics, examples)
-"""
+"""The page of one model on one benchmark, written next to its metrics.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -62,9 +62,6 @@ def _present(report: Report, setting: Setting) -> list[str]:
     return [variant for variant in report.variants if variant in setting.metrics]
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
-
-
 def _answers(report: Report, setting: Setting, colours: Mapping[str, str]) -> dict[str, Any]:
     """One setting's scores. Question types are sorted by the second variant's gain over `variants[0]`."""
     first, *others = variants = _present(report, setting)
@@ -126,9 +123,6 @@ def _difference_cell(entry: Mapping[str, Any] | None) -> str | Cell:
     return Cell(points(entry["difference"]), points_interval(entry["ci95"]), kind)
 
 
-# ------------------------------------------------------------------------------------------------------------ examples
-
-
 def choose_random(predictions: Mapping[str, Sequence[Mapping[str, Any]]], number: int, seed: int) -> list[int]:
     """Indices of `number` questions drawn at random, regardless of the answers."""
     total = min((len(rows) for rows in predictions.values()), default=0)
@@ -140,16 +134,11 @@ def choose_disagreements(
 ) -> tuple[list[int], list[int]]:
     """Indices where only `other` is right, and where only `first` is right; each drawn at random."""
     pairs = list(zip(predictions[first], predictions[other], strict=True))
+    won = [n for n, (one, two) in enumerate(pairs) if one["credit"] == 0 and two["credit"] != 0]
+    lost = [n for n, (one, two) in enumerate(pairs) if one["credit"] == 1 and two["credit"] != 1]
     rng = random.Random(seed)
-    sides = []
-    for first_is_right in (False, True):
-        indices = [
-            index
-            for index, (left, right) in enumerate(pairs)
-            if left["credit"] == first_is_right and right["credit"] != first_is_right
-        ]
-        sides.append(sorted(rng.sample(indices, min(number, len(indices)))))
-    return sides[0], sides[1]
+    won, lost = (sorted(rng.sample(indices, min(number, len(indices)))) for indices in (won, lost))
+    return won, lost
 
 
 def _examples(report: Report, setting: Setting, colours: Mapping[str, str]) -> dict[str, Any]:
@@ -176,9 +165,6 @@ def _examples(report: Report, setting: Setting, colours: Mapping[str, str]) -> d
                 groups.append((display_name(winner), display_name(loser), cards(indices)))
     chosen = choose_random(setting.predictions, 8, report.seed)
     return {"name": setting.name, "random": cards(chosen), "disagreements": groups}
-
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 
 def _training(report: Report, colours: Mapping[str, str]) -> list[dict[str, Any]]:
