@@ -49,13 +49,10 @@ class Blind:
             by_words[question.question][question.answer] += 1
         return cls(*({key: most.most_common(1)[0][0] for key, most in kind.items()} for kind in (by_type, by_words)))
 
-    def majority(self, row: Prediction) -> str | None:
-        """The most frequent training answer to this type of question."""
-        return self.by_type.get(row["question_type"])
-
-    def from_words(self, row: Prediction) -> str | None:
-        """The most frequent training answer to these words; to the type of question if the words are new."""
-        return self.by_words.get(row["question"], self.majority(row))
+    def guesses(self, row: Prediction) -> dict[str, str | None]:
+        """The baselines' answers; "question_only" falls back on "majority" if the words are new."""
+        majority = self.by_type.get(row["question_type"])
+        return {"majority": majority, "question_only": self.by_words.get(row["question"], majority)}
 
 
 def score(predictions: Sequence[Prediction], blind: Blind | None = None) -> dict[str, dict[str, Any]]:
@@ -69,8 +66,8 @@ def score(predictions: Sequence[Prediction], blind: Blind | None = None) -> dict
         right = sum(row["credit"] for row in rows)
         scores[group] = {"accuracy": right / len(rows), "n": len(rows), "ci95": wilson(right, len(rows))}
         if blind is not None:
-            for name, guess in (("majority", blind.majority), ("question_only", blind.from_words)):
-                scores[group][name] = sum(guess(row) == row["answer"] for row in rows) / len(rows)
+            for name in ("majority", "question_only"):
+                scores[group][name] = sum(blind.guesses(row)[name] == row["answer"] for row in rows) / len(rows)
     return scores
 
 

@@ -60,7 +60,10 @@ def predict(
     state = PartialState()
     if state.is_main_process:
         open_parts(parts, {"settings": asdict(settings), "batch_size": batch_size, **(made_by or {})})
-        _merge_parts(parts)
+        # Merge the complete rows of an interrupted run into one file: it may have had more processes.
+        write_whole(parts / "before.jsonl", "".join(map(_line, _read_parts(parts).values())))
+        for old in parts.glob("process-*.jsonl"):
+            old.unlink()
     state.wait_for_everyone()
     # Assign batches whether done or not: another process may already be writing some.
     mine = _batches(benchmark.records, batch_size)[state.process_index :: state.num_processes]
@@ -115,13 +118,6 @@ def open_parts(parts: Path, made_by: Mapping[str, Any]) -> None:
             "delete the folder, or name another --output-dir"
         )
     write_whole(about, text)
-
-
-def _merge_parts(parts: Path) -> None:
-    """Merge the complete rows of an interrupted run into one file: it may have had more processes."""
-    write_whole(parts / "before.jsonl", "".join(map(_line, _read_parts(parts).values())))
-    for old in parts.glob("process-*.jsonl"):
-        old.unlink()
 
 
 def _read_parts(parts: Path) -> dict[str, dict[str, str]]:
