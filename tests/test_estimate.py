@@ -424,11 +424,11 @@ def test_questions_are_texts_with_prompts():
         ("{", "not valid JSON"),
         ("[1]", "not a recipe of `xformer train stage1|stage2`"),
         ('{"command": "train lm"}', "not a recipe of `xformer train stage1|stage2`"),
-        ('{"command": "train stage1", "steps": 3}', "the estimate needs the number 'batch_size'"),
+        ('{"command": "train stage1", "steps": 3}', "'batch_size' is missing or not an integer"),
         (
             '{"command": "train stage2", "steps": 3, "batch_size": 3, "gradient_accumulation_steps": 1,'
             ' "max_text_tokens": 3}',
-            "the estimate needs the name of the language model",
+            "'llm', the name of the language model, is missing",
         ),
     ],
 )
@@ -460,7 +460,7 @@ def test_missing_files(tmp_path):
 def test_the_folder_of_a_run_is_a_recipe_and_no_model_before_it_is_finished(tmp_path):
     recipe_file(tmp_path).rename(tmp_path / "config.json")
     assert read_recipe(tmp_path)["batch_size"] == 16
-    with pytest.raises(FileNotFoundError, match="no model there") as error:
+    with pytest.raises(FileNotFoundError, match=r"config\.json is not that of an X-Former") as error:
         estimate(EstimateConfig(recipe=tmp_path, model=tmp_path))
     assert "\n" not in str(error.value)
 
@@ -483,5 +483,5 @@ def test_opt_of_the_paper_is_not_asked_of_a_hub():
 
 def test_an_encoder_decoder_is_refused(tmp_path):
     T5Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="causal language models alone"):
+    with pytest.raises(ValueError, match="only causal language models"):
         language_model_config(str(tmp_path))

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.exact_match import Blind, compare, is_right, predictions_of, score, wilson
+from xformer_mllm.embedded.benchmarks import Scenes
+from xformer_mllm.evaluate.exact_match import Blind, compare, is_right, score, wilson
 
 
 def row(number, correct, kind="count", image=None, semantic=None, answer="1", question="how many?"):
@@ -106,6 +107,8 @@ def test_case_and_space_do_not_matter():
 
 
 def test_predictions_are_those_questions_that_were_answered():
-    questions = [Question(str(n), "p", "how many?", str(n), "count") for n in range(3)]
-    rows = predictions_of(questions, {"2": "2", "0": "1"})
-    assert [(row["id"], row["prediction"], row["credit"]) for row in rows] == [("0", "1", 0.0), ("2", "2", 1.0)]
+    benchmark = Scenes("test", 1, 3)
+    first, _, last = benchmark.records
+    rows = benchmark.predictions({last.id: last.answer, first.id: "nothing"})
+    found = [(row["id"], row["prediction"], row["credit"]) for row in rows]
+    assert found == [(first.id, "nothing", 0.0), (last.id, last.answer, 1.0)]

@@ -206,7 +206,7 @@ def test_a_malformed_question_is_refused(data, change, message):
         ([{"question_id": 1, "question": "?", "answer": "yes", "image": "1.jpg"}], "as LAVIS rewrote it"),
         ({}, "no questions"),
         ("questions", "no questions"),
-        ({"1": "?"}, "question 1: not an object"),
+        ({"1": "?"}, 'question 1: "imageId" is missing'),
     ],
 )
 def test_another_file_is_refused(data, content, message):

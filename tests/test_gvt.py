@@ -252,9 +252,9 @@ def test_the_results_file_is_upstreams_and_comes_back(data, kind, split, part):
 def test_answers_without_an_index_must_be_all_in_the_questions_order(data):
     benchmark = GvtCounting(data, "coco")
     rows = [{key: row[key] for key in row if key != "index"} for row in benchmark.official(answers_of(COUNTING))]
-    with pytest.raises(ValueError, match='59 answers to 60 questions need an "index"'):
+    with pytest.raises(ValueError, match='59 answers to 60 questions: each needs the "index"'):
         benchmark.read_official(rows[:-1])
-    with pytest.raises(ValueError, match="entry 0: another"):
+    with pytest.raises(ValueError, match='entry 0: "image_id" or "gt" differs'):
         benchmark.read_official(rows[1:] + rows[:1])
 
 
@@ -286,10 +286,10 @@ def test_a_missing_key_is_named_with_its_file_and_entry(data, key):
             GvtCounting,
             "coco_oc.json",
             [COUNTING["entries"][0] | {"text_out": "two"}],
-            "'two', no answer to gvt-counting",
+            "'two', not an answer to gvt-counting",
         ),
         (GvtCounting, "coco_oc.json", [COUNTING["entries"][0] | {"image_id": "a.jpg"}], '"image_id" .*int'),
-        (GvtIdentification, "coco_mci.json", COUNTING["entries"], "no answer to gvt-identification"),
+        (GvtIdentification, "coco_mci.json", COUNTING["entries"], "not an answer to gvt-identification"),
     ],
 )
 def test_another_file_is_refused(data, kind, file, content, message):

@@ -86,7 +86,7 @@ def test_an_answer_without_its_typed_form_is_named(data):
     broken = annotation(1, "eight", [("dog", "dogs")] * 5)
     del broken["answers"][3]["raw_answer"]
     change(data, [broken, *ROWS[1:]])
-    with pytest.raises(ValueError, match=rf"{ANNOTATIONS}: annotations\[0\]: answers\[3\] has no 'raw_answer'"):
+    with pytest.raises(ValueError, match=rf'{ANNOTATIONS}: annotations\[0\]: answers\[3\]: "raw_answer" is missing'):
         OkVqa(data, "val")
 
 

@@ -329,10 +329,14 @@ IMAGE = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentences
             {"images": [{"split": "test", "sentences": []}]},
             r"dataset_coco.json: images\[0\]\.filename is missing",
         ),
-        ("dataset_coco.json", {"images": [IMAGE | {"split": "val"}]}, "no image in the split 'test'"),
-        ("dataset_coco.json", {"images": [IMAGE, IMAGE]}, r"1 images are there several times \(1\)"),
+        ("dataset_coco.json", {"images": [IMAGE | {"split": "val"}]}, "no images in the split 'test'"),
+        ("dataset_coco.json", {"images": [IMAGE, IMAGE]}, r"1 repeated image ids \(1\)"),
         ("dataset_coco.json", {"images": [IMAGE | {"sentences": []}]}, "1 images have no caption"),
-        ("coco_karpathy_test.json", [{"image": "1.jpg", "caption": "a cat"}], "caption of 1.jpg is no list"),
+        (
+            "coco_karpathy_test.json",
+            [{"image": "1.jpg", "caption": "a cat"}],
+            '"caption" is missing or not of type list',
+        ),
     ],
 )
 def test_files_that_are_not_as_they_should_be(tmp_path, file, content, message):

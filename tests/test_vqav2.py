@@ -101,18 +101,18 @@ def test_the_official_results_file_and_back(small):
     ("content", "message"),
     [
         ({"7": "2"}, "not a list"),
-        ([{"question_id": 7, "answer": "2"}, {"answer": "2"}], "entry 1 has no 'question_id'"),
-        ([{"question_id": 7}], "entry 0 has no 'answer'"),
-        ([{"question_id": "7", "answer": "2"}], "'question_id' is str, not int"),
-        ([{"question_id": True, "answer": "2"}], "'question_id' is bool, not int"),
-        ([{"question_id": 7, "answer": None}], "'answer' is NoneType, not str"),
-        (["2"], "entry 0 has no 'question_id'"),
+        ([{"question_id": 7, "answer": "2"}, {"answer": "2"}], 'entry 1: "question_id" is missing'),
+        ([{"question_id": 7}], 'entry 0: "answer" is missing'),
+        ([{"question_id": "7", "answer": "2"}], '"question_id" is missing or not of type int'),
+        ([{"question_id": True, "answer": "2"}], '"question_id" is missing or not of type int'),
+        ([{"question_id": 7, "answer": None}], '"answer" is missing or not of type str'),
+        (["2"], 'entry 0: "question_id" is missing'),
     ],
 )
 def test_results_of_another_form(small, content, message):
     with pytest.raises(ValueError, match=message) as error:
         Vqav2(small, "val").read_official(content)
-    assert '[{"question_id": 1, "answer": "yes"}, ...]' in str(error.value)
+    assert '[{"question_id": int, "answer": str}, ...]' in str(error.value)
 
 
 @pytest.mark.parametrize(("split", "file"), [("test-dev", "test-dev2015"), ("test", "test2015")])
@@ -169,15 +169,23 @@ def without(row, key):
         ([question(7)], [annotation(7), annotation(7)], rf"{ANNOTATIONS}: annotations\[1\] repeats question_id 7"),
         ([question(7), question(8)], [annotation(7)], rf"{ANNOTATIONS}: lacks 1 question ids of .*\(first: 8\)"),
         ([question(7)], [annotation(7), annotation(9)], rf"{QUESTIONS}: lacks 1 question ids of .*\(first: 9\)"),
-        ([without(question(7), "image_id")], [annotation(7)], rf"{QUESTIONS}: questions\[0\] has no 'image_id'"),
-        ([question(7), "?"], [annotation(7)], rf"{QUESTIONS}: questions\[1\] has no 'question_id'"),
-        ([question("7")], [annotation(7)], r"questions\[0\]: 'question_id' is str, not int"),
-        ([question(7)], [without(annotation(7), "answers")], rf"{ANNOTATIONS}: annotations\[0\] has no 'answers'"),
-        ([question(7)], [annotation(7) | {"answers": []}], r"annotations\[0\]: 'answers' is empty"),
-        ([question(7)], [annotation(7) | {"answers": [{}]}], r"annotations\[0\]: answers\[0\] has no 'answer'"),
-        ([question(7)], [annotation(7) | {"answers": [{"answer": 2}]}], r"answers\[0\]: 'answer' is int, not str"),
-        ([question(7)], [without(annotation(7), "answer_type")], r"annotations\[0\] has no 'answer_type'"),
-        ({}, [annotation(7)], rf"{QUESTIONS}: has no list 'questions'"),
+        ([without(question(7), "image_id")], [annotation(7)], rf'{QUESTIONS}: questions\[0\]: "image_id" is missing'),
+        ([question(7), "?"], [annotation(7)], rf'{QUESTIONS}: questions\[1\]: "question_id" is missing'),
+        ([question("7")], [annotation(7)], r'questions\[0\]: "question_id" is missing or not of type int'),
+        (
+            [question(7)],
+            [without(annotation(7), "answers")],
+            rf'{ANNOTATIONS}: annotations\[0\]: "answers" is missing',
+        ),
+        ([question(7)], [annotation(7) | {"answers": []}], r'annotations\[0\]: "answers" is empty'),
+        ([question(7)], [annotation(7) | {"answers": [{}]}], r'annotations\[0\]: answers\[0\]: "answer" is missing'),
+        (
+            [question(7)],
+            [annotation(7) | {"answers": [{"answer": 2}]}],
+            '"answer" is missing or not of type str',
+        ),
+        ([question(7)], [without(annotation(7), "answer_type")], r'annotations\[0\]: "answer_type" is missing'),
+        ({}, [annotation(7)], rf'{QUESTIONS}: "questions" is missing or not of type list'),
     ],
 )
 def test_malformed_files_are_named_with_index_and_key(tmp_path, questions, annotations, message):

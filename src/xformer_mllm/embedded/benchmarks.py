@@ -28,6 +28,8 @@ class OwnQuestions(Benchmark[Question]):
     settings = {"greedy": GREEDY_ANSWER}
     normalisation = exact_match.NORMALISATION
     files = "no files: its images come with the package"
+    result_keys = ("id", "answer")
+    id_type = str
 
     def image_file(self, record: Question) -> Path:
         raise ValueError(f"{record.image_id}: this image is rendered, not read from a file")
@@ -41,14 +43,7 @@ class OwnQuestions(Benchmark[Question]):
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         blind = exact_match.Blind.learn(self.training_questions())
-        return exact_match.score(exact_match.predictions_of(self.records, answers), blind)
-
-    def official(self, answers: Mapping[str, str]) -> list[dict[str, str]]:
-        """[{"id", "answer"}], the package's own format."""
-        return [{"id": record.id, "answer": answers[record.id]} for record in self.records if record.id in answers]
-
-    def read_official(self, content: Any) -> list[tuple[str, str]]:
-        return [(row["id"], row["answer"]) for row in content]
+        return exact_match.score(self.predictions(answers), blind)
 
 
 class Scenes(OwnQuestions):

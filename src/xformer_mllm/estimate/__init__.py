@@ -7,15 +7,15 @@ Modules, in reading order:
     costs       operations, the parts of a pass, and from them memory and time on a GPU
     tables      the printed tables
 
-How each number is known:
+Accuracy of the numbers:
 
     parameters     counted on the model itself, built on the meta device: exact
-    FLOPs, bytes   arithmetic on the shapes, part by part: FLOPs of the matrix products are exact, bytes kept for the
-                   backward pass within a per cent of what autograd saves (tests/test_estimate.py holds both)
-    seconds        an assumption: matrix products reach a share of the GPU's peak (--utilisation), and what is kept for the
-                   backward pass is written and read at the memory's bandwidth
+    FLOPs, bytes   computed from the shapes, part by part: FLOPs of the matrix products are exact, bytes kept for the
+                   backward pass within one per cent of what autograd saves (tests/test_estimate.py checks both)
+    seconds        assumed: matrix products reach a share of the GPU's peak (--utilisation), and what is kept for the
+                   backward pass is written and read at the memory bandwidth
 
-All are those of bf16 autocast on a GPU: frozen parts in bf16, trained ones in fp32, layer norms in fp32, attention by a
+Precision: bf16 autocast on a GPU, with frozen parts in bf16, trained parts and layer norms in fp32, and an attention
 kernel that keeps no map. A cost is per image unless stated otherwise; MB and GB are 10^6 and 10^9 bytes.
 
 `D` width, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` tokens of M.

@@ -1,6 +1,6 @@
-"""FLOPs and bytes of operations, of the parts of a pass, and from them memory and time on a GPU."""
+"""FLOPs and bytes of operations and of the parts of a pass; memory and time on a GPU computed from them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import Blip2QFormerConfig
@@ -28,20 +28,20 @@ class Cost:
         return Cost(times * self.forward, times * self.backward, times * self.kept)
 
 
-def total(costs: Sequence[Cost]) -> Cost:
+def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
 def linear(tokens: int, inside: int, outside: int) -> Cost:
-    """A trained linear layer: gradients of input and weight; keeps its input in bf16 (a copy if that was fp32)."""
+    """A trained linear layer with gradients of input and weight; keeps its input in bf16 (a copy if it was fp32)."""
     flops = 2 * tokens * inside * outside
     return Cost(flops, 2 * flops, BF16 * tokens * inside)
 
 
 def attention(asking: int, answering: int, width: int, heads: int, masked: bool = False) -> Cost:
-    """Queries on keys, weights on values; keeps queries, keys, values, a number per row, and a mask where there is one.
+    """Both products of attention; keeps queries, keys, values, one number per row, and the mask if there is one.
 
-    Its output is kept by the following linear layer.
+    The output is kept by the following linear layer.
     """
     flops = 4 * asking * answering * width
     mask = BF16 * asking * answering if masked else 0
@@ -49,30 +49,30 @@ def attention(asking: int, answering: int, width: int, heads: int, masked: bool 
 
 
 def norm(tokens: int, width: int) -> Cost:
-    """Computed in fp32; keeps its input."""
+    """A layer norm in fp32; keeps its input."""
     return Cost(kept=tokens * (FP32 * width + NORM_STATISTICS))
 
 
 def dropout(tokens: int, width: int, config: Blip2QFormerConfig) -> Cost:
-    """Keeps its mask, one byte per value."""
+    """Dropout; keeps its mask, one byte per value."""
     return Cost(kept=tokens * width if config.hidden_dropout_prob else 0)
 
 
 def feed_forward(tokens: int, width: int, inside: int) -> Cost:
-    """Two trained linear layers; GELU keeps its input."""
+    """Two trained linear layers with GELU between them, which keeps its input."""
     return linear(tokens, width, inside) + Cost(kept=BF16 * tokens * inside) + linear(tokens, inside, width)
 
 
 def frozen_tower(layers: int, weights: int, tokens: int, width: int) -> Cost:
-    """Forward only: every token meets all weights of the stack, and all other tokens once in each layer."""
+    """The forward pass of a frozen stack: each token times all weights, and times all tokens in each layer."""
     return Cost(2 * tokens * weights + 4 * layers * tokens**2 * width)
 
 
-def frozen_on_the_way(layers: int, weights: int, tokens: int, width: int, keys: int, heads: int, inside: int) -> Cost:
-    """A frozen pre-norm stack that the gradient passes through: to its input alone, so no linear layer keeps anything.
+def frozen_stack(layers: int, weights: int, tokens: int, width: int, keys: int, heads: int, inside: int) -> Cost:
+    """A frozen pre-norm stack with a gradient to its input only, so that its linear layers keep nothing.
 
-    Each layer keeps what its two norms read (fp32), queries, keys, values and output of its attention, and the numbers
-    of its feed-forward that the activation needs. `keys`: width of keys and of values. `inside`: see the callers.
+    Each layer keeps the inputs of its two norms (fp32), queries, keys, values and output of its attention, and `inside`
+    values per token of its feed-forward for the activation. `keys`: width of keys and of values.
     """
     forward = frozen_tower(layers, weights, tokens, width).forward
     attended = 4 * layers * tokens**2 * width  # a product of two activations has two gradients
@@ -82,12 +82,12 @@ def frozen_on_the_way(layers: int, weights: int, tokens: int, width: int, keys: 
     return Cost(forward, forward + attended, layers * one_layer.kept)
 
 
-ADAMW_TRAFFIC = 7 * FP32  # an update reads weight, gradient and two moments, and writes all but the gradient
+ADAMW_TRAFFIC = 7 * FP32  # reads weight, gradient and two moments, and writes all but the gradient
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """From the data sheet: peak bf16 FLOP/s without sparsity, memory in bytes, bandwidth in bytes/s."""
+    """Data-sheet values: peak bf16 FLOP/s without sparsity, memory in bytes, bandwidth in bytes/s."""
 
     flops: float
     memory: float
@@ -102,30 +102,26 @@ GPUS = {
     "L40S": Gpu(362e12, 48e9, 864e9),
     "RTX-4090": Gpu(165e12, 24e9, 1008e9),
 }
-"""GPUs with bf16; older ones (V100, T4) do not have it."""
+"""GPUs with bf16; older ones (V100, T4) lack it."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU does in one pass, forward and backward.
-
-    Args:
-        stage: 1 or 2.
-        images: the batch on this GPU.
-        text_tokens: T; of the caption in stage 1, of the target text in stage 2.
-        gpus: number of GPUs that share the contrastive loss.
-        texts: per image, in stage 2 (several for questions).
-        prompt_tokens: before the target text, including the start token, in stage 2.
-        instruction_aware: the Q-Former reads the prompt, in stage 2.
-    """
+    """The work of one GPU in one pass, forward and backward. The last three fields apply to stage 2 only."""
 
     stage: int
     images: int
+    """Batch size on this GPU."""
     text_tokens: int
+    """T, of the caption in stage 1, of the target text in stage 2."""
     gpus: int = 1
+    """Number of GPUs that share the contrastive loss."""
     texts: int = 1
+    """Texts per image (several for questions)."""
     prompt_tokens: int = 1
+    """Tokens before the target text, including the start token."""
     instruction_aware: bool = False
+    """Whether the Q-Former reads the prompt."""
 
 
 # ---- the parts
@@ -159,7 +155,7 @@ def _class_token(tower: PreTrainedConfig) -> int:
 
 
 def clip_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
-    """The whole image, and the trained layer norm after the tower."""
+    """The whole image through the tower, and the trained layer norm after it."""
     clip = config.clip_config
     patches = 2 * _patches(clip, clip.image_size) * 3 * clip.patch_size**2 * clip.hidden_size
     tower = frozen_tower(*sizes.stacks["clip_encoder"], tokens.clip, clip.hidden_size)
@@ -167,7 +163,7 @@ def clip_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
 
 
 def second_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
-    """The patches that are not masked (all are embedded)."""
+    """The unmasked patches through the tower; all patches are embedded."""
     tower = config.mae_config
     patches = 2 * tokens.mae_patches * 3 * tower.patch_size**2 * tower.hidden_size
     read = tokens.mae + getattr(tower, "num_register_tokens", 0)
@@ -175,10 +171,11 @@ def second_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
 
 
 def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int) -> Cost:
-    """One pass of `queries` and `text` together; either may be 0. Text alone does not read the image."""
+    """One pass of `queries` and `text` together; either may be 0. Only queries read the image."""
     parts, width, heads = config.qformer_config, config.qformer_config.hidden_size, _heads(config)
     both = queries + text
-    embedded = norm(both if text else 0, width) + dropout(both, width, parts)  # queries alone are a parameter's view
+    normed = both if text else 0  # queries alone are a view of a parameter
+    embedded = norm(normed, width) + dropout(both, width, parts)
     reads = tokens.clip + (tokens.mae if config.fusion == "concat" else 0)
     after = norm(both, width) + dropout(both, width, parts)
     layer = linear(both, width, width) * 4 + attention(both, both, width, heads, masked=text > 0) + after
@@ -190,7 +187,7 @@ def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int) -> C
 
 
 def fusion(config: XFormerConfig, tokens: Tokens, queries: int) -> Cost:
-    """What the variant adds to one pass of the Q-Former with queries."""
+    """The variant's addition to one pass of the Q-Former with queries."""
     if config.fusion == "none":
         return Cost()
     parts, width, wide = config.qformer_config, config.qformer_config.hidden_size, _mae_width(config)
@@ -199,13 +196,13 @@ def fusion(config: XFormerConfig, tokens: Tokens, queries: int) -> Cost:
         return norm(tokens.mae, wide) + linear(tokens.mae, wide, config.clip_config.hidden_size)
     if config.fusion == "early_cross_attention":
         crossing = len(range(0, parts.num_hidden_layers, parts.cross_attention_frequency))
-        statistics = Cost(kept=crossing * tokens.mae * NORM_STATISTICS)  # all six read the same M
+        statistics = Cost(kept=crossing * tokens.mae * NORM_STATISTICS)  # all layers read the same M
         layer = norm(queries, width) + _reads(queries, width, tokens.mae, wide, heads)
         return layer * crossing + Cost(kept=FP32 * tokens.mae * wide) + statistics
     mae_heads = config.second_encoder_config.num_attention_heads
     block = norm(tokens.mae, wide) + norm(queries, width) + _reads(tokens.mae, wide, queries, width, mae_heads)
     block += norm(tokens.mae, wide) + feed_forward(tokens.mae, wide, inside)
-    block += norm(tokens.mae, wide) + _reads(queries, width, tokens.mae, wide, heads)  # its queries are kept already
+    block += norm(tokens.mae, wide) + _reads(queries, width, tokens.mae, wide, heads)  # its queries are already kept
     block += norm(queries, width) + feed_forward(queries, width, inside)
     return block * config.fusion_blocks
 
@@ -225,21 +222,19 @@ def _mae_width(config: XFormerConfig) -> int:
 
 
 def reconstruction(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
-    """M' through the frozen decoder, all patches and CLS, and the squared error in fp32."""
+    """M' through the frozen decoder, as all patches and CLS, and the squared error in fp32."""
     mae = config.mae_config
     width, length, values = mae.decoder_hidden_size, tokens.mae_patches + 1, 3 * mae.patch_size**2
     ends = 2 * tokens.mae * _mae_width(config) * width + 2 * length * width * values
     unshuffled = Cost(kept=INT64 * tokens.mae_patches * width)
-    layers, weights = sizes.stacks["mae_decoder"]
-    stack = frozen_on_the_way(
-        layers, weights, length, width, width, mae.decoder_num_attention_heads, mae.decoder_intermediate_size
-    )
+    heads, inside = mae.decoder_num_attention_heads, mae.decoder_intermediate_size
+    stack = frozen_stack(*sizes.stacks["mae_decoder"], length, width, width, heads, inside)
     error = Cost(kept=FP32 * tokens.mae_patches * values)
     return Cost(ends, ends) + unshuffled + stack + norm(length, width) + error
 
 
 def stage1_heads(config: XFormerConfig, work: Work) -> Cost:
-    """ITC on queries and text against all GPUs' pairs, ITM on three pairs, ITG on each text token."""
+    """ITC against the pairs of all GPUs, ITM on three pairs, ITG on each text token."""
     width, shared = config.qformer_config.hidden_size, config.image_text_hidden_size
     queries, tokens, vocabulary = config.num_query_tokens, work.text_tokens, config.qformer_config.vocab_size
     pairs = work.images * work.gpus
@@ -253,22 +248,21 @@ def stage1_heads(config: XFormerConfig, work: Work) -> Cost:
 
 
 def language_model(config: XFormerConfig, sizes: Sizes, work: Work) -> Cost:
-    """One text: queries, prompt and target through the frozen stack; the vocabulary on the target only."""
+    """One text: queries, prompt and target through the frozen stack; logits of the target only."""
     text = config.text_config
     length = config.num_query_tokens + work.prompt_tokens + work.text_tokens
     width, heads = text.hidden_size, text.num_attention_heads
     keys = width // heads * (getattr(text, "num_key_value_heads", None) or heads)
     inside = getattr(text, "ffn_dim", None) or text.intermediate_size
-    kept_inside = (
-        3 * inside if sizes.gated else inside
-    )  # ReLU keeps its result; a gate its input, its result, the other
-    stack = frozen_on_the_way(*sizes.stacks["language_model"], length, width, keys, heads, kept_inside)
+    # ReLU keeps its output; a gated feed-forward keeps the gate's input and output and the other factor.
+    kept_inside = 3 * inside if sizes.gated else inside
+    stack = frozen_stack(*sizes.stacks["language_model"], length, width, keys, heads, kept_inside)
     words = 2 * work.text_tokens * width * text.vocab_size
     return stack + norm(length, width) + Cost(words, words, FP32 * work.text_tokens * text.vocab_size)
 
 
 def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
-    """Cost per image of each part, in the order of the figure."""
+    """Cost per image of each part, in the order of the paper's figure."""
     tokens, queries, text = tokens_of(config, work.stage), config.num_query_tokens, work.text_tokens
     parts = {"CLIP encoder": clip_encoder(config, sizes, tokens)}
     if config.mae_config is not None:
@@ -299,7 +293,7 @@ def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
 def memory(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, int]:
     """Bytes on each GPU at the end of a forward pass, by purpose.
 
-    Gradients are included, though most of them appear while activations are freed.
+    Gradients are included, although most are allocated while activations are freed.
     """
     trained = sum(sizes.trained.values())
     return {
@@ -309,13 +303,13 @@ def memory(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, int]:
         "gradient buckets of DDP (fp32)": FP32 * trained if work.gpus > 1 else 0,
         "AdamW's two moments (fp32)": 2 * FP32 * trained,
         "bf16 copies of trained weights": BF16 * sizes.cast,
-        "kept for the backward pass": work.images * total(list(costs(config, sizes, work).values())).kept,
+        "kept for the backward pass": work.images * total(costs(config, sizes, work).values()).kept,
         "images to choose hard negatives from": _candidates(config, work) if work.stage == 1 else 0,
     }
 
 
 def _candidates(config: XFormerConfig, work: Work) -> int:
-    """C (fp32) and M (bf16) of all GPUs' images, and of the three pairs of each of ours."""
+    """C (fp32) and M (bf16) of the images of all GPUs, and of the three pairs of each image on this GPU."""
     tokens = tokens_of(config, 1)
     image = FP32 * tokens.clip * config.clip_config.hidden_size
     if tokens.mae:
@@ -327,11 +321,11 @@ def _candidates(config: XFormerConfig, work: Work) -> int:
 def step_seconds(
     config: XFormerConfig, sizes: Sizes, work: Work, gpu: Gpu, utilisation: float, passes: int = 1
 ) -> float:
-    """Seconds of an optimiser step of `passes` passes: products at a share of the peak, traffic at the bandwidth.
+    """Seconds of an optimiser step of `passes` passes: matrix products at a share of the peak, traffic at the bandwidth.
 
     What is kept for the backward pass is written once and read once.
     """
-    of_image = total(list(costs(config, sizes, work).values()))
+    of_image = total(costs(config, sizes, work).values())
     flops = work.images * (of_image.forward + of_image.backward)
     moved = 2 * work.images * of_image.kept
     update = ADAMW_TRAFFIC * sum(sizes.trained.values())

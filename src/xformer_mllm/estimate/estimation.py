@@ -1,4 +1,4 @@
-"""The command: read a recipe, count the cost on each GPU, print and return the result."""
+"""The command: read a recipe, compute the cost on each GPU, print and return the result."""
 
 import json
 from bisect import bisect_right
@@ -20,7 +20,7 @@ from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.variants import VARIANTS, variant_config
 
 MOST_IMAGES = 2**20  # the largest batch considered
-OPT_SIZES = {"facebook/opt-2.7b": (2560, 32, 32), "facebook/opt-6.7b": (4096, 32, 32)}  # width, layers, heads
+OPT_WIDTHS = {"facebook/opt-2.7b": 2560, "facebook/opt-6.7b": 4096}  # both have 32 layers and 32 heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +68,19 @@ RECIPE_FIELDS = ("steps", "batch_size", "gradient_accumulation_steps", "max_text
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a recipe. Raises FileNotFoundError, or ValueError if it is not the whole of a run's settings."""
+    """Read the settings of a recipe. Raises FileNotFoundError, or ValueError if some are missing."""
     recipe = read_json(path / "config.json" if path.is_dir() else path)
     if not isinstance(recipe, dict) or recipe.get("command") not in ("train stage1", "train stage2"):
-        raise ValueError(f'{path}: not a recipe of `xformer train stage1|stage2`: it has no such "command"')
+        raise ValueError(f'{path}: not a recipe of `xformer train stage1|stage2` (no such "command")')
     if missing := [name for name in RECIPE_FIELDS if not isinstance(recipe.get(name), int)]:
-        raise ValueError(
-            f"{path}: the estimate needs the number {missing[0]!r}; the config.json of a run has them all"
-        )
+        raise ValueError(f"{path}: {missing[0]!r} is missing or not an integer; the config.json of a run is complete")
     if recipe["command"] == "train stage2" and not isinstance(recipe.get("llm"), str):
-        raise ValueError(f"{path}: the estimate needs the name of the language model, 'llm'")
+        raise ValueError(f"{path}: 'llm', the name of the language model, is missing")
     return recipe
 
 
 def work_of(recipe: dict[str, Any], batch_size: int, gpus: int) -> Work:
-    """The work of each of `gpus`."""
+    """The work of each GPU."""
     tokens = recipe["max_text_tokens"]
     if recipe["command"] == "train stage1":
         return Work(1, batch_size, tokens, gpus)
@@ -93,9 +91,9 @@ def work_of(recipe: dict[str, Any], batch_size: int, gpus: int) -> Work:
 
 
 def model_config(recipe: dict[str, Any], variant: str | None, model: Path | None) -> XFormerConfig:
-    """The sizes: the paper's or those of a model's folder, in the recipe's variant, with its language model in stage 2.
+    """The paper's configuration or that of a model's folder, with the recipe's variant and, in stage 2, language model.
 
-    Raises OSError or ValueError where a folder or a language model cannot be read.
+    Raises OSError or ValueError if a folder or a language model cannot be read.
     """
     base = XFormerConfig.paper() if model is None else _config_of(model)
     config = variant_config(variant or recipe.get("variant") or "xformer", base)
@@ -107,31 +105,25 @@ def model_config(recipe: dict[str, Any], variant: str | None, model: Path | None
 
 
 def _config_of(model: Path) -> XFormerConfig:
-    """The configuration of a model, from its folder or its run's. Raises FileNotFoundError if no X-Former is there."""
+    """Read the configuration of a model from its folder or its run's. Raises FileNotFoundError without an X-Former."""
     folder = model_folder(model)
-    fields = read_json(folder / "config.json")  # of an unfinished run it holds the run's settings
+    fields = read_json(folder / "config.json")  # in an unfinished run, the run's settings
     if not isinstance(fields, dict) or fields.get("model_type") != XFormerConfig.model_type:
-        raise FileNotFoundError(f"{folder}: no model there (config.json is not that of one); is the run finished?")
+        raise FileNotFoundError(f"{folder}: config.json is not that of an X-Former; is the run finished?")
     return XFormerConfig.from_pretrained(folder)
 
 
 def language_model_config(name: str) -> PreTrainedConfig:
     """The configuration of a language model; the paper's two need no Hub."""
-    if name in OPT_SIZES:
-        width, layers, heads = OPT_SIZES[name]
-        return OPTConfig(
-            hidden_size=width,
-            word_embed_proj_dim=width,
-            ffn_dim=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-        )
+    if width := OPT_WIDTHS.get(name):
+        depth = {"num_hidden_layers": 32, "num_attention_heads": 32}
+        return OPTConfig(hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width, **depth)
     source = language_model_dir(name)
     if isinstance(source, str):
         check_on_hub("llm", source)
     config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
-        raise ValueError(f"{name}: an encoder-decoder; the cost of causal language models alone is counted")
+        raise ValueError(f"{name}: an encoder-decoder; only causal language models are supported")
     return config
 
 
@@ -139,11 +131,7 @@ def language_model_config(name: str) -> PreTrainedConfig:
 
 
 def estimate(settings: EstimateConfig) -> dict[str, Any]:
-    """Print what the recipe costs and return it.
-
-    Raises:
-        FileNotFoundError, ValueError: for a recipe, model or language model that cannot be read.
-    """
+    """Run `xformer estimate` and return the result. Raises FileNotFoundError or ValueError for unreadable input."""
     recipe = read_recipe(settings.recipe)
     config = model_config(recipe, settings.variant, settings.model)
     work = work_of(recipe, settings.batch_size or recipe["batch_size"], settings.count)
@@ -163,7 +151,7 @@ def _run(settings: EstimateConfig, recipe: dict[str, Any], config: XFormerConfig
     needed = round(sum(held.values()) * (1 + settings.reserve))
     images = work.images * work.gpus * passes
     hours = recipe["steps"] * seconds / 3600
-    of_image = total(list(parts.values()))
+    of_image = total(parts.values())
     return {
         "recipe": str(settings.recipe),
         "variant": settings.variant or recipe.get("variant") or "xformer",
@@ -202,19 +190,19 @@ def _run(settings: EstimateConfig, recipe: dict[str, Any], config: XFormerConfig
 
 
 def _largest(config: XFormerConfig, sizes: Sizes, work: Work, room: float) -> int:
-    """The most images whose pass fits; 0 if not even one does."""
+    """The largest batch that fits; 0 if none does."""
     return bisect_right(
         range(1, MOST_IMAGES), room, key=lambda n: sum(memory(config, sizes, replace(work, images=n)).values())
     )
 
 
 def _variants(settings: EstimateConfig, recipe: dict[str, Any], work: Work) -> dict[str, Any]:
-    """Of each variant: FLOPs of an image, seconds of a pass, bytes on a GPU, trained parameters."""
+    """FLOPs per image, seconds per pass, bytes on a GPU and trained parameters of each variant."""
     rows = {}
     for name in VARIANTS:
         config = model_config(recipe, name, settings.model)
         sizes = sizes_of(empty_model(config, work.stage))
-        of_image = total(list(costs(config, sizes, work).values()))
+        of_image = total(costs(config, sizes, work).values())
         rows[name] = {
             "trained": sum(sizes.trained.values()),
             "flops_per_image": of_image.forward + of_image.backward,

@@ -1,5 +1,6 @@
 """Parameters, stacks and casts, read from the model on the meta device."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,12 @@ from xformer_mllm.model.modeling_xformer import (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes read from a model on the meta device.
+    """Sizes of a model.
 
-    parameters, trained: per part.
-    stacks: of each frozen tower, its number of layers and the weights of its linear layers, applied to every token.
-    gated: whether the language model's feed-forward has a gate (Llama's kind).
-    cast: trained weights that autocast copies to bf16: those of linear layers, and the embeddings tied to ITG's head.
+    parameters, trained: counts per part.
+    stacks: for each frozen tower, the number of layers and of the weights in their linear layers.
+    gated: whether the language model's feed-forward has a gate (as Llama's).
+    cast: trained weights that autocast copies to bf16: linear layers, and the embeddings tied to ITG's head.
     """
 
     parameters: dict[str, int]
@@ -43,19 +44,19 @@ def empty_model(config: XFormerConfig, stage: int) -> XFormerPreTrainedModel:
 
 
 def sizes_of(model: Any) -> Sizes:
-    parameters: dict[str, int] = {}
-    trained: dict[str, int] = {}
+    parameters: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         part = name.removeprefix("xformer.").split(".")[0]
-        parameters[part] = parameters.get(part, 0) + parameter.numel()
-        trained[part] = trained.get(part, 0) + parameter.numel() * parameter.requires_grad
-    towers = {"clip_encoder": model.xformer.clip_encoder, "mae_encoder": model.xformer.mae_encoder}
-    towers |= {"mae_decoder": model.xformer.mae_decoder, "language_model": getattr(model, "language_model", None)}
-    gates = [name for name, _ in model.named_modules() if name.endswith("gate_proj")]
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    cast = sum(m.weight.numel() for m in linear)
+        parameters[part] += parameter.numel()
+        trained[part] += parameter.numel() * parameter.requires_grad
+    base = model.xformer
+    towers = {"clip_encoder": base.clip_encoder, "mae_encoder": base.mae_encoder, "mae_decoder": base.mae_decoder}
+    towers["language_model"] = getattr(model, "language_model", None)
+    cast = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
+    stacks = {name: _stack(tower) for name, tower in towers.items() if tower}
     return Sizes(
-        parameters, trained, {name: _stack(tower) for name, tower in towers.items() if tower}, bool(gates), cast
+        parameters, trained, stacks, any(name.endswith("gate_proj") for name, _ in model.named_modules()), cast
     )
 
 

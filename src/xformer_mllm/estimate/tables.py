@@ -3,11 +3,13 @@
 from typing import Any
 
 from xformer_mllm.estimate.costs import Cost, total
+from xformer_mllm.report.wording import aligned
 
 
 def show(result: dict[str, Any]) -> str:
-    """What `estimate` returns, as tables."""
+    """Format the result of `estimate` as tables."""
     work, gpu, assumed, run, step = (result[name] for name in ("work", "gpu", "assumed", "run", "step"))
+    tokens = {"CLIP" if name == "clip" else name: n for name, n in result["tokens_per_image"].items()}
     blocks = [
         f"{result['recipe']}: {result['variant']}, stage {work['stage']}, on {work['gpus']} x {gpu['name']}, "
         f"{work['images']} images each",
@@ -15,7 +17,7 @@ def show(result: dict[str, Any]) -> str:
         _part_table(result["per_image"]),
         _lines(
             {
-                "tokens per image": ", ".join(f"{n} {_word(w)}" for w, n in result["tokens_per_image"].items()),
+                "tokens per image": ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in tokens.items()),
                 "step": f"{step['images']:,} images, {step['flops_per_gpu'] / 1e12:,.1f} TFLOP per GPU, "
                 f"{step['seconds']:.2f} s: {step['images_per_second']:,.0f} images/s",
                 "run": f"{run['steps']:,} steps, {run['images']:,} images ({run['epochs']:.2f} epochs), at most "
@@ -31,24 +33,20 @@ def show(result: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _word(name: str) -> str:
-    return {"clip": "CLIP"}.get(name, name.replace("_", " "))
-
-
 def _parameter_table(parameters: dict[str, list[int]]) -> str:
     rows = [[name, f"{number:,}", f"{trained:,}"] for name, (number, trained) in parameters.items()]
     sums = [f"{sum(column):,}" for column in zip(*parameters.values(), strict=True)]
-    return _table(["part", "parameters", "trained"], [*rows, ["total", *sums]])
+    return "\n".join(aligned([["part", "parameters", "trained"], *rows, ["total", *sums]]))
 
 
 def _part_table(per_image: dict[str, dict[str, int]]) -> str:
     parts = {name: Cost(**cost) for name, cost in per_image.items()}
-    parts["total"] = total(list(parts.values()))
+    parts["total"] = total(parts.values())
     rows = [
         [name, f"{cost.forward / 1e9:.1f}", f"{cost.backward / 1e9:.1f}", f"{cost.kept / 1e6:.1f}"]
         for name, cost in parts.items()
     ]
-    return _table(["per image", "GFLOP forward", "GFLOP backward", "MB kept"], rows)
+    return "\n".join(aligned([["per image", "GFLOP forward", "GFLOP backward", "MB kept"], *rows]))
 
 
 def _memory_table(result: dict[str, Any]) -> str:
@@ -58,10 +56,8 @@ def _memory_table(result: dict[str, Any]) -> str:
     rows = [[name, f"{number / 1e9:.2f}"] for name, number in held.items() if number]
     room = result["gpu"]["memory"]
     verdict = "fits" if needed <= room else "does NOT fit"
-    return (
-        _table(["memory per GPU", "GB"], [*rows, ["total", f"{needed / 1e9:.2f}"]])
-        + f"\n{verdict} in {room / 1e9:.0f} GB; the largest batch_size that does: {largest}"
-    )
+    table = aligned([["memory per GPU", "GB"], *rows, ["total", f"{needed / 1e9:.2f}"]])
+    return "\n".join([*table, f"{verdict} in {room / 1e9:.0f} GB; the largest batch_size that does: {largest}"])
 
 
 def _variant_table(variants: dict[str, Any]) -> str:
@@ -73,18 +69,9 @@ def _variant_table(variants: dict[str, Any]) -> str:
             cells += [f"{row[key] / unit:,.2f}", f"{row[key] / base[key]:.3f}"]
         rows.append([name, *cells])
     head = ["variant", "M trained", "GFLOP per image", "ratio", "s per pass", "ratio", "GB per GPU", "ratio"]
-    return _table(head, rows)
+    return "\n".join(aligned([head, *rows]))
 
 
 def _lines(named: dict[str, str]) -> str:
     width = max(map(len, named))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in named.items())
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Columns of text, the first left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in [head, *rows]
-    )

@@ -4,8 +4,9 @@ Each benchmark is one file in this package with a subclass of `Benchmark`; `eval
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -24,18 +25,13 @@ EXPORT_FILE = "export.json"
 
 # Zero-shot question answering with OPT: "paper" is BLIP-2's paper, "lavis" is LAVIS's vqav2_zeroshot_opt_eval.yaml with
 # the length penalty of `Blip2OPT.predict_answers`.
+_BLIP2 = GenerationSettings(
+    prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
+)
+_LAVIS_PROMPT = "Question: {question} Short answer:"
 ZERO_SHOT = {
-    "paper": GenerationSettings(
-        prompt=QUESTION_PROMPT, num_beams=5, length_penalty=-1.0, max_new_tokens=10, min_new_tokens=1
-    ),
-    "lavis": GenerationSettings(
-        prompt="Question: {question} Short answer:",
-        num_beams=5,
-        length_penalty=0.0,
-        max_new_tokens=10,
-        min_new_tokens=1,
-        plain_question=True,
-    ),
+    "paper": _BLIP2,
+    "lavis": replace(_BLIP2, prompt=_LAVIS_PROMPT, length_penalty=0.0, plain_question=True),
 }
 
 
@@ -71,6 +67,10 @@ class Benchmark(ABC, Generic[Record]):
     """How an answer is normalised before it is compared."""
     files: ClassVar[str]
     """Required content of the data folder."""
+    result_keys: ClassVar[tuple[str, str]]
+    """Keys of the record's id and of the answer in the official results, a list of objects."""
+    id_type: ClassVar[type] = int
+    """Type of the record's id in the official results."""
 
     records: Sequence[Record]
     """In the official file's order."""
@@ -87,8 +87,12 @@ class Benchmark(ABC, Generic[Record]):
         """Path of a record's image."""
 
     def load(self, record: Record) -> Image.Image:
-        """A record's image. Raises OSError or ValueError if it is missing or broken."""
+        """Load a record's image. Raises OSError or ValueError if it is missing or broken."""
         return load_image(self.image_file(record))
+
+    def answered(self, answers: Mapping[str, str]) -> list[Record]:
+        """The records that have an answer, in order."""
+        return [record for record in self.records if record.id in answers]
 
     @abstractmethod
     def score(self, answers: Mapping[str, str]) -> Scores:
@@ -102,10 +106,44 @@ class Benchmark(ABC, Generic[Record]):
         """Score of one answer in [0, 1]; None if answers only score together or the truth is not public."""
         return None
 
-    @abstractmethod
-    def official(self, answers: Mapping[str, str]) -> Any:
-        """{record id: answer} -> JSON value for the official server or scorer."""
+    def predictions(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
+        """The answered records with "prediction" and, if single answers are scored, "credit"."""
+        rows = []
+        for record in self.answered(answers):
+            answer = answers[record.id]
+            credit = self.credit(record, answer)
+            rows.append({**asdict(record), "prediction": answer, **({} if credit is None else {"credit": credit})})
+        return rows
 
-    @abstractmethod
+    def official(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
+        """{record id: answer} -> JSON value for the official server or scorer."""
+        id_key, answer_key = self.result_keys
+        return [{id_key: self.id_type(record.id), answer_key: answers[record.id]} for record in self.answered(answers)]
+
     def read_official(self, content: Any) -> list[tuple[str, str]]:
         """The inverse of `official`: (record id, answer), repeated ids included. Raises ValueError for another format."""
+        id_key, answer_key = self.result_keys
+        hint = f'; expected [{{"{id_key}": {self.id_type.__name__}, "{answer_key}": str}}, ...]'
+        if not isinstance(content, list):
+            raise ValueError(f"not a list{hint}")
+        rows = [(f"entry {index}", row) for index, row in enumerate(content)]
+        return [
+            (str(field(row, id_key, self.id_type, where, hint)), field(row, answer_key, str, where, hint))
+            for where, row in rows
+        ]
+
+
+def field(row: Any, key: str, kind: type, where: str, hint: str = "") -> Any:
+    """Return row[key]. Raises ValueError naming `where` if it is missing or of another type."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if type(value) is not kind:  # isinstance would take true for a number
+        raise ValueError(f'{where}: "{key}" is missing or not of type {kind.__name__}{hint}')
+    return value
+
+
+def check_images(file: Path, split: str, ids: Sequence[str]) -> None:
+    """Raise ValueError if image ids are repeated, or there are none."""
+    if not ids:
+        raise ValueError(f"{file}: no images in the split {split!r}")
+    if repeated := [name for name, times in Counter(ids).items() if times > 1]:
+        raise ValueError(f"{file}: {len(repeated)} repeated image ids ({', '.join(repeated[:3])})")

@@ -1,17 +1,17 @@
 """Caption metrics equal to pycocoevalcap 1.2 (github.com/salaniz/pycocoevalcap), and the base of caption benchmarks.
 
-CIDEr-D, BLEU-1 to 4 and ROUGE-L are pycocoevalcap's own code. Its PTB tokenizer, METEOR and SPICE are Java programs:
-they are run here, not by its wrappers, which hang if Java hangs and download CoreNLP unasked. Where one of them
-does not run, its metric is left out and the reason is given.
+CIDEr-D, BLEU-1 to 4 and ROUGE-L are pycocoevalcap's own code. Its PTB tokenizer, METEOR and SPICE are Java programs. They
+are run here because its wrappers hang if Java hangs and download CoreNLP without asking. If a program does not run, its
+metric is left out with the reason.
 
-- Tokens: Stanford's PTB tokenizer, lower-cased, without pycocoevalcap's list of punctuation. Where Java does not run,
-  `plain_tokens` replaces it, which the name of every score states. Over 24,019 human captions of COCO val2014 the two
-  differed on 47, all with abbreviations ("Main St."), parentheses, "!!!" or "cannot"; with one caption of each image
-  scored against the others that moved CIDEr-D (0.894) by 0.000001, BLEU-1 by 0.00003 and BLEU-4 by 0.00001.
-- CIDEr-D: a word's weight (idf) comes from the references that are scored, so every group is scored separately,
-  as LAVIS scores NoCaps' out-domain; with one image it is always 0. Scores over a part of a split
-  are not comparable with scores over all of it.
-- An empty caption is scored as one without words: 0, whatever the references.
+- Tokens: Stanford's PTB tokenizer, lower-cased, without pycocoevalcap's list of punctuation. Without Java, `plain_tokens`
+  replaces it, and the name of every score says so. Over 24,019 human captions of COCO val2014 the two differed on 47, all
+  with abbreviations ("Main St."), parentheses, "!!!" or "cannot". With one caption of each image scored against the
+  others, CIDEr-D (0.894) changed by 0.000001, BLEU-1 by 0.00003 and BLEU-4 by 0.00001.
+- CIDEr-D: a word's weight (idf) comes from the references that are scored, so every group is scored separately, as LAVIS
+  scores NoCaps' out-domain. With one image it is always 0. Scores over a part of a split are not comparable with scores
+  over all of it.
+- An empty caption scores 0.
 """
 
 import itertools
@@ -21,18 +21,16 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord, Scores
 
-PLAIN = " (plain tokenizer)"  # after the name of a score that was not computed on PTB tokens
+PLAIN = " (plain tokenizer)"  # suffix of scores that were not computed on PTB tokens
 
-# The PTB tokenizer takes a second for 24,000 captions, METEOR ten to start and then one or two milliseconds a caption;
-# SPICE parses every caption and is slower. A longer run is taken to hang.
+# Time limit of a Java program. The PTB tokenizer takes one second for 24,000 captions; METEOR takes ten to start and one
+# or two milliseconds per caption; SPICE parses every caption and is slower.
 START_SECONDS = 180.0
 SECONDS_PER_CAPTION = 0.5
 
@@ -44,11 +42,10 @@ NO_CORENLP = (
 FIRST_LINE, LAST_LINE = "firstline", "lastline"
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 PARTIAL = (
-    "not all images have a caption: CIDEr-D weighs words by the references that are scored, so it is not comparable with "
-    "one over all of them"
+    "not all images have a caption: CIDEr-D weights words by the references that are scored, so it is not comparable with "
+    "CIDEr-D over all images"
 )
-KINDS = {int: "a whole number", str: "a text", list: "a list"}
-SHOWN_CHARACTERS = 200  # of what a Java that failed printed
+SHOWN_CHARACTERS = 200  # of the output of a failed Java program
 
 
 class NotComputedError(Exception):
@@ -73,45 +70,41 @@ def score_captions(
     Args:
         references: {image: its captions, one or more}.
         candidates: {image: the caption to score}; images without one are not scored.
-        groups: {name: images}, each scored separately; by default {"all": every image}. A group without
-            any candidate is left out.
+        groups: {name: images}, each scored separately; by default {"all": every image}. Groups without a candidate are
+            left out.
 
     Returns:
-        Of each group CIDEr-D, BLEU-1 to 4, ROUGE-L, METEOR, SPICE and n, as pycocoevalcap gives them (CIDEr-D is in
-        [0, 10], the others in [0, 1]); {"all": {"n": 0}} without any candidate.
-
-    Raises:
-        ModuleNotFoundError: without pycocoevalcap.
+        For each group CIDEr-D, BLEU-1 to 4, ROUGE-L, METEOR, SPICE and n, on pycocoevalcap's scales (CIDEr-D in [0, 10],
+        the others in [0, 1]); {"all": {"n": 0}} without any candidate.
     """
     members = {
-        name: [image for image in images if image in candidates]
+        name: kept
         for name, images in (groups or {"all": references}).items()
+        if (kept := [image for image in images if image in candidates])
     }
-    members = {name: images for name, images in members.items() if images}
     if not members:
         return CaptionScores({"all": {"n": 0}}, {})
-    scores: Scores = {name: {} for name in members}
-    not_computed = {}
-    tokens, reason = _tokenised({image: [candidates[image], *references[image]] for image in candidates})
+    scored = dict.fromkeys(itertools.chain(*members.values()))
+    tokens, reason = _tokenised({image: [candidates[image], *references[image]] for image in scored})
+    suffix = PLAIN if reason else ""
+    scores: Scores = {}
     for name, images in members.items():
-        found = _overlap_scores({image: tokens[image] for image in images})
-        scores[name] |= {metric + (PLAIN if reason else ""): value for metric, value in found.items()}
-    if reason:
-        not_computed = {"PTB tokenizer": reason, "METEOR": reason, "SPICE": reason}
-    else:
-        for metric, compute in (("METEOR", _meteor), ("SPICE", _spice)):
-            try:
-                for name, value in compute(tokens, members).items():
-                    scores[name][metric] = value
-            except NotComputedError as error:
-                not_computed[metric] = str(error)
+        overlap = _overlap_scores({image: tokens[image] for image in images})
+        scores[name] = {metric + suffix: value for metric, value in overlap.items()}
+    not_computed = dict.fromkeys(("PTB tokenizer", "METEOR", "SPICE"), reason) if reason else {}
+    for metric, compute in () if reason else (("METEOR", _meteor), ("SPICE", _spice)):
+        try:
+            for name, value in compute(tokens, members).items():
+                scores[name][metric] = value
+        except NotComputedError as error:
+            not_computed[metric] = str(error)
     for name, images in members.items():
         scores[name]["n"] = len(images)
     return CaptionScores(scores, not_computed)
 
 
 def _overlap_scores(tokens: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Metrics without Java. tokens: {image: [candidate, reference, ...]}, tokens separated by spaces."""
+    """Compute the metrics that need no Java. tokens: {image: [candidate, reference, ...]}, separated by spaces."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -129,44 +122,43 @@ def _overlap_scores(tokens: Mapping[str, Sequence[str]]) -> dict[str, float]:
 
 
 def _tokenised(captions: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[str]], str | None]:
-    """{key: captions} -> the same as tokens separated by spaces, and why they are not PTB's, if they are not."""
+    """Tokenise {image: captions}; also return why the tokens are not PTB's, or None if they are."""
     flat = [caption for texts in captions.values() for caption in texts]
     try:
         tokens, reason = ptb_tokens(flat), None
     except NotComputedError as error:
         tokens, reason = [plain_tokens(caption) for caption in flat], str(error)
     rest = iter(tokens)
-    return {key: [next(rest) for _ in texts] for key, texts in captions.items()}, reason
+    return {image: list(itertools.islice(rest, len(texts))) for image, texts in captions.items()}, reason
 
 
 def ptb_tokens(captions: Sequence[str]) -> list[str]:
     """Stanford's PTB tokens of each caption, lower-cased, without punctuation, separated by spaces.
 
-    What pycocoevalcap's PTBTokenizer gives, but line breaks of any kind within a caption are spaces: on some of them
-    that one mistakes one caption for two.
-    Raises NotComputedError if Java does not run.
+    Equal to pycocoevalcap's PTBTokenizer, except that all line breaks within a caption become spaces: PTBTokenizer splits
+    captions at some of them. Raises NotComputedError if Java does not run.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
     main = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "utf-8"]
-    # A Java may print warnings before, and end before the last line.
+    # Java may print warnings first, and stop before the last line.
     text = "\n".join([FIRST_LINE, *(" ".join(caption.splitlines()) for caption in captions), LAST_LINE])
     arguments = ["-cp", STANFORD_CORENLP_3_4_1_JAR, *main]
-    printed = _run_java(arguments, _package() / "tokenizer", text, _patience(len(captions)))
+    printed = _run_java(arguments, _package() / "tokenizer", text, _time_limit(len(captions)))
     lines = printed.partition(f"{FIRST_LINE}\n")[2].rpartition(LAST_LINE)[0].split("\n")[:-1]
     if len(lines) != len(captions):
-        raise NotComputedError(f"Java's PTB tokenizer gave {len(lines)} lines for {len(captions)} captions")
+        raise NotComputedError(f"Java's PTB tokenizer printed {len(lines)} lines for {len(captions)} captions")
     return [" ".join(token for token in line.split(" ") if token and token not in PUNCTUATIONS) for line in lines]
 
 
-# n't and other contractions, a word (with hyphens, slashes and points inside it), or any sign that PTB's list keeps.
+# n't and other contractions, a word (with hyphens, slashes and points inside), or a character that PTB's list keeps.
 _PLAIN_TOKEN = re.compile(
     r"n't\b|'(?:s|re|ve|ll|m|d)\b|(?:(?!n't\b)\w)+(?:[-/.](?:(?!n't\b)\w)+)*|[^\s\w.,?!:;\"`'()-]"
 )
 
 
 def plain_tokens(caption: str) -> str:
-    """What `ptb_tokens` gives for plain captions, without Java: lower-cased, contractions apart, no punctuation."""
+    """Approximate `ptb_tokens` without Java: lower-cased, contractions split, no punctuation."""
     return " ".join(_PLAIN_TOKEN.findall(caption.lower()))
 
 
@@ -174,14 +166,14 @@ def plain_tokens(caption: str) -> str:
 
 
 def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """METEOR 1.5 of each group; every image is compared once. Raises NotComputedError."""
+    """Compute METEOR 1.5 of each group; each image is compared once. Raises NotComputedError."""
     command = ["java", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
-    seconds = _patience(sum(len(texts) for texts in tokens.values()))
+    seconds = _time_limit(sum(len(texts) for texts in tokens.values()))
     end = time.monotonic() + seconds
-    with tempfile.TemporaryFile() as complaints:  # an unread pipe would fill up and block it
+    with tempfile.TemporaryFile() as errors:  # an unread pipe would fill up and block Java
         try:
             with subprocess.Popen(
-                command, cwd=_package() / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints
+                command, cwd=_package() / "meteor", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
             ) as java:
                 watchdog = threading.Timer(seconds, java.kill)
                 watchdog.start()
@@ -192,25 +184,25 @@ def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[s
                     java.kill()
         except FileNotFoundError:
             raise NotComputedError(NO_JAVA) from None
-        except (OSError, ValueError) as error:  # it ended, or printed no numbers
+        except (OSError, ValueError) as error:  # Java ended, or printed no numbers
             if time.monotonic() >= end:
                 raise NotComputedError(_too_slow(seconds)) from None
-            complaints.seek(0)
-            raise NotComputedError(f"METEOR failed ({_one_line(complaints.read()) or error})") from None
+            errors.seek(0)
+            raise NotComputedError(f"METEOR failed ({_one_line(errors.read()) or error})") from None
 
 
 def _ask_meteor(
     java: subprocess.Popen, tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Its protocol, a line for a line. Raises OSError or ValueError when it does not answer with numbers."""
+    """Run METEOR's protocol, one line per answer. Raises OSError or ValueError for an answer that is not a number."""
     to_java, from_java = java.stdin, java.stdout
     assert to_java is not None
     assert from_java is not None
-    # A Java may print warnings first.
+    # Java may print warnings first.
     answers = itertools.dropwhile(lambda line: not line[:1].isdigit(), iter(from_java.readline, b""))
 
     def read() -> str:
-        answer = next(answers, b"it ended").decode("utf-8", "replace").strip()
+        answer = next(answers, b"Java ended").decode("utf-8", "replace").strip()
         if not answer[:1].isdigit():
             raise ValueError(answer)
         return answer
@@ -222,34 +214,33 @@ def _ask_meteor(
         return read()
 
     compared = {}
-    for image in dict.fromkeys(image for group in groups.values() for image in group):
-        candidate, *references = tokens[image]
+    for image, (candidate, *references) in tokens.items():
         compared[image] = ask("SCORE", *references, candidate)
     scores = {}
     for name, group in groups.items():
-        ask("EVAL", *(compared[image] for image in group))  # the answers are the score of each image,
-        scores[name] = [float(read()) for _ in group][-1]  # and then that of all of them
+        ask("EVAL", *(compared[image] for image in group))  # answered with the score of each image, then of the group
+        scores[name] = [float(read()) for _ in group][-1]
     return scores
 
 
 def _spice(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """SPICE 1.0 of each group: the mean F over its images. Raises NotComputedError.
+    """Compute SPICE 1.0 of each group, the mean F over its images. Raises NotComputedError.
 
-    Without pycocoevalcap's cache of parses, which would grow in the installed package.
+    pycocoevalcap's cache of parses is not used: it would grow in the installed package.
     """
     folder = _package() / "spice"
     if not all((folder / "lib" / jar).is_file() for jar in CORENLP_JARS):
         raise NotComputedError(NO_CORENLP)
-    images = list(dict.fromkeys(image for group in groups.values() for image in group))
+    images = list(tokens)
     rows = [
-        {"image_id": place, "test": tokens[image][0], "refs": list(tokens[image][1:])}
-        for place, image in enumerate(images)
+        {"image_id": index, "test": candidate, "refs": references}
+        for index, (candidate, *references) in enumerate(tokens.values())
     ]
     with tempfile.TemporaryDirectory() as scratch:
         input_file, output_file = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
         input_file.write_text(json.dumps(rows), encoding="utf-8")
         arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(input_file), "-out", str(output_file), "-silent"]
-        _run_java(arguments, folder, "", _patience(sum(len(texts) for texts in tokens.values())))
+        _run_java(arguments, folder, "", _time_limit(sum(len(texts) for texts in tokens.values())))
         try:
             found = {
                 images[row["image_id"]]: float(row["scores"]["All"]["f"])
@@ -261,18 +252,18 @@ def _spice(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[st
 
 
 def _package() -> Path:
-    """pycocoevalcap's folder, where the Java programs are."""
+    """The folder of pycocoevalcap, which holds the Java programs."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     return Path(ptbtokenizer.__file__).parents[1]
 
 
-def _patience(captions: int) -> float:
+def _time_limit(captions: int) -> float:
     return START_SECONDS + SECONDS_PER_CAPTION * captions
 
 
 def _run_java(arguments: Sequence[str], folder: Path, text: str, seconds: float) -> str:
-    """Run Java on `text` and return what it printed. Raises NotComputedError: no Java, an exit code, too slow."""
+    """Run Java on `text` and return its output. Raises NotComputedError without Java, on failure and on timeout."""
     try:
         done = subprocess.run(
             ["java", *arguments], cwd=folder, input=_bytes(text), capture_output=True, timeout=seconds
@@ -284,13 +275,12 @@ def _run_java(arguments: Sequence[str], folder: Path, text: str, seconds: float)
     except OSError as error:
         raise NotComputedError(f"needs Java, and `java` cannot be run ({error.strerror})") from None
     if done.returncode:
-        said = _one_line(done.stderr or done.stdout)
-        raise NotComputedError(f"Java failed (exit code {done.returncode}: {said})")
+        raise NotComputedError(f"Java failed (exit code {done.returncode}: {_one_line(done.stderr or done.stdout)})")
     return done.stdout.decode("utf-8", "replace")
 
 
 def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # JSON can hold half a surrogate pair
+    return text.encode("utf-8", "replace")  # JSON may hold half a surrogate pair
 
 
 def _too_slow(seconds: float) -> str:
@@ -308,16 +298,21 @@ def _one_line(printed: bytes) -> str:
 class CaptionBenchmark(Benchmark[CaptionRecord]):
     """Images with reference captions; the official results are COCO's, [{"image_id": 42, "caption": "..."}].
 
-    A subclass sets `records`, whose ids are whole numbers as text, `references` ({record id: captions}) and `groups`
-    ({name: record ids}).
+    A subclass sets `records`, whose ids are integers as text, and by record id `references` and `paths` of the images;
+    `groups` is {name: record ids}.
     """
 
     normalisation = (
         "PTB tokens, lower-cased, without punctuation; without Java those of a plain tokenizer, which the names of the "
         "scores state"
     )
+    result_keys = ("image_id", "caption")
     references: Mapping[str, Sequence[str]]
     groups: Mapping[str, Sequence[str]]
+    paths: Mapping[str, Path]
+
+    def image_file(self, record: CaptionRecord) -> Path:
+        return self.paths[record.id]
 
     def truth(self, record: CaptionRecord) -> str:
         """The first reference."""
@@ -328,36 +323,3 @@ class CaptionBenchmark(Benchmark[CaptionRecord]):
         self.not_computed = found.not_computed
         self.notes = [PARTIAL] if len(answers) < len(self.records) else []
         return found.scores
-
-    def official(self, answers: Mapping[str, str]) -> list[dict[str, int | str]]:
-        return [
-            {"image_id": int(record.id), "caption": answers[record.id]}
-            for record in self.records
-            if record.id in answers
-        ]
-
-    def read_official(self, content: Any) -> list[tuple[str, str]]:
-        if not isinstance(content, list):
-            raise ValueError('not caption results: they are a list, [{"image_id": 42, "caption": "..."}, ...]')
-        rows = {f"caption results: [{place}]": row for place, row in enumerate(content)}
-        return [
-            (str(field(row, "image_id", int, where)), field(row, "caption", str, where)) for where, row in rows.items()
-        ]
-
-
-def field(record: Any, key: str, kind: type, where: str) -> Any:
-    """record[key]. Raises ValueError that begins with `where` if it is missing or of another type."""
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f'{where} has no "{key}" that is {KINDS[kind]}')
-    return value
-
-
-def unique(images: Sequence[CaptionRecord], file: Path) -> Sequence[CaptionRecord]:
-    """The images. Raises ValueError for repeated ids, or without any image."""
-    twice = [name for name, times in Counter(image.id for image in images).items() if times > 1]
-    if twice:
-        raise ValueError(f"{file}: {len(twice)} repeated image ids ({', '.join(twice[:3])})")
-    if not images:
-        raise ValueError(f"{file}: no images of this split")
-    return images

@@ -22,7 +22,7 @@ from xformer_mllm.evaluate.gqa import Gqa
 from xformer_mllm.evaluate.gvt import GvtCounting, GvtIdentification
 from xformer_mllm.evaluate.nocaps import NoCaps
 from xformer_mllm.evaluate.ok_vqa import OkVqa
-from xformer_mllm.evaluate.prediction import Answers, predict, remove_parts
+from xformer_mllm.evaluate.prediction import predict, remove_parts
 from xformer_mllm.evaluate.retrieval import CocoRetrieval, FlickrRetrieval, Retrieval, retrieve
 from xformer_mllm.evaluate.vqav2 import Vqav2
 from xformer_mllm.files import read_json, write_whole
@@ -33,6 +33,7 @@ from xformer_mllm.model.modeling_xformer import (
     XFormerForPreTraining,
 )
 from xformer_mllm.processes import is_first, join
+from xformer_mllm.report.wording import aligned
 
 BENCHMARKS: dict[str, Any] = {
     kind.name: kind
@@ -42,6 +43,8 @@ BENCHMARKS: dict[str, Any] = {
     )
 }
 
+ANSWERING_MODELS = [XFormerForConditionalGeneration]
+RANKING_MODELS = [XFormerForPreTraining, XFormerForImageTextRetrieval]
 TIMEOUT = timedelta(days=1)  # processes wait for the slowest rank
 SHOWN_PROBLEMS = 5
 EXAMPLES = 12
@@ -118,48 +121,59 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _check_numbers(config, "num_beams", "max_new_tokens", "k_test", "batch_size")
     benchmark = open_benchmark(config)
     join(TIMEOUT)  # each process takes its GPU before it loads a model
-    return _rank(config, benchmark) if isinstance(benchmark, Retrieval) else _ask(config, benchmark)
-
-
-def _ask(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
-    """Evaluate answers to questions, or captions."""
-    settings = settings_of(config, benchmark)
+    ranks = isinstance(benchmark, Retrieval)
+    settings = {"k_test": config.k_test} if ranks else asdict(settings_of(config, benchmark))
     folder = _output_dir(config)
-    _check_same_settings(folder, config, asdict(settings))
-    model, processor = load_model(config.model, [XFormerForConditionalGeneration])
+    _check_same_settings(folder, config, settings)
+    model, processor = load_model(config.model, RANKING_MODELS if ranks else ANSWERING_MODELS)
     start = time.perf_counter()
-    found = predict(model, processor, benchmark, settings, folder, config.batch_size, config.workers, _made_by(config))
-    PartialState().wait_for_everyone()  # all have read the parts
+    metrics, shown = (_rank if ranks else _answer)(config, benchmark, model, processor, folder)
     if not is_first():
         return {}
+    seconds = round(time.perf_counter() - start, 1)
+    metrics |= {"settings": settings, "seconds": seconds, "exported_scenes": _is_exported(config)}
+    metrics["config"] = _plain(config)
+    title = f"{config.benchmark}, {_split(config)}"
+    write_whole(folder / "report.html", report.benchmark_page(title, str(config.model), metrics, shown))
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")  # last: marks a complete evaluation
+    remove_parts(folder)
+    print(summary(metrics))
+    print(folder / "report.html")
+    return metrics
+
+
+def _answer(
+    config: EvaluateConfig, benchmark: Benchmark, model: Any, processor: Any, folder: Path
+) -> tuple[dict[str, Any], Sequence[report.Example]]:
+    """Answer questions or caption images; write predictions.jsonl and official.json."""
+    settings = settings_of(config, benchmark)
+    found = predict(model, processor, benchmark, settings, folder, config.batch_size, config.workers, _made_by(config))
+    PartialState().wait_for_everyone()  # until all have read the parts
+    if not is_first():
+        return {}, ()
     if not found.answers:
-        remove_parts(folder)  # the images may be there the next time
+        remove_parts(folder)  # the images may be readable in the next run
         why = next(iter(found.problems.values()), "there are none")
         raise ValueError(
             f"none of the {len(benchmark.records):,} records has an answer, e.g. {why}; "
             "--images names the folder of the images"
         )
-    metrics = describe_answers(benchmark, found) | {"settings": asdict(settings)} | _about(config, start)
-    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions(benchmark, found.answers)]
+    metrics = describe_answers(benchmark, found.answers, found.problems)
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in benchmark.predictions(found.answers)]
     write_whole(folder / "predictions.jsonl", "".join(rows))
     write_whole(folder / "official.json", json.dumps(benchmark.official(found.answers)) + "\n")
-    return _finish(folder, metrics, examples(benchmark, found.answers))
+    return metrics, examples(benchmark, found.answers)
 
 
-def _rank(config: EvaluateConfig, benchmark: Retrieval) -> dict[str, Any]:
-    """Evaluate retrieval; `retrieve` writes ranking.json."""
-    folder = _output_dir(config)
-    _check_same_settings(folder, config, {"k_test": config.k_test})
-    model, processor = load_model(config.model, [XFormerForPreTraining, XFormerForImageTextRetrieval])
-    start = time.perf_counter()
+def _rank(
+    config: EvaluateConfig, benchmark: Retrieval, model: Any, processor: Any, folder: Path
+) -> tuple[dict[str, Any], Sequence[report.Example]]:
+    """Rank images and captions; `retrieve` writes ranking.json."""
     scores, ranking = retrieve(
         model, processor, benchmark, folder, config.batch_size, config.k_test, config.workers, _made_by(config)
     )
-    if not is_first():
-        return {}
     problems = ranking["unreadable_images"]
-    metrics = describe(benchmark, scores, len(benchmark.records) - len(problems), 0, problems)
-    return _finish(folder, metrics | {"settings": {"k_test": config.k_test}} | _about(config, start), [])
+    return describe(benchmark, scores, len(benchmark.records) - len(problems), problems), ()
 
 
 def _output_dir(config: EvaluateConfig) -> Path:
@@ -170,18 +184,18 @@ def _output_dir(config: EvaluateConfig) -> Path:
 
 
 def _check_same_settings(folder: Path, config: EvaluateConfig, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError if the folder holds results with other settings, data or (with --output-dir) another model."""
+    """Raise ValueError if the folder holds results with other settings, data or (with --output-dir) another model."""
     file = folder / "metrics.json"
     if not file.is_file():
         return
-    there = read_json(file)
-    old, new = {**there.get("config", {}), **there.get("settings", {})}, {**_plain(config), **settings}
+    found = read_json(file)
+    old, new = {**found.get("config", {}), **found.get("settings", {})}, {**_plain(config), **settings}
     names = [*settings, *(field.name for field in dataclasses.fields(BenchmarkConfig))]
     if config.output_dir is not None:  # the default folder belongs to the model, even after it was moved
         names.append("model")
     paths = ("data", "images", "model")
     differing = [
-        f"{flag(name)} {old[name]!r}, not {new[name]!r}"
+        f"{_flag(name)} {old[name]!r}, not {new[name]!r}"
         for name in names
         if name in old and old[name] != new[name] and not (name in paths and _same_place(old[name], new[name]))
     ]
@@ -191,23 +205,6 @@ def _check_same_settings(folder: Path, config: EvaluateConfig, settings: Mapping
 
 def _same_place(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
-
-
-def _about(config: EvaluateConfig, start: float) -> dict[str, Any]:
-    seconds = round(time.perf_counter() - start, 1)
-    return {"seconds": seconds, "exported_scenes": _is_exported(config), "config": _plain(config)}
-
-
-def _finish(folder: Path, metrics: dict[str, Any], shown: Sequence[report.Example]) -> dict[str, Any]:
-    """Write the report, then metrics.json as the sign of a complete evaluation, and remove the parts."""
-    config = metrics["config"]
-    title = f"{config['benchmark']}, {config['split']}"
-    write_whole(folder / "report.html", report.benchmark_page(title, config["model"], metrics, shown))
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    remove_parts(folder)
-    print(summary(metrics))
-    print(folder / "report.html")
-    return metrics
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -227,7 +224,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         raise ValueError(f"{config.answers}: not in {benchmark.name}'s results format: {error}{hint}") from None
     found, expected = [name for name, _ in pairs], [record.id for record in benchmark.records]
     check_ids(config.answers, found, expected, config.partial)
-    metrics = describe_answers(benchmark, Answers(dict(pairs), {}))
+    metrics = describe_answers(benchmark, dict(pairs), {})
     metrics |= {"exported_scenes": _is_exported(config), "config": _plain(config)}
     if config.output:
         write_whole(config.output, json.dumps(metrics, indent=2) + "\n")
@@ -239,7 +236,7 @@ def benchmark_class(name: str) -> Any:
     """The class of a benchmark. Raises ValueError for an unknown name."""
     known = defaults.benchmarks() | BENCHMARKS
     if name not in known:
-        raise ValueError(f"unknown benchmark {name!r}; there are {', '.join(known)}")
+        raise ValueError(f"unknown benchmark {name!r}; choose one of {', '.join(known)}")
     return known[name]
 
 
@@ -272,14 +269,14 @@ def _is_exported(config: BenchmarkConfig) -> bool:
 
 
 def _check_numbers(config: BenchmarkConfig, *names: str) -> None:
-    """Raises ValueError for a number below 1."""
+    """Raise ValueError for a number below 1."""
     for name in names:
         number = getattr(config, name)
         if number is not None and number < 1:
-            raise ValueError(f"{flag(name)} must be at least 1, not {number}")
+            raise ValueError(f"{_flag(name)} must be at least 1, not {number}")
 
 
-def flag(name: str) -> str:
+def _flag(name: str) -> str:
     """Field name -> flag."""
     return f"--{name.replace('_', '-')}"
 
@@ -289,11 +286,7 @@ def _split(config: BenchmarkConfig) -> str:
 
 
 def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> GenerationSettings:
-    """The preset, with the values that override it.
-
-    Raises:
-        ValueError: for an unknown name, or a prompt that leaves the question out.
-    """
+    """The preset with the overriding values. Raises ValueError for an unknown preset, or a prompt without {question}."""
     name = config.settings or next(iter(benchmark.settings))
     if name not in benchmark.settings:
         raise ValueError(f"{benchmark.name} has the settings {', '.join(benchmark.settings)}, not {name!r}")
@@ -301,12 +294,12 @@ def settings_of(config: EvaluateConfig, benchmark: Benchmark) -> GenerationSetti
     given = {field: value for field in fields if (value := getattr(config, field, None)) is not None}
     asks = "{question}" in benchmark.settings[name].prompt
     if asks and "{question}" not in given.get("prompt", "{question}"):
-        raise ValueError(f"--prompt {given['prompt']!r} has no {{question}}, which stands for the question")
+        raise ValueError(f"--prompt {given['prompt']!r} has no {{question}}")
     return dataclasses.replace(benchmark.settings[name], **given)
 
 
 def check_ids(file: Path, found: Sequence[str], expected: Sequence[str], partial: bool) -> None:
-    """Raises ValueError, naming a few, for ids that are repeated, unknown or, unless `partial`, missing; or for none."""
+    """Raise ValueError if there are no ids, or some are repeated, unknown or, unless `partial`, missing."""
     if not found:
         raise ValueError(f"{file}: holds no answers")
     kinds = {
@@ -317,20 +310,14 @@ def check_ids(file: Path, found: Sequence[str], expected: Sequence[str], partial
     wrong = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
     if wrong:
         hint = "; --partial scores the others" if len(wrong) == 1 and kinds["missing"] else ""
-        raise ValueError(f"{file}: ids that do not match the benchmark's: {'; '.join(wrong)}{hint}")
+        raise ValueError(f"{file}: the ids do not match the benchmark's: {'; '.join(wrong)}{hint}")
 
 
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def describe_answers(benchmark: Benchmark, found: Answers) -> dict[str, Any]:
-    """Score answers and describe the scores."""
-    empty = sum(not answer for answer in found.answers.values())
-    return describe(benchmark, benchmark.score(found.answers), len(found.answers), empty, found.problems)
-
-
 def describe(
-    benchmark: Benchmark | Retrieval, scores: Scores, answered: int, empty: int, problems: Mapping[str, str]
+    benchmark: Benchmark | Retrieval, scores: Scores, answered: int, problems: Mapping[str, str], empty: int = 0
 ) -> dict[str, Any]:
     """Scores with the facts needed to read them."""
     return {
@@ -346,9 +333,15 @@ def describe(
     }
 
 
+def describe_answers(benchmark: Benchmark, answers: Mapping[str, str], problems: Mapping[str, str]) -> dict[str, Any]:
+    """Score answers and describe the scores."""
+    empty = sum(not answer for answer in answers.values())
+    return describe(benchmark, benchmark.score(answers), len(answers), problems, empty)
+
+
 def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Example]:
-    """A few answered records at random, the same ones for every model."""
-    answered = [record for record in benchmark.records if record.id in answers]
+    """A few answered records, drawn at random but the same for every model."""
+    answered = benchmark.answered(answers)
     return [
         report.Example(
             image=benchmark.load(record),
@@ -362,18 +355,6 @@ def examples(benchmark: Benchmark, answers: Mapping[str, str]) -> list[report.Ex
     ]
 
 
-def predictions(benchmark: Benchmark, answers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The answered records with "prediction" and, for benchmarks that score single answers, "credit"."""
-    rows = []
-    for record in benchmark.records:
-        if record.id in answers:
-            answer = answers[record.id]
-            credit = benchmark.credit(record, answer)
-            known = {} if credit is None else {"credit": credit}
-            rows.append({**asdict(record), "prediction": answer, **known})
-    return rows
-
-
 def summary(metrics: Mapping[str, Any]) -> str:
     """Scores, settings and notes as text."""
     lines = [f"{metrics['benchmark']}: {metrics['answered']:,} of {metrics['records']:,} records answered", ""]
@@ -385,7 +366,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
         lines.append(f"empty answers: {metrics['empty_answers']:,}")
     problems = list(metrics["unreadable_images"].values())
     if problems:
-        lines.append(f"images that could not be read: {len(problems):,}, so the scores leave their records out")
+        lines.append(f"unreadable images: {len(problems):,}; their records are not scored")
         lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     return "\n".join(lines)
 
@@ -393,16 +374,9 @@ def summary(metrics: Mapping[str, Any]) -> str:
 def table(scores: Scores) -> str:
     """A row per group, a column per metric; "ci95" in brackets after the accuracy."""
     metrics = list(dict.fromkeys(metric for group in scores.values() for metric in group if metric != "ci95"))
-    rows = [
-        ["", *metrics],
-        *([group, *(_cell(found, metric) for metric in metrics)] for group, found in scores.items()),
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    rows = [[group, *(_cell(found, metric) for metric in metrics)] for group, found in scores.items()]
+    head, *lines = aligned([["", *metrics], *rows])
+    return "\n".join([head, "-" * len(head), *lines])
 
 
 def _cell(found: Mapping[str, Any], metric: str) -> str:
@@ -417,10 +391,10 @@ def _cell(found: Mapping[str, Any], metric: str) -> str:
 
 def _made_by(config: EvaluateConfig) -> dict[str, Any]:
     """What the answers depend on besides the settings: the data and the model's files."""
-    model = [path for path in sorted(model_folder(config.model).iterdir()) if path.is_file()]
-    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in model}
+    files = [path for path in sorted(model_folder(config.model).iterdir()) if path.is_file()]
+    model = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     benchmark = {field.name: _plain(config)[field.name] for field in dataclasses.fields(BenchmarkConfig)}
-    return benchmark | {"model": files}
+    return benchmark | {"model": model}
 
 
 def _plain(config: BenchmarkConfig) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """GQA: compositional questions about images, by the data set's own metrics.
 
 Equal to GQA's eval.py (eval.zip of gqadataset.org) except for its grounding score, which needs a model's attention over a
-grid. eval.py compares strings as they are, and GQA's answers are in lower case; a language model's are not always, so
-an answer is stripped and lower-cased first, and written so into the results file: eval.py gives the same numbers on it.
+grid. eval.py compares strings unchanged, and GQA's answers are in lower case. An answer is therefore stripped and
+lower-cased, also in the results file, on which eval.py gives the same numbers.
 
-LAVIS, and with it BLIP-2's published number, compares after VQA's normalisation of both sides (punctuation, articles,
-number words; `GQATask` in lavis/tasks/vqa.py): that is the group "lavis normalisation".
+The group "lavis normalisation" compares as LAVIS does for BLIP-2's published number, after VQA's normalisation of both
+sides (punctuation, articles, number words; `GQATask` in lavis/tasks/vqa.py).
 """
 
 from collections import Counter, defaultdict
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
+from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores, field
 from xformer_mllm.evaluate.vqa_accuracy import normalised
 from xformer_mllm.files import read_json
 
@@ -38,26 +38,23 @@ NO_STEP = ("exist", "query: name", "choose name")  # final steps that eval.py do
 OfficialQuestion = Mapping[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------------------- scoring
-
-
 def gqa_scores(
     questions: Mapping[str, OfficialQuestion],
     predictions: Mapping[str, str],
     choices: Mapping[str, Mapping[str, Any]] | None = None,
     consistency: bool = False,
 ) -> Scores:
-    """eval.py's scores over the balanced ones among the questions that are answered.
+    """eval.py's scores over the balanced questions that are answered.
 
     Args:
-        questions, choices: as in GQA's files: {question id: ...}. Without choices no validity and plausibility.
+        questions, choices: {question id: ...}, as in GQA's files. Validity and plausibility need choices.
         predictions: {question id: answer}.
-        consistency: among `questions` are all that the balanced ones entail. Those without an answer do not count.
+        consistency: whether `questions` holds those that the balanced ones entail; unanswered ones do not count.
 
     Returns:
-        "all" with accuracy, lower-is-better "distribution" (chi-square over 100, of predicted and true answers within
-        GQA's global groups) and what else can be computed; then accuracy by group, "steps:N" and "words:N" being the
-        length of the reasoning and of the question.
+        "all" with accuracy, "distribution" (chi-square over 100 of predicted and true answers within GQA's global groups,
+        lower is better) and the other available scores; then accuracy by group: "steps:N" is the length of the
+        reasoning, "words:N" that of the question.
     """
     predictions = {name: as_written(predictions[name]) for name in questions if name in predictions}
     balanced = {name: q for name, q in questions.items() if q["isBalanced"] and name in predictions}
@@ -68,10 +65,8 @@ def gqa_scores(
     if consistency:
         overall["consistency"] = _consistency(questions, predictions, [name for name in right if right[name]])
     if choices is not None:
-        overall["validity"] = _mean(_belongs(predictions[n], q, choices[n]["valid"]) for n, q in balanced.items())
-        overall["plausibility"] = _mean(
-            _belongs(predictions[n], q, choices[n]["plausible"]) for n, q in balanced.items()
-        )
+        for metric, kind in (("validity", "valid"), ("plausibility", "plausible")):
+            overall[metric] = _mean(_belongs(predictions[n], q, choices[n][kind]) for n, q in balanced.items())
     if (distance := _distribution(balanced, predictions)) is not None:
         overall["distribution"] = distance
     as_lavis = [normalised(predictions[name]) == normalised(question["answer"]) for name, question in balanced.items()]
@@ -83,29 +78,31 @@ def gqa_scores(
 
 
 def as_written(answer: str) -> str:
-    """An answer in GQA's own spelling."""
+    """An answer in GQA's spelling."""
     return answer.strip().lower()
 
 
 def _by_group(questions: Mapping[str, OfficialQuestion], right: Mapping[str, bool]) -> Scores:
-    """Accuracy by group: kinds of groups in the order below, each in the order of its names or numbers."""
-    kinds: list[dict[Any, list[bool]]] = [defaultdict(list) for _ in range(5)]
+    """Accuracy by group, sorted by kind of group and then by name or number."""
+    groups: dict[tuple[int, str, Any], list[bool]] = defaultdict(list)
     for name, question in questions.items():
         types = question["types"]
-        kinds[0]["open" if types["structural"] == "query" else "binary"].append(right[name])
-        kinds[1][f"structural:{types['structural']}"].append(right[name])
-        kinds[2][f"semantic:{SEMANTIC[types['semantic']]}"].append(right[name])
-        kinds[3][_steps(question)].append(right[name])
-        kinds[4][len(question["question"].split())].append(right[name])
+        for group in (
+            (0, "", "open" if types["structural"] == "query" else "binary"),
+            (1, "structural:", types["structural"]),
+            (2, "semantic:", SEMANTIC[types["semantic"]]),
+            (3, "steps:", _steps(question)),
+            (4, "words:", len(question["question"].split())),
+        ):
+            groups[group].append(right[name])
     return {
-        f"{prefix}{group}": {"accuracy": _mean(kind[group]), "n": len(kind[group])}
-        for prefix, kind in zip(("", "", "", "steps:", "words:"), kinds, strict=True)
-        for group in sorted(kind)
+        f"{kind}{group}": {"accuracy": _mean(found), "n": len(found)}
+        for (_, kind, group), found in sorted(groups.items())
     }
 
 
 def _steps(question: OfficialQuestion) -> int:
-    """Number of reasoning steps without final ones."""
+    """Number of reasoning steps, without final ones."""
     steps = [f"{step['operation']}: {step['argument']}" for step in question["semantic"]]
     return sum(not any(words in step for words in NO_STEP) for step in steps)
 
@@ -113,7 +110,7 @@ def _steps(question: OfficialQuestion) -> int:
 def _consistency(
     questions: Mapping[str, OfficialQuestion], predictions: Mapping[str, str], right: Iterable[str]
 ) -> float:
-    """Accuracy on the questions entailed by a correctly answered one, averaged over those; 0 without any."""
+    """Accuracy on the questions that a correctly answered one entails, averaged over the latter; 0 without any."""
     found = []
     for name in right:
         entailed = [other for other in questions[name]["entailed"] if other != name and other in predictions]
@@ -127,7 +124,7 @@ def _belongs(answer: str, question: OfficialQuestion, choices: Iterable[str]) ->
 
 
 def _distribution(questions: Mapping[str, OfficialQuestion], predictions: Mapping[str, str]) -> float | None:
-    """eval.py's chi-square over 100, averaged over the groups by their size; None if no question has a group."""
+    """eval.py's chi-square over 100, averaged over the groups weighted by size; None if no question has a group."""
     true: dict[str, Counter] = defaultdict(Counter)
     predicted: dict[str, Counter] = defaultdict(Counter)
     for name, question in questions.items():
@@ -135,12 +132,11 @@ def _distribution(questions: Mapping[str, OfficialQuestion], predictions: Mappin
         if group is not None:
             true[group][question["answer"]] += 1
             predicted[group][predictions[name]] += 1
-    distances = {
-        group: sum((predicted[group][answer] - times) ** 2 / times for answer, times in answers.items())
+    distances = [
+        sum((predicted[group][answer] - times) ** 2 / times for answer, times in answers.items()) * answers.total()
         for group, answers in true.items()
-    }
-    total = sum(answers.total() for answers in true.values())
-    return sum(distances[group] * true[group].total() for group in true) / total / 100 if true else None
+    ]
+    return sum(distances) / sum(answers.total() for answers in true.values()) / 100 if true else None
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -148,20 +144,18 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-# ----------------------------------------------------------------------------------------------------------- benchmark
+class Gqa(Benchmark[Question]):
+    """The balanced questions of a split; with "-all" every question, which consistency needs and takes long.
 
-
-class Gqa(Benchmark):
-    """The balanced questions of a split; or with "-all" every question, which consistency needs (and takes long).
-
-    "paper" is the BLIP-2 paper (section 4.1) with OPT. LAVIS has a file for FlanT5 only
-    (gqa_zeroshot_flant5xl_eval.yaml): "lavis" is that one with the length penalty that its code has for OPT
-    (`Blip2OPT.predict_answers`; FlanT5's is -1).
+    "paper" is the BLIP-2 paper (section 4.1) with OPT. "lavis" is LAVIS's gqa_zeroshot_flant5xl_eval.yaml (FlanT5 only)
+    with the length penalty of its code for OPT (`Blip2OPT.predict_answers`; FlanT5's is -1).
     """
 
     name = "gqa"
     splits = ("testdev", "val", "testdev-all", "val-all")
     settings = ZERO_SHOT
+    result_keys = ("questionId", "prediction")
+    id_type = str
     normalisation = (
         "stripped and lower-cased, then GQA's exact match; "
         "lavis normalisation: also VQA's punctuation, articles and number words, on both sides"
@@ -186,31 +180,18 @@ class Gqa(Benchmark):
             self.not_computed |= dict.fromkeys(("validity", "plausibility"), f"there is no {choices_file}")
         self.records = [_record(name, question) for name, question in self.questions.items()]
 
-    def image_file(self, record: Question) -> Path:  # type: ignore[override]
+    def image_file(self, record: Question) -> Path:
         return self.images / f"{record.image_id}.jpg"
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         return gqa_scores(self.questions, answers, self.choices, self.consistency)
 
-    def credit(self, record: Question, answer: str) -> float:  # type: ignore[override]
+    def credit(self, record: Question, answer: str) -> float:
         return float(as_written(answer) == record.answer)
 
     def official(self, answers: Mapping[str, str]) -> list[dict[str, str]]:
         """Input of eval.py and the server."""
-        return [
-            {"questionId": record.id, "prediction": as_written(answers[record.id])}
-            for record in self.records
-            if record.id in answers
-        ]
-
-    def read_official(self, content: Any) -> list[tuple[str, str]]:
-        if not isinstance(content, list):
-            raise ValueError('not a list of {"questionId", "prediction"}')
-        for place, row in enumerate(content):
-            for key in ("questionId", "prediction"):
-                if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                    raise ValueError(f'entry {place}: "{key}" is missing or not a string')
-        return [(row["questionId"], row["prediction"]) for row in content]
+        return super().official({name: as_written(answer) for name, answer in answers.items()})
 
 
 def _record(name: str, question: OfficialQuestion) -> Question:
@@ -221,43 +202,33 @@ def _record(name: str, question: OfficialQuestion) -> Question:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 def _read_questions(file: Path) -> dict[str, OfficialQuestion]:
     """Raises FileNotFoundError, or ValueError naming the file, the question and the key."""
     questions = read_json(file)
     if isinstance(questions, list):
         raise ValueError(
-            f"{file}: a list, as LAVIS rewrote it, without GQA's types; take questions1.2.zip of gqadataset.org"
+            f"{file}: a list without GQA's types, as LAVIS rewrote it; take questions1.2.zip of gqadataset.org"
         )
     if not isinstance(questions, dict) or not questions:
         raise ValueError(f"{file}: no questions; take questions1.2.zip of gqadataset.org")
     for name, question in questions.items():
-        if (problem := _problem(question)) is not None:
-            raise ValueError(f"{file}: question {name}: {problem}")
+        _check_question(question, f"{file}: question {name}")
     return questions
 
 
-def _problem(question: Any) -> str | None:
-    """What is invalid in a question, None if nothing is."""
-    if not isinstance(question, dict):
-        return "not an object"
+def _check_question(question: Any, where: str) -> None:
+    """Raise ValueError if a question has not the fields that eval.py reads."""
     for key, kind in KEYS.items():
-        if not isinstance(question.get(key), kind):
-            return f'"{key}" is missing or not of type {kind.__name__}'
+        field(question, key, kind, where)
     types = question["types"]
-    if types.get("structural") not in STRUCTURAL:
-        return f'"structural" of "types" is {types.get("structural")!r}, not one of {", ".join(STRUCTURAL)}'
-    if types.get("semantic") not in SEMANTIC:
-        return f'"semantic" of "types" is {types.get("semantic")!r}, not one of {", ".join(SEMANTIC)}'
-    if not isinstance(types.get("detailed"), str):
-        return '"detailed" of "types" is missing or not a string'
+    for key, known in (("structural", STRUCTURAL), ("semantic", SEMANTIC)):
+        if types.get(key) not in known:
+            raise ValueError(f'{where}: "{key}" of "types" is {types.get(key)!r}, not one of {", ".join(known)}')
+    field(types, "detailed", str, where)
     if "global" not in question["groups"]:
-        return '"global" of "groups" is missing'
+        raise ValueError(f'{where}: "global" of "groups" is missing')
     if not all(isinstance(step, dict) and {"operation", "argument"} <= set(step) for step in question["semantic"]):
-        return 'a step of "semantic" lacks "operation" or "argument"'
-    return None
+        raise ValueError(f'{where}: a step of "semantic" lacks "operation" or "argument"')
 
 
 def _read_choices(file: Path, questions: Mapping[str, OfficialQuestion]) -> Mapping[str, Mapping[str, Any]]:

@@ -1,15 +1,15 @@
-"""GVTBench: how many objects of a class an image shows, and whether it shows one, on COCO and VCR.
+"""GVTBench: counting the objects of a class in an image, and whether the image shows one, on COCO and VCR.
 
-Two named scores of the same answers. "all" is GVT's own (count.py and multiclass.py in gvt/modules/evaluations of
-github.com/TencentARC/GVT), with its parser's quirks: number words are replaced wherever they occur, so that "someone"
-holds a 1; "nine" is misspelt "nive"; capital letters are not understood; an answer without a number is a 0; "no"
-within "know" is a no. "strict" is the corrected one: number words up to twenty in any case, the first
-number that is a whole word; yes or no as the first word; an unreadable answer is wrong, and "unparsed" is their share.
+The same answers get two scores. "all" is GVT's own (count.py and multiclass.py in gvt/modules/evaluations of
+github.com/TencentARC/GVT), with its parser's quirks: number words are replaced inside other words too, so "someone"
+contains a 1; "nine" is misspelt "nive"; capital letters are not understood; an answer without a number is a 0; the "no" in
+"know" is a no. "strict" is the corrected one: number words up to twenty in any case, the first number that is a whole
+word; yes or no as the first word. An unreadable answer is wrong, and "unparsed" is their share.
 
-The sets are skewed, so the constant answers "1" and "yes" are scored beside the model's. Three traps of the files:
+The sets are skewed, so the constant answers "1" and "yes" are scored too. Three traps of the files:
 - GVT's repository holds two different coco_oc.json, with very different shares of the answer 1.
-- VCR's identification spells "exist" as "exis" in the questions whose answer is no. They are asked as they are.
-- VCR's files hold some questions several times; the scores count each, as upstream's do.
+- VCR's identification spells "exist" as "exis" in the questions whose answer is no. They are not corrected.
+- VCR's files hold some questions several times. Each counts, as upstream.
 """
 
 import math
@@ -17,10 +17,11 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
+from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores, field
 from xformer_mllm.files import read_json
 from xformer_mllm.inference import GenerationSettings
 
@@ -33,7 +34,7 @@ _WORDS = (
     "eighteen nineteen twenty"
 )
 NUMBERS = {"none": 0} | {word: number for number, word in enumerate(_WORDS.split())}
-# A number that is no part of a word, of 2.5 or of 1,000.
+# A number that is not part of a word, of 2.5 or of 1,000.
 NUMBER = re.compile(rf"(?<!\w)(?<!\d[.,])(?:\d+|{'|'.join(NUMBERS)})(?!\w|[.,]\d)")
 YES_OR_NO = re.compile(r"\W*(yes|no)(?!\w)")
 
@@ -42,14 +43,11 @@ NUMBERS_IN_BIN = 3  # of count.py's bins by the right number
 
 
 class Row(NamedTuple):
-    """A model's text, the file's answer to it, and how many objects of any class the image shows."""
+    """A model's text, the file's answer, and the number of objects of any class in the image."""
 
     text: str
     truth: str
     objects: int
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def gvt_number(text: str) -> float:
@@ -67,7 +65,7 @@ def strict_number(text: str) -> float | None:
 
 
 def gvt_agrees(text: str, truth: str) -> bool:
-    """Whether upstream takes `text` for `truth` ("Yes." or "No."); one that says both is always right."""
+    """Whether upstream accepts `text` as `truth` ("Yes." or "No."); a text with both is always right."""
     text = text.lower()
     return ("Yes" in truth and "yes" in text) or ("No" in truth and "no" in text)
 
@@ -76,9 +74,6 @@ def strict_yes(text: str) -> bool | None:
     """Whether the first word is yes; None if it is neither yes nor no."""
     found = YES_OR_NO.match(text.lower())
     return found[1] == "yes" if found else None
-
-
-# ------------------------------------------------------------------------------------------------------------- scoring
 
 
 def counting_scores(rows: Sequence[Row]) -> Scores:
@@ -96,7 +91,7 @@ def identification_scores(rows: Sequence[Row]) -> Scores:
 
 
 def _named_scores(rows: Sequence[Row], measure: Any, constant: str) -> Scores:
-    """Both named scores, the constant answer's, and both by how many objects the image shows."""
+    """Both scores, the constant answer's score, and both scores by the number of objects in the image."""
     if not rows:
         return {"all": {"n": 0}}
     scores = {"all": measure(rows, strict=False), "strict": measure(rows, strict=True)}
@@ -110,41 +105,32 @@ def _named_scores(rows: Sequence[Row], measure: Any, constant: str) -> Scores:
 
 
 def _counting(rows: Sequence[Row], strict: bool) -> dict[str, float]:
-    """Errors take an answer without a number for a 0, as upstream does: an empty answer must not be rewarded."""
-    numbers = [(strict_number if strict else gvt_number)(row.text) for row in rows]
-    truths = [int(row.truth) for row in rows]
-    errors = [(number or 0.0) - truth for number, truth in zip(numbers, truths, strict=True)]
+    """In MAE and RMSE an answer without a number is a 0, as upstream: an empty answer must not be rewarded."""
+    pairs = [((strict_number if strict else gvt_number)(row.text), int(row.truth)) for row in rows]
+    errors = [(number or 0.0) - truth for number, truth in pairs]
     return {
-        "accuracy": _share(number == truth for number, truth in zip(numbers, truths, strict=True)),
+        "accuracy": fmean(number == truth for number, truth in pairs),
         "MAE": sum(map(abs, errors)) / len(rows),
         "RMSE": math.sqrt(sum(error * error for error in errors) / len(rows)),
-        **({"unparsed": _share(number is None for number in numbers)} if strict else {}),
+        **({"unparsed": fmean(number is None for number, _ in pairs)} if strict else {}),
         "n": len(rows),
     }
 
 
 def _identification(rows: Sequence[Row], strict: bool) -> dict[str, float]:
     if not strict:
-        return {"accuracy": _share(gvt_agrees(row.text, row.truth) for row in rows), "n": len(rows)}
-    said = [strict_yes(row.text) for row in rows]
-    right = (answer is strict_yes(row.truth) for answer, row in zip(said, rows, strict=True))
-    return {"accuracy": _share(right), "unparsed": _share(answer is None for answer in said), "n": len(rows)}
+        return {"accuracy": fmean(gvt_agrees(row.text, row.truth) for row in rows), "n": len(rows)}
+    pairs = [(strict_yes(row.text), strict_yes(row.truth)) for row in rows]
+    unparsed = fmean(answer is None for answer, _ in pairs)
+    return {"accuracy": fmean(answer is truth for answer, truth in pairs), "unparsed": unparsed, "n": len(rows)}
 
 
-def _share(answers: Any) -> float:
-    answers = list(answers)
-    return sum(answers) / len(answers)
+class _Gvt(Benchmark[Question]):
+    """One of the four lists of GVTBench. An entry's id is its index in the list.
 
-
-# ---------------------------------------------------------------------------------------------------------- benchmarks
-
-
-class _Gvt(Benchmark):
-    """One of the four lists of GVTBench. An entry has no id: its index in the list is its id.
-
-    Settings: the X-Former paper does not report its prompt. "blip2" is the default, BLIP-2's zero-shot protocol for
-    OPT as in the other question sets: OPT continues a text, and after a bare question that need not be an answer.
-    "paper" is GVT's own code for its instruction-tuned model: the bare question, greedy.
+    Settings: the X-Former paper does not give its prompt. "blip2", the default, is BLIP-2's zero-shot protocol for OPT, as
+    in the other question sets: OPT continues a text, so it may not answer a bare question. "paper" is GVT's own code for
+    its instruction-tuned model: the bare question, greedy.
     """
 
     splits = ("coco", "vcr")
@@ -155,7 +141,7 @@ class _Gvt(Benchmark):
     task: ClassVar[str]
     """Part of the file's name."""
     right_answer: ClassVar[re.Pattern]
-    """What "text_out" looks like."""
+    """Pattern of "text_out"."""
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         self.split = split
@@ -164,75 +150,63 @@ class _Gvt(Benchmark):
         self.entries = read_json(file)
         if not isinstance(self.entries, list) or not self.entries:
             raise ValueError(f"{file}: not a list of questions; take {self.files}")
-        for place, entry in enumerate(self.entries):
-            self._check(file, place, entry)
-        self.records = [
-            Question(str(place), str(entry["image_id"]), entry["text_in"], entry["text_out"], self.task)
-            for place, entry in enumerate(self.entries)
-        ]
+        kinds = {"image_id": int if split == "coco" else str, "text_in": str, "text_out": str, "n_obj_exist": int}
+        self.records = []
+        for index, entry in enumerate(self.entries):
+            where = f"{file}: entry {index}"
+            image_id, question, answer, _ = (field(entry, key, kind, where) for key, kind in kinds.items())
+            if not self.right_answer.fullmatch(answer):
+                raise ValueError(f'{where}: "text_out" is {answer!r}, not an answer to {self.name}')
+            self.records.append(Question(str(index), str(image_id), question, answer, self.task))
 
-    def _check(self, file: Path, place: int, entry: Any) -> None:
-        """Raises ValueError, naming the entry and the key, if an entry is not as GVTBench's are."""
-        kinds = {"image_id": int if self.split == "coco" else str, "text_in": str, "text_out": str, "n_obj_exist": int}
-        for key, kind in kinds.items():
-            if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
-                raise ValueError(f'{file}: entry {place}: "{key}" is missing or not of type {kind.__name__}')
-        if not self.right_answer.fullmatch(entry["text_out"]):
-            raise ValueError(f'{file}: entry {place}: "text_out" is {entry["text_out"]!r}, no answer to {self.name}')
-
-    def image_file(self, record: Question) -> Path:  # type: ignore[override]
+    def image_file(self, record: Question) -> Path:
         """COCO's number with twelve digits; VCR's path within vcr1images."""
         return self.images / (f"{int(record.image_id):012}.jpg" if self.split == "coco" else record.image_id)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        rows = [
-            Row(answers[record.id], entry["text_out"], entry["n_obj_exist"])
-            for record, entry in zip(self.records, self.entries, strict=True)
-            if record.id in answers
-        ]
-        return self._scores(rows)
+        entries = [(record, self.entries[int(record.id)]) for record in self.answered(answers)]
+        return self._scores([Row(answers[r.id], entry["text_out"], entry["n_obj_exist"]) for r, entry in entries])
 
     @abstractmethod
     def _scores(self, rows: Sequence[Row]) -> Scores: ...
 
     def official(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
-        """The list that upstream's count.py writes and scores; "index" is ours, as an entry has no id."""
+        """The list that upstream's count.py writes and scores, with "index" added because an entry has no id."""
         return [
             {
-                "index": place,
+                "index": index,
                 "image_id": entry["image_id"],
-                "pred": answers[str(place)],
+                "pred": answers[str(index)],
                 "gt": entry["text_out"],
                 "n_obj_exist": entry["n_obj_exist"],
             }
-            for place, entry in enumerate(self.entries)
-            if str(place) in answers
+            for index, entry in enumerate(self.entries)
+            if str(index) in answers
         ]
 
     def read_official(self, content: Any) -> list[tuple[str, str]]:
-        """Also without "index", as upstream writes it: then it must be the whole list, in the questions' order."""
+        """Without "index", as upstream writes it, it must be the whole list in the questions' order."""
         if not isinstance(content, list):
             raise ValueError('not a list of {"image_id", "pred", "gt", "n_obj_exist"}')
         pairs = []
-        for place, row in enumerate(content):
-            if not isinstance(row, dict) or not isinstance(row.get("pred"), str):
-                raise ValueError(f'entry {place}: "pred" is missing or not a string')
+        for index, row in enumerate(content):
+            answer = field(row, "pred", str, f"entry {index}")
             if "index" not in row:
-                self._check_place(place, row, len(content))
-            pairs.append((str(row.get("index", place)), row["pred"]))
+                self._check_order(index, row, len(content))
+            pairs.append((str(row.get("index", index)), answer))
         return pairs
 
-    def _check_place(self, place: int, row: Mapping[str, Any], rows: int) -> None:
+    def _check_order(self, index: int, row: Mapping[str, Any], rows: int) -> None:
         """Upstream's processes append one after the other, so several of them change the order."""
         if rows != len(self.entries):
             raise ValueError(
-                f'{rows:,} answers to {len(self.entries):,} questions need an "index", each its question\'s'
+                f'{rows:,} answers to {len(self.entries):,} questions: each needs the "index" of its question'
             )
-        entry = self.entries[place]
+        entry = self.entries[index]
         if (str(row.get("image_id")), row.get("gt")) != (str(entry["image_id"]), entry["text_out"]):
             raise ValueError(
-                f'entry {place}: another "image_id" or "gt" than the questions\' entry {place}; '
-                "put the answers in the questions' order, or give each its question's \"index\""
+                f'entry {index}: "image_id" or "gt" differs from entry {index} of the questions; '
+                'put the answers in the order of the questions, or give each the "index" of its question'
             )
 
 
@@ -254,13 +228,13 @@ class GvtCounting(_Gvt):
     def __init__(self, data: Path, split: str, images: Path | None = None):
         super().__init__(data, split, images)
         if split == "coco":
-            ones = _share(record.answer == "1" for record in self.records)
+            ones = fmean(record.answer == "1" for record in self.records)
             self.notes = [
                 "GVT's repository holds two different coco_oc.json (in GVTBench/ and in GVTBench/GVTBench/): compare "
                 f"only scores on the same one; in this one {ones:.1%} of the answers are 1"
             ]
 
-    def credit(self, record: Question, answer: str) -> float:  # type: ignore[override]
+    def credit(self, record: Question, answer: str) -> float:
         return float(gvt_number(answer) == int(record.answer or 0))
 
     def _scores(self, rows: Sequence[Row]) -> Scores:
@@ -288,12 +262,12 @@ class GvtIdentification(_Gvt):
         leaks = {answer: sum(" exis " in r.question for r in records) for answer, records in said.items()}
         if any(leaks.values()):
             self.notes = [
-                f'the wording gives answers away: "exis" for "exist" stands in {leaks[False]:,} of {len(said[False]):,} '
+                f'the wording reveals answers: "exist" is spelled "exis" in {leaks[False]:,} of {len(said[False]):,} '
                 f"questions whose answer is no and in {leaks[True]:,} of {len(said[True]):,} whose answer is yes; "
-                "they are asked as they are"
+                "they are not corrected"
             ]
 
-    def credit(self, record: Question, answer: str) -> float:  # type: ignore[override]
+    def credit(self, record: Question, answer: str) -> float:
         return float(gvt_agrees(answer, record.answer or ""))
 
     def _scores(self, rows: Sequence[Row]) -> Scores:

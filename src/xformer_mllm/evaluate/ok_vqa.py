@@ -9,15 +9,14 @@ from xformer_mllm.evaluate.vqav2 import OfficialFiles, Vqav2
 
 
 class OkVqa(Vqav2):
-    """OK-VQA against its stemmed answers ("all", and by type of question) and against the answers as typed.
+    """OK-VQA by stemmed answers ("all", and by type of question) and by the answers as typed ("raw answers").
 
-    Each annotator's answer occurs twice: stemmed ("answer": "dog") and typed ("raw_answer": "dogs"). "all" is the
-    official score: the VQA evaluation reads "answer". But it does not stem the prediction, so "dogs" is wrong in "all" and
+    Each annotator's answer is given twice: stemmed ("answer": "dog") and typed ("raw_answer": "dogs"). "all" is the
+    official score: the VQA evaluation reads "answer". It does not stem the prediction, so "dogs" is wrong in "all" and
     right in "raw answers".
 
-    Published numbers work around this in ways that are not reproduced here: LAVIS lemmatises BLIP-2's predictions
-    (spaCy, nouns and verbs: 40 instead of 35 according to salesforce/LAVIS#156), OpenFlamingo stems them with NLTK and
-    a list of exceptions. So their numbers are comparable with neither score.
+    Published numbers are comparable with neither score: LAVIS lemmatises BLIP-2's predictions (spaCy, nouns and verbs: 40
+    instead of 35 according to salesforce/LAVIS#156), OpenFlamingo stems them with NLTK and a list of exceptions.
 
     "lavis" is VQAv2's: LAVIS uses the same prompt for OK-VQA, but has settings for FlanT5 only.
     """
@@ -41,16 +40,11 @@ class OkVqa(Vqav2):
         scores = super().score(answers)
         typed = [
             vqa_accuracy(answers[record.id], self._annotations[record.id].raw_answers)
-            for record in self.records
-            if record.id in answers
+            for record in self.answered(answers)
         ]
         if not typed:
             return scores
-        return {
-            "all": scores["all"],
-            "raw answers": {"accuracy": sum(typed) / len(typed), "n": len(typed)},
-            **scores,
-        }
+        return {"all": scores["all"], "raw answers": {"accuracy": sum(typed) / len(typed), "n": len(typed)}, **scores}
 
     def _groups(self, record: Question) -> list[str]:
         return ["all", f"question:{record.question_type}"]  # every answer_type is "other"

@@ -1,18 +1,18 @@
 """Attention maps and diversity of the queries: `xformer queries` (the paper's query analysis).
 
-A query's attention map over an image is its cross-attention averaged over heads and over the layers that read the
-image, the class token left out, scaled to sum 1 over the patches:
+A query's attention map over an image is its cross-attention, averaged over heads and over the layers that read the
+image, without the class token, normalised to sum to 1 over the patches:
 
     over CLIP tokens   C, in every layer of the Q-Former that reads it
-    over MAE tokens    M', in every block of X-Former's dual cross-attention (`concat`: M, beside C)
+    over MAE tokens    M', in every block of X-Former's dual cross-attention (`concat`: M, next to C)
 
-Scores of one image, from the mean cosine over all pairs of different queries:
+Scores of one image, from the mean cosine over all pairs of different queries (`DEFINITIONS`):
 
-    attention diversity   1 - mean cosine of the maps; 0: all queries attend to the same patches, 1: no two share a patch
-    output similarity     mean cosine of the output queries Z'; 1: all are equal
+    attention diversity   1 - mean cosine of the maps
+    output similarity     mean cosine of the output queries Z'
 
-A model's score is the mean over images, with a 95 % percentile bootstrap interval over images; two models are
-compared image by image. No text is read, not even by an instruction-aware model.
+A model's score is the mean over images, with a 95 % percentile bootstrap interval over images. Two models are compared
+image by image. Instruction-aware models read no text.
 
 `I` images, `Q` queries, `N` CLIP tokens, `P` patches, `D` Q-Former width.
 """
@@ -52,12 +52,12 @@ DEFINITIONS = {
 }
 
 RESAMPLES = 2_000
-FEWEST_IMAGES = 10  # that have an interval
+MIN_IMAGES = 10  # for an interval; with fewer it would be too narrow
 TILES = 8  # queries shown of each model
 TILE_PIXELS = 104
-# Heat, from none to most: light yellow through orange to dark red; it gets darker all the way, so it reads without colour.
+# Heat, from lowest to highest: light yellow, orange, dark red. It only gets darker, so it is readable without colour.
 HEAT = ((255, 255, 204), (254, 217, 118), (253, 141, 60), (227, 26, 28), (110, 0, 34))
-HOTTEST = 0.99  # the scale ends where this share of the patches shown lies below
+TOP_QUANTILE = 0.99  # of the patches shown, where the scale ends
 
 WHITE = Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), "white")
 
@@ -84,10 +84,7 @@ class QueriesConfig:
 
 @dataclass(frozen=True)
 class Queries:
-    """A model's queries on I images.
-
-    maps: {"CLIP": [I, Q, S, S], "MAE": ...}, each map's sum over its S x S patches is 1; outputs: Z', [I, Q, D].
-    """
+    """A model's queries on I images. maps: {"CLIP": [I, Q, S, S], "MAE": ...}, of sum 1; outputs: Z', [I, Q, D]."""
 
     maps: Mapping[str, torch.Tensor]
     outputs: torch.Tensor
@@ -148,25 +145,23 @@ def images_of(config: QueriesConfig) -> dict[str, Image.Image]:
 
 
 def model_names(folders: Sequence[Path]) -> list[str]:
-    """Shortest distinct names of the folders: runs/demo/qformer/stage1 and runs/demo/xformer/stage1 -> qformer and xformer.
+    """Name folders by where their paths differ: runs/demo/{qformer,xformer}/stage1 -> qformer, xformer.
 
-    Raises:
-        ValueError: for a folder that is there twice, or if there is none.
+    Raises ValueError for a repeated folder, or without any.
     """
     if not folders:
         raise ValueError("name the folder of a trained model, or of its run; several are compared with the first")
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise ValueError("the same model is named twice")
-    before, after = _shared(parts), _shared([part[::-1] for part in parts])
-    names = ["/".join(part[before : len(part) - after]) for part in parts]
+    start, end = _shared(parts), _shared([part[::-1] for part in parts])
+    names = ["/".join(part[start : len(part) - end]) for part in parts]
     return names if all(names) else list(map(str, folders))
 
 
 def _shared(paths: Sequence[tuple[str, ...]]) -> int:
     """Number of leading parts that all paths share."""
-    columns = zip(*paths, strict=False)
-    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+    return len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
 
 
 # ------------------------------------------------------------------------------------------------------------ analysis
@@ -175,7 +170,7 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
 def analyse(
     models: Mapping[str, Path], images: Mapping[str, Image.Image], batch_size: int = 32, overlays: int = 4
 ) -> QueryAnalysis:
-    """The queries of trained models over the same images.
+    """Analyse the queries of trained models over the same images.
 
     Args:
         models: {name: folder of a model of either stage, or of its run}; the others are compared with the first.
@@ -186,37 +181,29 @@ def analyse(
     Raises:
         ValueError, FileNotFoundError: if a folder holds no such model.
     """
-    found_queries, stages = {}, {}
+    maps, scores, described = {}, {}, {}
     for name, folder in models.items():
         model, processor = load_model(folder, KINDS, attention="eager")  # other implementations do not return the maps
-        found_queries[name] = read_queries(model, processor, list(images.values()), batch_size)
-        stages[name] = "stage 1" if isinstance(model, KINDS[0]) else "stage 2"
-    scores = {name: queries.scores() for name, queries in found_queries.items()}
+        found = read_queries(model, processor, list(images.values()), batch_size)
+        maps[name], scores[name] = found.maps, found.scores()
+        described[name] = {
+            "folder": str(folder),
+            "stage": "stage 1" if isinstance(model, KINDS[0]) else "stage 2",
+            "queries": found.outputs.shape[1],
+            "scores": {metric: _mean(values) for metric, values in scores[name].items()},
+        }
     first, *others = scores
+    tokens = dict.fromkeys(tokens for of_model in maps.values() for tokens in of_model)
+    diversity = {DIVERSITY.format(tokens=name): DEFINITIONS[DIVERSITY].format(tokens=name) for name in tokens}
     return QueryAnalysis(
-        models={
-            name: {
-                "folder": str(models[name]),
-                "stage": stages[name],
-                "queries": found_queries[name].outputs.shape[1],
-                "scores": {metric: _mean(values) for metric, values in scores[name].items()},
-            }
-            for name in models
-        },
+        models=described,
         differences={other: _differences(scores[first], scores[other]) for other in others},
-        definitions=_definitions(found_queries.values()),
+        definitions={**diversity, SIMILARITY: DEFINITIONS[SIMILARITY]},
         image_count=len(images),
         overlays=[
-            (name, overlay(image, {model: found_queries[model].maps for model in models}, place))
-            for place, (name, image) in enumerate(list(images.items())[:overlays])
+            (name, overlay(image, maps, index)) for index, (name, image) in enumerate(list(images.items())[:overlays])
         ],
     )
-
-
-def _definitions(found_queries: Any) -> dict[str, str]:
-    tokens = dict.fromkeys(tokens for queries in found_queries for tokens in queries.maps)
-    diversity = {DIVERSITY.format(tokens=name): DEFINITIONS[DIVERSITY].format(tokens=name) for name in tokens}
-    return {**diversity, SIMILARITY: DEFINITIONS[SIMILARITY]}
 
 
 @torch.inference_mode()
@@ -225,7 +212,7 @@ def read_queries(model: Any, processor: Any, images: Sequence[Image.Image], batc
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {batch_size}")
     if model.config.num_query_tokens < 2:
-        raise ValueError("the model has a single query, so there is nothing to compare")
+        raise ValueError("the model has a single query; comparing queries needs two or more")
     found: dict[str, list[torch.Tensor]] = {}
     outputs = []
     for start in range(0, len(images), batch_size):
@@ -258,17 +245,16 @@ def _attention(output: Any, second: str) -> dict[str, torch.Tensor]:
 
 
 def to_maps(attention: torch.Tensor) -> torch.Tensor:
-    """[B, Q, tokens], a class token first where there is one -> [B, Q, S, S] over the patches, of sum 1."""
+    """[B, Q, tokens], possibly with a class token first -> [B, Q, S, S] over the patches, of sum 1."""
     side = math.isqrt(attention.shape[-1])
     maps = attention[..., attention.shape[-1] - side * side :].unflatten(-1, (side, side))
     return maps / maps.sum((-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
 def mean_pairwise_cosine(vectors: torch.Tensor) -> torch.Tensor:
-    """[I, Q, D] -> fp32[I]: over all pairs of different ones of the Q vectors."""
-    total = (
-        normalize(vectors.float(), dim=-1).sum(1).square().sum(-1)
-    )  # of the whole matrix of cosines, its diagonal Q
+    """[I, Q, D] -> fp32[I]: mean over all pairs of different queries."""
+    # The sum of the whole matrix of cosines; its diagonal sums to Q.
+    total = normalize(vectors.float(), dim=-1).sum(1).square().sum(-1)
     count = vectors.shape[1]
     return (total - count) / (count * (count - 1))
 
@@ -278,20 +264,19 @@ def _mean(values: torch.Tensor) -> dict[str, Any]:
 
 
 def _differences(first: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """`other` minus `first`, where both have the metric. "clear": the interval leaves out 0."""
+    """`other` minus `first`, for their common metrics. "clear": the interval excludes 0."""
     found = {}
-    for metric in other:
-        if metric in first:
-            values = other[metric] - first[metric]
-            ends = interval(values)
-            clear = ends is not None and not ends[0] <= 0 <= ends[1]
-            found[metric] = {"difference": values.mean().item(), "ci95": ends, "clear": clear}
+    for metric in [metric for metric in other if metric in first]:
+        values = other[metric] - first[metric]
+        ends = interval(values)
+        clear = ends is not None and not ends[0] <= 0 <= ends[1]
+        found[metric] = {"difference": values.mean().item(), "ci95": ends, "clear": clear}
     return found
 
 
 def interval(values: torch.Tensor, seed: int = 0) -> list[float] | None:
-    """95 % percentile bootstrap of the mean of [I]; None of few images, as it would be too narrow."""
-    if len(values) < FEWEST_IMAGES:
+    """95 % percentile bootstrap of the mean of [I]; None for fewer than MIN_IMAGES."""
+    if len(values) < MIN_IMAGES:
         return None
     drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     return np.percentile(values.double().numpy()[drawn].mean(1), [2.5, 97.5]).tolist()
@@ -301,9 +286,9 @@ def interval(values: torch.Tensor, seed: int = 0) -> list[float] | None:
 
 
 def most_different(maps: torch.Tensor, number: int) -> list[int]:
-    """Of [Q, S, S] the `number` queries that differ most, greedily: each next one's most similar chosen one is least so.
+    """Choose the `number` of queries of [Q, S, S] that differ most.
 
-    The first is the one that is least like all the others.
+    Greedy: first the query least similar to all, then always the one whose most similar chosen query is least similar.
     """
     directions = normalize(maps.flatten(1), dim=-1)
     cosine = directions @ directions.t()
@@ -315,26 +300,22 @@ def most_different(maps: torch.Tensor, number: int) -> list[int]:
     return chosen
 
 
-def overlay(image: Image.Image, models: Mapping[str, Mapping[str, torch.Tensor]], place: int) -> Image.Image:
-    """The image above a row of heat maps per model and kind of tokens, all on one scale.
+def overlay(image: Image.Image, models: Mapping[str, Mapping[str, torch.Tensor]], index: int) -> Image.Image:
+    """Draw the image above a row of heat maps per model and kind of tokens, all on one scale.
 
-    models: {model: {tokens: [I, Q, S, S]}}; place: index of the image in I.
+    models: {model: {tokens: [I, Q, S, S]}}; index: of the image in I.
     """
     rows = []
     for model, kinds in models.items():
         for tokens, maps in kinds.items():
-            heat = maps[place] * maps[place][0].numel()  # 1: what every patch gets if the attention is spread evenly
+            heat = maps[index] * maps[index][0].numel()  # 1 if the attention is spread evenly
             chosen = most_different(heat, TILES)
             labels = [f"mean of {len(heat)}", *(f"query {query}" for query in chosen)]
             rows.append((f"{display_name(model)}, over {tokens} tokens", labels, [heat.mean(0), *heat[chosen]]))
     shown = torch.stack([heat for _, _, heats in rows for heat in heats])
-    top = max(2.0, float(shown.flatten().quantile(HOTTEST)))
-    return _sheet(image.convert("RGB").resize((TILE_PIXELS, TILE_PIXELS), _smoothing(image)), rows, top)
-
-
-def _smoothing(image: Image.Image) -> Image.Resampling:
-    """Tiny images are shown pixel by pixel."""
-    return Image.Resampling.NEAREST if max(image.size) < TILE_PIXELS else Image.Resampling.BICUBIC
+    top = max(2.0, float(shown.flatten().quantile(TOP_QUANTILE)))
+    resampling = Image.Resampling.NEAREST if max(image.size) < TILE_PIXELS else Image.Resampling.BICUBIC
+    return _sheet(image.convert("RGB").resize((TILE_PIXELS, TILE_PIXELS), resampling), rows, top)
 
 
 def _sheet(image: Image.Image, rows: Sequence[tuple[str, list[str], list[torch.Tensor]]], top: float) -> Image.Image:
@@ -345,7 +326,7 @@ def _sheet(image: Image.Image, rows: Sequence[tuple[str, list[str], list[torch.T
     draw = ImageDraw.Draw(sheet)
     sheet.paste(image, (gap, gap))
     _scale(sheet, draw, gap + step, gap, top, small)
-    note = f"The mean of all queries, then the {columns - 1} that differ most (each from those before it)."
+    note = f"The mean of all queries, then the {columns - 1} that differ most (each from the ones before)."
     draw.text((gap + step, gap + 66), note, fill="#555555", font=small)
     for number, (label, names, heats) in enumerate(rows):
         y = 2 * gap + TILE_PIXELS + number * row_height
@@ -361,7 +342,7 @@ def _scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, top: f
     """Draw the colour bar with its labels."""
     width, height = 260, 14
     ramp = Image.fromarray(_colours(np.linspace(0, 1, width))[None].repeat(height, 0))
-    draw.text((x, y), "Attention of a patch, as a multiple of an even spread", fill="black", font=font)
+    draw.text((x, y), "Attention of a patch, as a multiple of uniform attention", fill="black", font=font)
     sheet.paste(ramp, (x, y + 20))
     for value, label in ((0.0, "0"), (1.0, "1"), (top, f"{top:.2g} or more")):
         at = x + value / top * (width - 1)
@@ -370,7 +351,7 @@ def _scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, top: f
 
 
 def _heated(image: Image.Image, heat: torch.Tensor, top: float) -> Image.Image:
-    """The image, pale, under the heat, [S, S]; interpolated between the centres of patches."""
+    """Blend the pale image with the heat, [S, S], interpolated between the centres of patches."""
     share = Image.fromarray((heat / top).numpy().astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     values = np.asarray(share).clip(0, 1)
     pale = Image.blend(Image.blend(image, image.convert("L").convert("RGB"), 0.4), WHITE, 0.4)

@@ -1,24 +1,24 @@
 """Image-text retrieval on COCO and Flickr30k with a stage-1 model: rank by ITC, then re-rank the best by ITM.
 
-The query is an image in text retrieval, a caption in image retrieval. As in LAVIS (blip2.py `compute_sim_matrix`):
+An image is searched with in text retrieval, a caption in image retrieval. As in LAVIS (blip2.py `compute_sim_matrix`):
 
-    ITC            cosine of the caption with the image's best query
-    ITM re-ranked  for each query the k_test best by ITC: ITM's logit for "a pair", mean over the queries, plus that cosine
-                   (not divided by ITC's temperature); all others -100
+    ITC            cosine of the caption and the image's most similar query
+    ITM re-ranked  the k_test best by ITC: ITM's logit for "a pair", mean over the queries, plus that cosine (not divided by
+                   ITC's temperature); all others -100
 
 The work is split into blocks of `batch_size` images. Each block's results are written to `parts/` in the output folder:
 the rows of the cosines, then the logits of the block's pairs. ITM scores an image's pairs of both directions together
 and encodes each image a second time: at the paper's sizes that is 4.5 % of ITM's work, while keeping COCO's tokens would
-take 6.9 GB. The blocks depend neither on the number of processes nor on resuming, so neither does the result.
+take 6.9 GB. The result does not depend on the number of processes or on resuming, because the blocks do not.
 
-`I` images, `C` captions, `K` candidates, `P` pairs, `Q` queries, `T` text tokens. In memory: a few times 4 I C bytes
-(COCO's 5,000 images with 25,000 captions: 0.5 GB each).
+`I` images, `C` captions, `K` candidates, `P` pairs, `Q` queries, `R` searches, `G` gallery, `T` text tokens. Memory: a few
+times 4 I C bytes (COCO's 5,000 images with 25,000 captions: 0.5 GB each).
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,14 +27,14 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from xformer_mllm.data.formats import read_karpathy
 from xformer_mllm.data.records import CLEAN_WORDS, clean
-from xformer_mllm.evaluate.benchmark import Scores
-from xformer_mllm.evaluate.prediction import open_parts, remove_parts
-from xformer_mllm.files import atomic_path, read_json, write_whole
+from xformer_mllm.evaluate.benchmark import Scores, check_images
+from xformer_mllm.evaluate.karpathy import read_split
+from xformer_mllm.evaluate.prediction import ImageBatches, open_parts, remove_parts
+from xformer_mllm.files import atomic_path, write_whole
 from xformer_mllm.inference import bf16_autocast
 from xformer_mllm.model.images import load_image
 from xformer_mllm.model.losses import image_text_similarity
@@ -52,12 +52,12 @@ ROWS_AT_ONCE = 256  # sorting takes about 20 bytes an entry
 Ranking = dict[str, Any]
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------------- data sets
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """An image and its captions. id: the file's stem; path: relative to the folder of images."""
+    """An image and its captions. id, image_id: the file's stem; path: relative to the folder of images."""
 
     id: str
     image_id: str
@@ -66,16 +66,7 @@ class CaptionedImage:
 
 
 class Retrieval:
-    """A set of images with several captions each, from Karpathy's file or from LAVIS's.
-
-    Args:
-        data: the folder that holds `files`.
-        split: one of `splits`.
-        images: the folder of the images; None for the official place in `data`.
-
-    Raises:
-        FileNotFoundError, ValueError: if a file is missing or invalid.
-    """
+    """A set of images with several captions each, as `karpathy.py` reads them. Arguments and errors as `Benchmark`'s."""
 
     name: ClassVar[str]
     splits = ("test", "val")
@@ -92,37 +83,34 @@ class Retrieval:
     records: Sequence[CaptionedImage]
     """In the file's order."""
     not_computed: Mapping[str, str] = {}
-    notes: Sequence[str] = ("Images that cannot be read are left out together with their captions.",)
+    notes: Sequence[str] = ("Unreadable images are left out, together with their captions.",)
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         self.images = images or data
-        karpathy, lavis = data / self.karpathy_file, data / self.lavis_file.format(split=split)
-        file = karpathy if karpathy.is_file() or not lavis.is_file() else lavis
-        if not file.is_file():
-            raise FileNotFoundError(f"{data}: neither {karpathy.name} nor {lavis.name} is there; needed: {self.files}")
-        read = _read_karpathy if file == karpathy else _read_lavis
-        try:
-            found = read(file, split, self.images_folder)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: not in the official format ({error!r})") from None
-        self.records = [CaptionedImage(Path(path).stem, Path(path).stem, path, texts) for path, texts in found]
-        _check(file, split, self.records)
+        file, found = read_split(data, split, self.karpathy_file, self.lavis_file.format(split=split))
+        paths = [image.path if "/" in image.path else f"{self.images_folder}/{image.path}" for image in found]
+        ids = [Path(path).stem for path in paths]
+        check_images(file, split, ids)
+        self.records = [
+            CaptionedImage(name, name, path, image.captions)
+            for name, path, image in zip(ids, paths, found, strict=True)
+        ]
         if not self.images.is_dir():
             raise FileNotFoundError(f"{self.images}: no such folder; --images names the folder of the images")
 
     def image_file(self, record: CaptionedImage) -> Path:
-        """Path of an image: as in the benchmark's file, or directly in the folder of images."""
+        """Path of a record's image: directly in the folder of images, else as in the benchmark's file."""
         named = self.images / record.path
-        straight = self.images / named.name
-        return straight if straight.is_file() else named
+        direct = self.images / named.name
+        return direct if direct.is_file() else named
 
     def load(self, record: CaptionedImage) -> Image.Image:
-        """A record's image. Raises OSError or ValueError if it is missing or broken."""
+        """Load a record's image. Raises OSError or ValueError if it is missing or broken."""
         return load_image(self.image_file(record))
 
 
 class CocoRetrieval(Retrieval):
-    """COCO in Karpathy's split: 5,000 images of val2014 for testing, five captions each or some more."""
+    """COCO in Karpathy's split: 5,000 test images of val2014 with five or more captions each."""
 
     name = "coco-retrieval"
     karpathy_file, lavis_file, images_folder = "dataset_coco.json", "coco_karpathy_{split}.json", "val2014"
@@ -130,37 +118,11 @@ class CocoRetrieval(Retrieval):
 
 
 class FlickrRetrieval(Retrieval):
-    """Flickr30k in Karpathy's split: 1,000 images for testing, five captions each."""
+    """Flickr30k in Karpathy's split: 1,000 test images with five captions each."""
 
     name = "flickr-retrieval"
     karpathy_file, lavis_file, images_folder = "dataset_flickr30k.json", "flickr30k_{split}.json", "flickr30k-images"
     files = "dataset_flickr30k.json (Karpathy) or flickr30k_SPLIT.json (LAVIS), and the images in flickr30k-images/"
-
-
-def _read_karpathy(file: Path, split: str, folder: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Path and captions of each of the split's images."""
-    images = [image for image in read_karpathy(file) if image.split == split]
-    return [(p.path if "/" in p.path else f"{folder}/{p.path}", p.captions) for p in images]
-
-
-def _read_lavis(file: Path, _split: str, _folder: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The same; LAVIS has a file for each split. Its training files have one caption a row, and are refused."""
-    content = read_json(file)
-    for entry in content:
-        if not isinstance(entry["caption"], list):
-            raise TypeError(f"caption of {entry['image']} is no list")
-    return [(entry["image"], tuple(entry["caption"])) for entry in content]
-
-
-def _check(file: Path, split: str, records: Sequence[CaptionedImage]) -> None:
-    if not records:
-        raise ValueError(f"{file}: has no image in the split {split!r}")
-    repeated = [name for name, times in Counter(record.id for record in records).items() if times > 1]
-    if repeated:
-        raise ValueError(f"{file}: {len(repeated)} images are there several times ({', '.join(repeated[:3])})")
-    silent = [record.id for record in records if not record.captions]
-    if silent:
-        raise ValueError(f"{file}: {len(silent)} images have no caption ({', '.join(silent[:3])})")
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking
@@ -168,20 +130,16 @@ def _check(file: Path, split: str, records: Sequence[CaptionedImage]) -> None:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The best of a gallery for each of R queries, best first: int64[R, K] places in it, fp32[R, K] scores."""
+    """The best of a gallery for each search, best first. places: int64[R, K] indices; scores: fp32[R, K]."""
 
     places: torch.Tensor
     scores: torch.Tensor
 
 
 def best(scores: torch.Tensor, number: int) -> Ranked:
-    """The `number` highest of each row of [R, G], fewer if the gallery is smaller; ties in the file's order.
-
-    Raises:
-        ValueError: if a score is not finite.
-    """
+    """The `number` highest of each row of [R, G]; ties in the file's order. Raises ValueError if one is not finite."""
     if not scores.isfinite().all():
-        raise ValueError("some cosines of images and captions are not finite: the model's weights may be broken")
+        raise ValueError("some cosines of images and captions are not finite; the model's weights may be broken")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts = [rows.to(device).sort(dim=1, descending=True, stable=True) for rows in scores.split(ROWS_AT_ONCE)]
     values, places = (torch.cat([part[which][:, :number].cpu() for part in parts]) for which in (0, 1))
@@ -189,7 +147,7 @@ def best(scores: torch.Tensor, number: int) -> Ranked:
 
 
 def rerank(ranked: Ranked, logits: torch.Tensor, k_test: int) -> Ranked:
-    """Re-rank each query's first `k_test` by ITM logits [R, G]; the others follow in ITC's order."""
+    """Re-rank the first `k_test` of each search by ITM logits [R, G]; the others follow in ITC's order."""
     candidates = ranked.places[:, :k_test]
     scores = torch.full_like(ranked.scores, NO_CANDIDATE)
     scores[:, :k_test] = logits.gather(1, candidates) + ranked.scores[:, :k_test]
@@ -198,7 +156,7 @@ def rerank(ranked: Ranked, logits: torch.Tensor, k_test: int) -> Ranked:
 
 
 def pairs_to_score(to_text: Ranked, to_image: Ranked, k_test: int) -> torch.Tensor:
-    """bool[I, C]: the pairs that are candidates in one direction or in both."""
+    """bool[I, C]: the pairs that are candidates in either direction."""
     needed = torch.zeros(len(to_text.places), len(to_image.places), dtype=torch.bool)
     needed.scatter_(1, to_text.places[:, :k_test], True)
     needed.t().scatter_(1, to_image.places[:, :k_test], True)
@@ -206,13 +164,13 @@ def pairs_to_score(to_text: Ranked, to_image: Ranked, k_test: int) -> torch.Tens
 
 
 def recalls(hits: torch.Tensor) -> dict[str, float]:
-    """bool[R, K], whether the query's k-th best is one of its own -> shares of queries with one among the first k."""
+    """bool[R, K], whether the k-th best is correct -> the shares of searches with a correct one among the first k."""
     found = {f"recall@{k}": hits[:, :k].any(1).double().mean().item() for k in RECALLS}
     return {"n": len(hits), **found, "mean recall": sum(found.values()) / len(found)}
 
 
 def scores_of(to_text: Mapping[str, Ranked], to_image: Mapping[str, Ranked], owner: torch.Tensor) -> Scores:
-    """Scores of both directions. {method: ranking}, the last method counts; owner: int64[C], each caption's image."""
+    """Score both directions by {method: ranking}; "all" is by the last method. owner: int64[C], each caption's image."""
     groups: Scores = {}
     for method in to_text:
         own = owner[to_text[method].places] == torch.arange(len(to_text[method].places))[:, None]
@@ -237,7 +195,7 @@ def retrieve(
     workers: int = 0,
     made_by: Mapping[str, Any] | None = None,
 ) -> tuple[Scores, Ranking]:
-    """Rank every caption for every image and the other way round; all processes get the result.
+    """Rank every caption for every image and vice versa; all processes get the result.
 
     Args:
         model, processor: of stage 1, on their device.
@@ -245,19 +203,17 @@ def retrieve(
         batch_size: images per batch and block; ITM takes four times as many pairs.
         k_test: number of ITC's best candidates that ITM re-ranks.
         workers: processes that load images, per process.
-        made_by: what the result depends on besides these (model, data); identifies the run that `parts/` is of.
+        made_by: identity of the model and data; `parts/` of a run with another one is refused.
 
     Returns:
         {group: {"n", "recall@1", "recall@5", "recall@10", "mean recall"}}, group "DIRECTION, METHOD"; "all" is the mean
         of both directions by ITM.
-        Content of ranking.json: {direction: {method: {query's id: [[id, score], ...]}}} with the ten best of each, and
+        Content of ranking.json: {direction: {method: {id: [[id, score], ...]}}} with the ten best of each, and
         "unreadable_images", {id: why}. The captions of image ID are "ID#0", "ID#1", ...
 
     Raises:
         ValueError: if `parts/` belongs to another run, or no image can be read.
     """
-    if min(batch_size, k_test) < 1:
-        raise ValueError(f"--batch-size and --k-test must be at least 1, not {batch_size} and {k_test}")
     model.eval()
     state, parts = PartialState(), output_dir / "parts"
     if state.is_main_process:
@@ -270,9 +226,9 @@ def retrieve(
     cosine, problems = work.cosines(captions)
     records = [record for record in benchmark.records if record.id not in problems]
     if not records:
-        state.wait_for_everyone()  # all have read the parts
+        state.wait_for_everyone()  # until all have read the parts
         if state.is_main_process:
-            remove_parts(output_dir)  # the images may be there the next time
+            remove_parts(output_dir)  # the images may be readable in the next run
         raise ValueError(
             f"none of the {len(problems):,} images can be read, e.g. {next(iter(problems.values()))}; "
             "--images names the folder of the images"
@@ -288,14 +244,13 @@ def retrieve(
     place = {record.id: number for number, record in enumerate(records)}
     owner = torch.tensor([place[name.rpartition("#")[0]] for name in captions.names])
     scores = scores_of(by_text, by_image, owner)
+    images, names = list(place), captions.names
     ranking = {
         "benchmark": benchmark.name,
         "k_test": k_test,
         "unreadable_images": problems,
-        "text retrieval": {method: _listed(ranked, list(place), captions.names) for method, ranked in by_text.items()},
-        "image retrieval": {
-            method: _listed(ranked, captions.names, list(place)) for method, ranked in by_image.items()
-        },
+        "text retrieval": {method: _listed(ranked, images, names) for method, ranked in by_text.items()},
+        "image retrieval": {method: _listed(ranked, names, images) for method, ranked in by_image.items()},
     }
     if state.is_main_process:
         write_whole(output_dir / "ranking.json", json.dumps(ranking, ensure_ascii=False) + "\n")
@@ -303,7 +258,7 @@ def retrieve(
 
 
 def _listed(ranked: Ranked, queries: Sequence[str], gallery: Sequence[str]) -> dict[str, list[list]]:
-    """{query: [[id, score], ...]}, the ten best."""
+    """{id of the query: [[id, score], ...]}, the ten best."""
     deepest = max(RECALLS)
     places, scores = ranked.places[:, :deepest].tolist(), ranked.scores[:, :deepest].tolist()
     return {
@@ -314,7 +269,7 @@ def _listed(ranked: Ranked, queries: Sequence[str], gallery: Sequence[str]) -> d
 
 @dataclass(frozen=True)
 class _Captions:
-    """Of all images, in order. names: IMAGE#NUMBER; ids, mask: int64[C, T]."""
+    """The captions of all images, in order. names: IMAGE#NUMBER; ids, mask: int64[C, T]."""
 
     names: Sequence[str]
     ids: torch.Tensor
@@ -328,22 +283,20 @@ class _Captions:
         return cls(names, text["input_ids"], text["attention_mask"])
 
     def select(self, kept: torch.Tensor) -> "_Captions":
-        """bool[C] -> those."""
-        names = [name for name, keep in zip(self.names, kept.tolist(), strict=True) if keep]
-        return _Captions(names, self.ids[kept], self.mask[kept])
+        """The captions chosen by bool[C]."""
+        return _Captions(list(compress(self.names, kept.tolist())), self.ids[kept], self.mask[kept])
 
-    def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64[B] -> ids and mask, int64[B, T] with T that of the longest among them."""
+    def batch(self, places: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64[B] indices -> ids and mask, int64[B, T], cut to the longest of them."""
         longest = int(self.mask[places].sum(1).max())
-        return self.ids[places, :longest], self.mask[places, :longest]
+        return self.ids[places, :longest].to(device), self.mask[places, :longest].to(device)
 
 
 @dataclass(frozen=True)
 class _Work:
     """The model's computations by block; each process computes its share and reads the others' from `parts`.
 
-    Encoders and Q-Former run in bf16 where it is fast; heads and cosines in fp32, as bf16 would make different scores
-    equal.
+    Encoders and Q-Former run in bf16 where it is fast; heads and cosines in fp32, as different scores may be equal in bf16.
     """
 
     model: Any
@@ -358,9 +311,9 @@ class _Work:
         return next(self.model.parameters()).device
 
     def cosines(self, captions: _Captions) -> tuple[torch.Tensor, dict[str, str]]:
-        """ITC: fp32[I, C] of the images that can be read, and {id: why not} of the others."""
+        """ITC's cosines, fp32[I, C], of the readable images, and {id: why} of the others."""
         places = torch.arange(len(captions.names)).split(CAPTIONS_AT_ONCE)
-        features = torch.cat([self._text_features(*captions.batch(some)) for some in places])
+        features = torch.cat([self.model.text_features(*captions.batch(some, self.device)) for some in places])
 
         def rows(_block: int, pixels: torch.Tensor | None) -> torch.Tensor:
             if pixels is None:
@@ -373,73 +326,50 @@ class _Work:
         problems = {name: problem for _, problems in found for name, problem in problems.items()}
         return torch.cat([tensor for tensor, _ in found]), problems
 
-    def _text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.model.text_features(ids.to(self.device), mask.to(self.device))
-
     def logits(self, records: Sequence[CaptionedImage], captions: _Captions, needed: torch.Tensor) -> torch.Tensor:
-        """ITM's logit for "a pair": fp32[I, C], nan where `needed`, bool[I, C], does not ask."""
+        """ITM's logits for "a pair": fp32[I, C], nan where `needed`, bool[I, C], is false."""
         blocks = needed.split(self.batch_size)
 
         def pairs(block: int, pixels: torch.Tensor) -> torch.Tensor:
             with bf16_autocast(self.device):
                 image = self.model.xformer.encode_image(pixels.to(self.device))
-            image = ImageTokens(image.clip_tokens, image.mae, None)  # pixels would be copied for every pair
+            image = ImageTokens(image.clip_tokens, image.mae, None)  # `select` would copy pixels for every pair
             together = PAIRS_PER_IMAGE * self.batch_size
             return torch.cat([self._match(image, captions, some) for some in blocks[block].nonzero().split(together)])
 
         found = self._by_block("itm", records, pairs)
         if problems := [problem for _, found_problems in found for problem in found_problems.values()]:
-            raise ValueError(f"{problems[0]} (it could be read before)")
+            raise ValueError(f"{problems[0]} (it was readable before)")
         logits = torch.full(needed.shape, torch.nan)
         logits[needed] = torch.cat([tensor for tensor, _ in found])
         return logits
 
     def _match(self, image: ImageTokens, captions: _Captions, pairs: torch.Tensor) -> torch.Tensor:
-        """int64[P, 2], an image of the block and a caption -> fp32[P]."""
-        ids, mask = captions.batch(pairs[:, 1])
+        """int64[P, 2], indices of an image of the block and of a caption -> fp32[P]."""
         with bf16_autocast(self.device):
             chosen = image.select(pairs[:, 0].to(self.device))
-            _, output = self.model.match(chosen, ids.to(self.device), mask.to(self.device))
+            _, output = self.model.match(chosen, *captions.batch(pairs[:, 1], self.device))
         return self.model.itm_head(output.fused_queries.float()).mean(1)[:, 1].cpu()
 
     def _by_block(
         self, stage: str, records: Sequence[CaptionedImage], compute: Callable[[int, Any], torch.Tensor]
     ) -> list[tuple[torch.Tensor, dict[str, str]]]:
-        """Of each block what `compute` makes of its number and its pixels, and {id: problem} of unreadable images."""
+        """For each block `compute(number, pixels)`, and {id: problem} of its unreadable images."""
         state, size = PartialState(), self.batch_size
         blocks = [records[start : start + size] for start in range(0, len(records), size)]
         files = [self.parts / f"{stage}-{number:05}.safetensors" for number in range(len(blocks))]
-        # Assign blocks independently of what is done: another process may already be writing.
+        # Assign blocks whether done or not: another process may already be writing some.
         share = range(state.process_index, len(blocks), state.num_processes)
         mine = [number for number in share if not files[number].is_file()]
-        inputs = _Pixels([blocks[number] for number in mine], self.benchmark, self.processor)
+        inputs = ImageBatches([blocks[number] for number in mine], self.benchmark, self.processor)
         loader = DataLoader(inputs, batch_size=None, num_workers=self.workers)
         total, done = sum(len(blocks[number]) for number in share), sum(len(blocks[n]) for n in share if n not in mine)
         with tqdm(total=total, initial=done, unit="image", desc=f"{stage.upper()}, {state.process_index}") as bar:
-            for number, (pixels, problems) in zip(mine, loader, strict=True):
+            for number, (_, pixels, problems) in zip(mine, loader, strict=True):
                 _write_block(files[number], compute(number, pixels), problems)
                 bar.update(len(blocks[number]))
         state.wait_for_everyone()
         return [_read_block(file) for file in files]
-
-
-class _Pixels(Dataset):
-    """Blocks of records -> (uint8[B, 3, S, S] of the images that can be read, None if none can, {id: problem})."""
-
-    def __init__(self, blocks: Sequence[Sequence[CaptionedImage]], benchmark: Retrieval, processor: Any):
-        self.blocks, self.benchmark, self.processor = blocks, benchmark, processor
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, dict[str, str]]:
-        pixels, problems = [], {}
-        for record in self.blocks[index]:
-            try:
-                pixels.append(self.processor(images=[self.benchmark.load(record)])["pixel_values"])
-            except (OSError, ValueError) as error:
-                problems[record.id] = str(error)
-        return torch.cat(pixels) if pixels else None, problems
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

@@ -1,16 +1,16 @@
-"""The official accuracy of VQA: min(1, annotators who agree / 3), against each nine of the ten annotators in turn.
+"""The official accuracy of VQA: min(1, agreeing annotators / 3), averaged over all choices of nine of the ten annotators.
 
-Equal to `vqaEval.py` of GT-Vision-Lab/VQA (PythonEvaluationTools, commit a013f00), its bugs included, as every published
-number has them:
+Equal to `vqaEval.py` of GT-Vision-Lab/VQA (PythonEvaluationTools, commit a013f00), including its bugs, which all published
+numbers share:
 
-- where all annotators gave the same answer, nothing is normalised: "Yes" is wrong if all ten wrote "yes";
+- if all annotators gave the same answer, nothing is normalised: "Yes" is wrong if all ten wrote "yes";
 - the regular expression for periods has a lookahead for "<" in place of a lookbehind for a digit, so it removes every
-  period without a digit after it ("3." -> "3"); re.UNICODE (32) is passed as the count, so it removes 32 at most;
+  period without a digit after it ("3." -> "3"); re.UNICODE (32) is passed as the count, so it removes at most 32;
 - one digit,digit anywhere deletes all punctuation, which otherwise becomes a space unless it is next to a space.
 
-LAVIS has a changed copy (lavis/common/vqa_tools/vqa_eval.py at 506965b) for the numbers that it reports for BLIP-2: it
-always normalises the prediction, and of the annotators' answers only the punctuation. So it differs where all annotators
-agree, and where one of them wrote a number word, an article or a capital.
+LAVIS reports BLIP-2's numbers with a changed copy (lavis/common/vqa_tools/vqa_eval.py at 506965b). It always normalises
+the prediction, but only the punctuation of the annotators' answers. So it differs where all annotators agree, and where
+one of them wrote a number word, an article or a capital.
 """
 
 import re
@@ -51,10 +51,9 @@ CONTRACTIONS = {
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy of a prediction: the mean over the annotators of min(1, others who gave this answer / 3).
+    """Accuracy of a prediction in [0, 1]: the mean over the annotators of min(1, others who gave this answer / 3).
 
-    answers: one per annotator, ten in VQAv2. Returns a share in [0, 1]; upstream prints 100 times the mean over the
-    questions, rounded to two decimals, and rounds nothing before that.
+    answers: one per annotator, ten in VQAv2. Upstream prints 100 times the mean over the questions, with two decimals.
     """
     prediction, answers = _on_one_line(prediction), [_on_one_line(answer) for answer in answers]
     if len(set(answers)) > 1:
@@ -67,9 +66,9 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@lru_cache(maxsize=100_000)  # few different answers
+@lru_cache(maxsize=100_000)  # few distinct answers
 def normalised(text: str) -> str:
-    """Punctuation, case, number words, articles and contractions, in this order."""
+    """Normalise punctuation, case, number words, articles and contractions, in this order."""
     words = [NUMBERS.get(word, word) for word in _without_punctuation(text).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 

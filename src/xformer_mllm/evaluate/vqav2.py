@@ -1,37 +1,28 @@
 """VQAv2: ten annotators' answers per question, in visualqa.org's files, scored by the official accuracy."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores
+from xformer_mllm.evaluate.benchmark import ZERO_SHOT, Benchmark, Scores, field
 from xformer_mllm.evaluate.vqa_accuracy import vqa_accuracy
 from xformer_mllm.files import read_json
 
-Value = TypeVar("Value")
-
-DOWNLOAD_AGAIN = "download the official file again"
-RESULTS_FORM = 'the official results are [{"question_id": 1, "answer": "yes"}, ...]'
+DOWNLOAD_AGAIN = "; download the official file again"
 
 
-@dataclass(frozen=True)
-class OfficialFiles:
-    """One split's names in the data folder; `annotations` is None where the answers are not public."""
+class OfficialFiles(NamedTuple):
+    """The names of a split in the data folder; `annotations` is None if the answers are not public."""
 
     questions: str
     annotations: str | None
     images: str
 
 
-@dataclass(frozen=True, slots=True)
-class Annotation:
-    """The answers to one question, one per annotator.
-
-    raw_answers: as they were typed, where `answers` are stemmed (OK-VQA); otherwise empty.
-    """
+class Annotation(NamedTuple):
+    """The answers to one question, one per annotator. raw_answers: as typed if `answers` are stemmed, else empty."""
 
     question_type: str
     answer_type: str
@@ -39,7 +30,7 @@ class Annotation:
     raw_answers: tuple[str, ...]
 
 
-class Vqav2(Benchmark):
+class Vqav2(Benchmark[Question]):
     """VQAv2 by the official accuracy: overall, by type of answer and by type of question ("question:how many").
 
     "paper" is BLIP-2's paper with OPT. "lavis" is LAVIS's vqav2_zeroshot_opt_eval.yaml with the length penalty of
@@ -66,8 +57,7 @@ class Vqav2(Benchmark):
         "test": OfficialFiles("v2_OpenEnded_mscoco_test2015_questions.json", None, "test2015"),
     }
     has_raw_answers: ClassVar[bool] = False
-
-    records: Sequence[Question]
+    result_keys = ("question_id", "answer")
 
     def __init__(self, data: Path, split: str, images: Path | None = None):
         names = self.official_files[split]
@@ -76,7 +66,7 @@ class Vqav2(Benchmark):
         _, questions = _by_question_id(data / names.questions, "questions")
         self._annotations = self._read_annotations(data / names.annotations) if names.annotations else {}
         if names.annotations:
-            _check_same(data / names.questions, questions, data / names.annotations, self._annotations)
+            _check_same_ids(data / names.questions, questions, data / names.annotations, self._annotations)
         else:
             self.not_computed = {
                 "accuracy": f"the answers to {split} are not public; the VQA server scores official.json"
@@ -88,24 +78,24 @@ class Vqav2(Benchmark):
     def _read_annotations(self, path: Path) -> dict[str, Annotation]:
         content, rows = _by_question_id(path, "annotations")
         # OK-VQA's types have a code ("one") and a name.
-        type_names = _field(str(path), {"question_types": {}, **content}, "question_types", dict)
-        return {name: self._annotation(*found, type_names) for name, found in rows.items()}
+        type_names = field({"question_types": {}, **content}, "question_types", dict, str(path), DOWNLOAD_AGAIN)
+        annotations = {}
+        for name, (where, row) in rows.items():
+            question_type = field(row, "question_type", str, where, DOWNLOAD_AGAIN)
+            annotations[name] = Annotation(
+                type_names.get(question_type, question_type),
+                field(row, "answer_type", str, where, DOWNLOAD_AGAIN),
+                _answers(row, "answer", where),
+                _answers(row, "raw_answer", where) if self.has_raw_answers else (),
+            )
+        return annotations
 
-    def _annotation(self, place: str, row: Any, type_names: Mapping[str, str]) -> Annotation:
-        question_type = _field(place, row, "question_type", str)
-        return Annotation(
-            type_names.get(question_type, question_type),
-            _field(place, row, "answer_type", str),
-            _answers(place, row, "answer"),
-            _answers(place, row, "raw_answer") if self.has_raw_answers else (),
-        )
-
-    def _question(self, name: str, place: str, row: Any) -> Question:
+    def _question(self, name: str, where: str, row: Any) -> Question:
         annotation = self._annotations.get(name)
         return Question(
             id=name,
-            image_id=str(_field(place, row, "image_id", int)),
-            question=_field(place, row, "question", str),
+            image_id=str(field(row, "image_id", int, where, DOWNLOAD_AGAIN)),
+            question=field(row, "question", str, where, DOWNLOAD_AGAIN),
             answer=Counter(annotation.answers).most_common(1)[0][0] if annotation else None,
             question_type=annotation.question_type if annotation else "",
             answers=annotation.answers if annotation else (),
@@ -121,7 +111,7 @@ class Vqav2(Benchmark):
     def score(self, answers: Mapping[str, str]) -> Scores:
         """{"all", answer types, "question:" types: {"accuracy", "n"}}; only {"all": {"n"}} without known answers."""
         worth: dict[str, list[float]] = defaultdict(list)
-        answered = [record for record in self.records if record.id in answers]
+        answered = self.answered(answers)
         for record in answered:
             if (credit := self.credit(record, answers[record.id])) is not None:
                 for group in self._groups(record):
@@ -135,67 +125,38 @@ class Vqav2(Benchmark):
     def _groups(self, record: Question) -> list[str]:
         return ["all", self._annotations[record.id].answer_type, f"question:{record.question_type}"]
 
-    def official(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Input of the VQA server and vqaEval.py: [{"question_id": int, "answer"}]."""
-        return [
-            {"question_id": int(record.id), "answer": answers[record.id]}
-            for record in self.records
-            if record.id in answers
-        ]
-
-    def read_official(self, content: Any) -> list[tuple[str, str]]:
-        if not isinstance(content, list):
-            raise ValueError(f"not a list; {RESULTS_FORM}")
-        return [
-            (
-                str(_field(place, row, "question_id", int, RESULTS_FORM)),
-                _field(place, row, "answer", str, RESULTS_FORM),
-            )
-            for place, row in ((f"entry {number}", row) for number, row in enumerate(content))
-        ]
-
 
 def _by_question_id(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
-    """The whole file; and {question id: (place for an error to name, row)} of its list `kind`, in order."""
+    """Read a file; return its content and {question id: (where, row)} of its list `kind`, in order."""
     content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get(kind), list):
-        raise ValueError(f"{path}: has no list {kind!r}; {DOWNLOAD_AGAIN}")
     rows: dict[str, tuple[str, Any]] = {}
-    for index, row in enumerate(content[kind]):
-        place = f"{path}: {kind}[{index}]"
-        name = str(_field(place, row, "question_id", int))
+    for index, row in enumerate(field(content, kind, list, str(path), DOWNLOAD_AGAIN)):
+        where = f"{path}: {kind}[{index}]"
+        name = str(field(row, "question_id", int, where, DOWNLOAD_AGAIN))
         if name in rows:
-            raise ValueError(f"{place} repeats question_id {name}; {DOWNLOAD_AGAIN}")
-        rows[name] = (place, row)
+            raise ValueError(f"{where} repeats question_id {name}{DOWNLOAD_AGAIN}")
+        rows[name] = (where, row)
     return content, rows
 
 
-def _answers(place: str, row: Any, key: str) -> tuple[str, ...]:
+def _answers(row: Any, key: str, where: str) -> tuple[str, ...]:
     """One answer per annotator."""
-    given = _field(place, row, "answers", list)
+    given = field(row, "answers", list, where, DOWNLOAD_AGAIN)
     if not given:
-        raise ValueError(f"{place}: 'answers' is empty; {DOWNLOAD_AGAIN}")
-    return tuple(_field(f"{place}: answers[{index}]", answer, key, str) for index, answer in enumerate(given))
+        raise ValueError(f'{where}: "answers" is empty{DOWNLOAD_AGAIN}')
+    return tuple(field(item, key, str, f"{where}: answers[{n}]", DOWNLOAD_AGAIN) for n, item in enumerate(given))
 
 
-def _field(place: str, row: Any, key: str, kind: type[Value], hint: str = DOWNLOAD_AGAIN) -> Value:
-    if not isinstance(row, dict) or key not in row:
-        raise ValueError(f"{place} has no {key!r}; {hint}")
-    if type(row[key]) is not kind:  # isinstance would take true for a number
-        raise ValueError(f"{place}: {key!r} is {type(row[key]).__name__}, not {kind.__name__}; {hint}")
-    return row[key]
-
-
-def _check_same(
+def _check_same_ids(
     questions_file: Path, questions: Mapping[str, Any], annotations_file: Path, annotations: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError for a question without its annotation, or the reverse."""
-    for file, there, other_file, here in (
+    """Raise ValueError for a question without its annotation, or vice versa."""
+    for file, ids, other_file, others in (
         (questions_file, questions, annotations_file, annotations),
         (annotations_file, annotations, questions_file, questions),
     ):
-        if lacking := [name for name in there if name not in here]:
+        if missing := [name for name in ids if name not in others]:
             raise ValueError(
-                f"{other_file}: lacks {len(lacking):,} question ids of {file} (first: {lacking[0]}); "
+                f"{other_file}: lacks {len(missing):,} question ids of {file} (first: {missing[0]}); "
                 "take both files from one release"
             )

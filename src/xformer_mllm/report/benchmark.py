@@ -1,9 +1,4 @@
-"""The page of one model on one benchmark, written next to its metrics.json.
-
-    page = benchmark_page("X-Former on VQAv2, val", "runs/stage2/model", metrics, examples)
-
-`metrics` is the content of metrics.json, so the page can be made from that file alone. Only "scores" is required.
-"""
+"""The page of one model on one benchmark, written next to its metrics.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +9,7 @@ from PIL import Image
 from xformer_mllm.report.charts import Cell, Dot, plot_row
 from xformer_mllm.report.contents import BLIND
 from xformer_mllm.report.pages import render_page
-from xformer_mllm.report.wording import definitions, percent_interval, plain
+from xformer_mllm.report.wording import definitions, percent_interval, plain, share
 
 UNSCALED = ("n", "MAE", "RMSE", "distribution")  # all other metrics are shown times 100
 NAMES = {"n": "scored", **{key: name for key, (name, _) in BLIND.items()}}
@@ -42,7 +37,7 @@ Scores = Mapping[str, Mapping[str, Any]]
 class Example:
     """A record with its image and the model's answer.
 
-    truth: "" if unknown. credit: score of the answer from 0 to 1; None if answers are not scored one by one.
+    truth: "" if unknown. credit: score of the answer from 0 to 1; None if single answers have no score.
     """
 
     image: Image.Image | None
@@ -54,15 +49,13 @@ class Example:
 
 
 def benchmark_page(title: str, model: str, metrics: Mapping[str, Any], examples: Sequence[Example] = ()) -> str:
-    """The page as one HTML string.
+    """Render the page as one HTML string.
 
     Args:
         title: benchmark and split.
         model: name or folder of the model.
-        metrics: "scores" ({group: {metric: value}}, "all" first, shares in [0, 1], optionally "ci95": [low, high] of
-            "accuracy"), "records", "answered", "empty_answers", "unreadable_images" ({image: why}), "settings"
-            ({"prompt", "num_beams", ...}), "normalisation", "notes" ([sentence]), "not_computed" ({metric: why}),
-            "seconds", "config".
+        metrics: the content of metrics.json; all but "scores" is optional: {group: {metric: value}}, "all" first, shares
+            in [0, 1], optionally "ci95": [low, high] of "accuracy".
         examples: randomly drawn records, in the order of display.
     """
     scores: Scores = metrics["scores"]
@@ -101,12 +94,10 @@ def benchmark_page(title: str, model: str, metrics: Mapping[str, Any], examples:
 
 
 def number(metric: str, value: Any) -> str:
-    """A score as text: shares times 100, counts and errors as they are; an en dash for None."""
-    if value is None:
-        return "–"
-    if metric == "n":
-        return f"{value:,}"
-    return f"{value:.2f}" if metric in UNSCALED else f"{100 * value:.1f}"
+    """A score as text: shares times 100, counts and errors unscaled; an en dash for None."""
+    if value is None or metric not in UNSCALED:
+        return share(value)
+    return f"{value:,}" if metric == "n" else f"{value:.2f}"
 
 
 def decoding(settings: Mapping[str, Any]) -> str:
@@ -134,16 +125,16 @@ def _headline(overall: Mapping[str, Any]) -> str:
     found = []
     for metric in _metrics({"all": overall}):
         if metric != "n":
-            interval = overall.get("ci95") if metric == "accuracy" else None
-            suffix = f" (95\u00a0% interval {percent_interval(interval)})" if interval else ""
-            found.append(f"{_name(metric)} {number(metric, overall[metric])}{suffix}")
+            cell = _cell(overall, metric)
+            suffix = f" (95\u00a0% interval {cell.interval})" if cell.interval else ""
+            found.append(f"{_name(metric)} {cell.text}{suffix}")
     if not found:
         return "No scores."
     return ", ".join(found) + (f" (over {overall['n']:,})" if "n" in overall else "")
 
 
 def _metrics(scores: Scores) -> list[str]:
-    """The columns of a table: every metric that a group has, the number of scored records last."""
+    """The columns of a table: the metrics of all groups, with the number of scored records last."""
     found = dict.fromkeys(metric for group in scores.values() for metric in group if metric != "ci95")
     return sorted(found, key=lambda metric: metric == "n")
 

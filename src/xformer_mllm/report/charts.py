@@ -1,4 +1,4 @@
-"""Values of the plots that `templates/macros.html` draws: dots with intervals, and line charts."""
+"""Values of the plots in `templates/macros.html`: dots with intervals, and line charts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class Cell(NamedTuple):
 
 
 def plot_row(label: str, dots: Sequence[Dot | None], bars: Sequence[Dot] = ()) -> dict[str, Any]:
-    """A row of the plot: one line per dot (None keeps its line free), bars over the whole height."""
+    """A row of the plot: one line per dot (empty for None), bars over the whole height."""
     marks = []
     for line, dot in enumerate(dots, 1):
         if dot is not None:
@@ -77,16 +77,18 @@ def training_charts(runs: Sequence[Run], colours: Mapping[str, str]) -> list[dic
 
 
 def _finite(log: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
-    values = [(row["step"], row[name]) for row in log if isinstance(row.get(name), int | float)]
-    return [(step, value) for step, value in values if math.isfinite(value)]
+    """(step, value) of the logged finite numbers."""
+    return [
+        (row["step"], row[name]) for row in log if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+    ]
 
 
 def _chance(name: str, runs: Sequence[Run]) -> float | None:
-    sizes = {run.batch_size for run in runs}
-    batch_size = sizes.pop() if len(sizes) == 1 else None
-    chances: dict[str, float] = {"itm_loss": ITM_CHANCE_LOSS, "itm_accuracy": ITM_CHANCE_ACCURACY}
-    if batch_size:
-        chances |= {"itc_loss": math.log(batch_size), "itc_accuracy": 1 / batch_size}
+    """Chance level of a curve, if there is one; ITC's depends on the batch size."""
+    chances = {"itm_loss": ITM_CHANCE_LOSS, "itm_accuracy": ITM_CHANCE_ACCURACY}
+    first, *others = {run.batch_size for run in runs}
+    if first and not others:
+        chances |= {"itc_loss": math.log(first), "itc_accuracy": 1 / first}
     return chances.get(name)
 
 
@@ -96,7 +98,7 @@ def line_chart(
     colours: Mapping[str, str],
     chance: float | None = None,
 ) -> dict[str, Any]:
-    """Values of an SVG line chart. series: {variant: [(step, value), ...]}, none of them empty."""
+    """Values of an SVG line chart. series: {variant: [(step, value), ...]}, none empty."""
     left, right, top, bottom, width, height = 44, 8, 10, 24, 340, 190
     steps = [step for line in series.values() for step, _ in line]
     values = [value for line in series.values() for _, value in line] + ([chance] if chance is not None else [])
@@ -135,7 +137,7 @@ def line_chart(
 
 
 def running_mean(line: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Mean over a twelfth of the points around each point (fewer at the ends); short lines stay unchanged."""
+    """Mean over a window of a twelfth of the points, cut at the ends; short lines are returned unchanged."""
     half = len(line) // 24
     if half < 1:
         return line

@@ -26,13 +26,12 @@ from xformer_mllm.report.wording import (
     plain,
     points,
     points_interval,
+    share,
 )
 
 
 def write_report(path: Path, report: Report) -> Path:
     """Write the page to `path` atomically and return `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, render(report))
     return path
 
@@ -63,11 +62,8 @@ def _present(report: Report, setting: Setting) -> list[str]:
     return [variant for variant in report.variants if variant in setting.metrics]
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
-
-
 def _answers(report: Report, setting: Setting, colours: Mapping[str, str]) -> dict[str, Any]:
-    """One setting's scores. Question types are sorted by the gain of the first variant compared with `variants[0]`."""
+    """One setting's scores. Question types are sorted by the second variant's gain over `variants[0]`."""
     first, *others = variants = _present(report, setting)
     compared = [variant for variant in others if variant in setting.differences]
     gains = setting.differences[compared[0]] if compared else {}
@@ -104,7 +100,7 @@ def _plot_row(setting: Setting, variants: Sequence[str], group: str, colours: Ma
         for variant, score in scores.items()
     ]
     shares = {key: setting.metrics[variants[0]].get(group, {}).get(key) for key in BLIND}
-    bars = [Dot(BLIND[key][0], key, share, percent(share)) for key, share in shares.items() if share is not None]
+    bars = [Dot(BLIND[key][0], key, value, percent(value)) for key, value in shares.items() if value is not None]
     return plot_row(plain(group), dots, bars)
 
 
@@ -114,8 +110,8 @@ def _score_row(setting: Setting, variants: Sequence[str], compared: Sequence[str
     return [
         plain(group),
         f"{some['n']:,}",
-        *(_share(some.get(key)) for key in blind_keys(setting)),
-        *(Cell(_share(score["accuracy"]), percent_interval(score["ci95"])) if score else "–" for score in scores),
+        *(share(some.get(key)) for key in blind_keys(setting)),
+        *(Cell(share(score["accuracy"]), percent_interval(score["ci95"])) if score else "–" for score in scores),
         *(_difference_cell(setting.differences[variant].get(group)) for variant in compared),
     ]
 
@@ -127,15 +123,8 @@ def _difference_cell(entry: Mapping[str, Any] | None) -> str | Cell:
     return Cell(points(entry["difference"]), points_interval(entry["ci95"]), kind)
 
 
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-# ------------------------------------------------------------------------------------------------------------ examples
-
-
 def choose_random(predictions: Mapping[str, Sequence[Mapping[str, Any]]], number: int, seed: int) -> list[int]:
-    """Indices of `number` questions drawn at random, whatever the answers."""
+    """Indices of `number` questions drawn at random, regardless of the answers."""
     total = min((len(rows) for rows in predictions.values()), default=0)
     return sorted(random.Random(seed).sample(range(total), min(number, total)))
 
@@ -145,16 +134,11 @@ def choose_disagreements(
 ) -> tuple[list[int], list[int]]:
     """Indices where only `other` is right, and where only `first` is right; each drawn at random."""
     pairs = list(zip(predictions[first], predictions[other], strict=True))
+    won = [n for n, (one, two) in enumerate(pairs) if one["credit"] == 0 and two["credit"] != 0]
+    lost = [n for n, (one, two) in enumerate(pairs) if one["credit"] == 1 and two["credit"] != 1]
     rng = random.Random(seed)
-    sides = []
-    for first_is_right in (False, True):
-        indices = [
-            index
-            for index, (left, right) in enumerate(pairs)
-            if left["credit"] == first_is_right and right["credit"] != first_is_right
-        ]
-        sides.append(sorted(rng.sample(indices, min(number, len(indices)))))
-    return sides[0], sides[1]
+    won, lost = (sorted(rng.sample(indices, min(number, len(indices)))) for indices in (won, lost))
+    return won, lost
 
 
 def _examples(report: Report, setting: Setting, colours: Mapping[str, str]) -> dict[str, Any]:
@@ -183,11 +167,8 @@ def _examples(report: Report, setting: Setting, colours: Mapping[str, str]) -> d
     return {"name": setting.name, "random": cards(chosen), "disagreements": groups}
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def _training(report: Report, colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Per stage with logs: its legend and charts."""
+    """Legend and charts of each stage with logs."""
     stages = []
     for stage in dict.fromkeys(run.stage for run in report.runs):
         runs = [run for run in report.runs if run.stage == stage and run.log]
@@ -198,24 +179,32 @@ def _training(report: Report, colours: Mapping[str, str]) -> list[dict[str, Any]
 
 
 def _samples(report: Report) -> list[dict[str, Any]]:
-    """Per stage: the texts that each variant generated for the same held-out images during training."""
+    """The texts that each variant generated for the same held-out images during training, by stage."""
     stages = []
     for stage in dict.fromkeys(run.stage for run in report.runs if run.samples):
         runs = [run for run in report.runs if run.stage == stage and run.samples]
-        blocks: dict[tuple[str, str], dict[str, Any]] = {}
+        references: dict[tuple[str, str], str] = {}
+        texts: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
         for run in runs:
             for sample in run.samples:
                 key = (sample["id"], sample.get("question", ""))
-                block = blocks.setdefault(key, {"reference": sample["reference"], "texts": {}})
-                block["texts"].setdefault(sample["step"], {})[run.variant] = sample["text"]
-        for (image_id, question), block in blocks.items():
-            block |= {"image_id": image_id, "question": question}
-            block["rows"] = [
-                [f"{step:,}", *(texts.get(run.variant) or "–" for run in runs)]
-                for step, texts in sorted(block["texts"].items())
-            ]
-        head = ["step", *(display_name(run.variant) for run in runs)]
-        stages.append({"name": stage, "head": head, "blocks": list(blocks.values())})
+                references.setdefault(key, sample["reference"])
+                texts.setdefault(key, {}).setdefault(sample["step"], {})[run.variant] = sample["text"]
+        blocks = [
+            {
+                "image_id": key[0],
+                "question": key[1],
+                "reference": references[key],
+                "rows": [
+                    [f"{step:,}", *(of_step.get(run.variant) or "–" for run in runs)]
+                    for step, of_step in sorted(by_step.items())
+                ],
+            }
+            for key, by_step in texts.items()
+        ]
+        stages.append(
+            {"name": stage, "head": ["step", *(display_name(run.variant) for run in runs)], "blocks": blocks}
+        )
     return stages
 
 

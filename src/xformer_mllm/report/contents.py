@@ -17,9 +17,8 @@ BLIND = {
 class Setting:
     """The scores of every variant on the same questions.
 
-    metrics: {variant: {group: {"accuracy", "n", "ci95": [low, high]}}}; a group is "all", a question type,
-        "structural:x" or "semantic:x". Optional baselines: "majority", the accuracy of the most frequent training
-        answer to the type of question, and "question_only", that of the most frequent answer to the same words.
+    metrics: {variant: {group: {"accuracy", "n", "ci95": [low, high]}}}, optionally with the accuracy of the baselines in
+        BLIND; a group is "all", a question type, "structural:x" or "semantic:x".
     differences: {variant: {group: {"difference", "ci95", "n", "clear"}}}, each variant minus the first one.
     predictions: {variant: [{"id", "image_id", "question", "question_type", "answer", "prediction", "credit"}]}, the
         same questions in the same order for every variant.
@@ -52,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of labelled images: (label, image). A single image takes the whole width."""
+    """A row of labelled images, (label, image). A single image takes the whole width."""
 
     title: str
     panels: Sequence[tuple[str, Image.Image]]
@@ -65,8 +64,8 @@ class QueryAnalysis:
     models: {name: {"folder", "stage": "stage 1" or "stage 2", "queries": number of queries, "scores": {metric: {"mean",
         "ci95": [low, high] or None}}}}; the others are compared with the first.
     differences: {name: {metric: {"difference", "ci95", "clear"}}}, each model minus the first.
-    definitions: {metric: what it is}, in the order of display.
-    image_count: number of images behind the scores.
+    definitions: {metric: definition}, in the order of display.
+    image_count: number of images that the scores are computed on.
     overlays: (id of the image, image with heat maps).
     """
 

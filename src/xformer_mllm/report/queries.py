@@ -1,12 +1,12 @@
-"""Where the queries attend and how different they are: a section of the comparison page, and a page.
+"""Where the queries attend and how different they are: a section of the comparison page, and a page of its own.
 
-`evaluate/query_analysis.py` computes the scores; the data's `definitions` say what they mean.
+`evaluate/query_analysis.py` computes and defines the scores.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xformer_mllm.report import charts
+from xformer_mllm.report.charts import Cell, Dot, plot_row
 from xformer_mllm.report.contents import QueryAnalysis
 from xformer_mllm.report.pages import render_page
 from xformer_mllm.report.wording import display_name, signed
@@ -34,11 +34,10 @@ def query_values(analysis: QueryAnalysis) -> dict[str, Any]:
     for metric in analysis.definitions:
         scores = {name: model["scores"].get(metric) for name, model in models.items()}
         dots = [
-            score
-            and charts.Dot(display_name(name), colours[name], score["mean"], signed(score["mean"]), score["ci95"])
+            score and Dot(display_name(name), colours[name], score["mean"], signed(score["mean"]), score["ci95"])
             for name, score in scores.items()
         ]
-        plot.append(charts.plot_row(metric, dots))
+        plot.append(plot_row(metric, dots))
         cells = [score and _cell(score["mean"], score["ci95"], ".3f") for score in scores.values()]
         entries = [analysis.differences[name].get(metric) for name in compared]
         cells += [
@@ -60,23 +59,20 @@ def query_values(analysis: QueryAnalysis) -> dict[str, Any]:
 
 
 def verdict(analysis: QueryAnalysis) -> list[str]:
-    """What the numbers say: each model against the first, metric by metric, with the stage of the models."""
+    """Sentences on each metric: each model against the first, with the stage of the models."""
     first, *others = analysis.models
     sentences = []
     for metric in analysis.definitions:
         having = [name for name, model in analysis.models.items() if metric in model["scores"]]
         shared = [name for name in others if metric in analysis.differences[name]]
         for names in [[other, first] for other in shared] or [having]:
-            scores = [f"{display_name(name)} {_mean(analysis, name, metric)}" for name in names]
+            means = [analysis.models[name]["scores"][metric]["mean"] for name in names]
+            scores = [f"{display_name(name)} {signed(mean, '.2f')}" for name, mean in zip(names, means, strict=True)]
             stages = dict.fromkeys(analysis.models[name]["stage"] for name in names)
             sentence = f"{metric[:1].upper()}{metric[1:]} after {' and '.join(stages)}: {', '.join(scores)}"
             entry = analysis.differences[names[0]][metric] if shared else None
             sentences.append(sentence + _difference(entry) + ".")
     return sentences
-
-
-def _mean(analysis: QueryAnalysis, name: str, metric: str) -> str:
-    return signed(analysis.models[name]["scores"][metric]["mean"], ".2f")
 
 
 def _difference(entry: Mapping[str, Any] | None) -> str:
@@ -90,8 +86,5 @@ def _interval(interval: Sequence[float], form: str) -> str:
     return f"{signed(interval[0], form)} to {signed(interval[1], form)}"
 
 
-def _cell(value: float, interval: Sequence[float] | None, form: str, kind: str = "") -> charts.Cell:
-    return charts.Cell(signed(value, form), "" if interval is None else _interval(interval, form), kind)
-
-
-__all__ = ["QueryAnalysis", "query_page", "query_values", "verdict"]
+def _cell(value: float, interval: Sequence[float] | None, form: str, kind: str = "") -> Cell:
+    return Cell(signed(value, form), "" if interval is None else _interval(interval, form), kind)

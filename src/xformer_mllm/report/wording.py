@@ -1,4 +1,4 @@
-"""How names and numbers are written."""
+"""Text for names, numbers and tables."""
 
 import re
 from collections.abc import Sequence
@@ -42,9 +42,9 @@ def signed(value: float, form: str = ".3f") -> str:
     return f"{value:{form}}".replace("-", "−")
 
 
-def percent(share: float) -> str:
+def percent(value: float) -> str:
     """0.7564 -> '75.6 %' with a no-break space."""
-    return f"{100 * share:.1f}\u00a0%"
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def points(difference: float) -> str:
@@ -57,9 +57,14 @@ def points_interval(interval: Sequence[float]) -> str:
     return f"{points(interval[0])} to {points(interval[1])}"
 
 
+def share(value: float | None) -> str:
+    """0.7564 -> '75.6'; an en dash for None."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
 def percent_interval(interval: Sequence[float]) -> str:
     """[0.0913, 0.107] -> '9.1–10.7'."""
-    return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+    return f"{share(interval[0])}–{share(interval[1])}"
 
 
 def plain(group: str) -> str:
@@ -70,3 +75,9 @@ def plain(group: str) -> str:
 def definitions(groups: Sequence[str]) -> dict[str, str]:
     """What the question types among the groups ask, in the same order."""
     return {plain(group): QUESTION_TYPES[group] for group in groups if group in QUESTION_TYPES}
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a text table: the first column left-aligned, the others right-aligned."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
