@@ -90,7 +90,7 @@ def examine(source: ListSource | ShardSource, images: int, samples: int) -> Find
     """Decode up to `images` records (0: all) and keep a random `samples` of them for the contact sheet."""
     if isinstance(source, ListSource):
         findings = Findings(source.name, source.format, {split: len(rows) for split, rows in source.rows.items()})
-        counts = [[rows.counts(kind) for rows in source.rows.values()] for kind in ("captions", "questions")]
+        counts = [[rows.counts[kind] for rows in source.rows.values()] for kind in ("captions", "questions")]
         findings.listed = (sum(map(sum, counts[0])), sum(map(sum, counts[1])))
         findings.skipped = source.skipped
         findings.broken, findings.lost = dict(source.broken), len(source.broken)
@@ -102,7 +102,7 @@ def examine(source: ListSource | ShardSource, images: int, samples: int) -> Find
             images or sum(size or 0 for size in findings.splits.values()),
         )
         if isinstance(source, TarShards):
-            findings.broken |= dict.fromkeys(source.cut_short(), "the shard is truncated or missing")
+            findings.broken |= dict.fromkeys(source.truncated(), "the shard is truncated or missing")
     rng = random.Random(0)
     for record in tqdm(records, total=total or None, unit="image", leave=False):
         findings.decoded += 1
@@ -122,7 +122,7 @@ def _from_rows(source: ListSource, images: int) -> tuple[Iterator[Record], int]:
     indices = [
         (rows, index)
         for rows in source.rows.values()
-        for index, texts in enumerate(zip(rows.counts("captions"), rows.counts("questions"), strict=True))
+        for index, texts in enumerate(zip(rows.counts["captions"], rows.counts["questions"], strict=True))
         if any(texts)
     ]
     number = min(images or len(indices), len(indices))
