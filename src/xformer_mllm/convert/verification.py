@@ -251,10 +251,10 @@ def verify(folder: Path, plan: Plan, target: Target) -> list[Check]:
     if not plan.initialises(TOWER):
         tokens = tower_reference(target, example)
         expected["CLIP tokens"] = (sources.tower, tokens)
-        if sources.kind != "bert":
+        if sources.qformer.kind != "bert":
             for name, answer in qformer_reference(target, plan, example, tokens).items():
                 expected[name] = (sources.qformer, answer)
-    if sources.kind == "bert" and not target.stage2 and not plan.initialises(ATTENDS, READS_TEXT):
+    if sources.qformer.kind == "bert" and not target.stage2 and not plan.initialises(ATTENDS, READS_TEXT):
         expected["text states"] = (sources.qformer, bert_reference(sources.qformer, example))
     if sources.mae is not None and not plan.initialises(SECOND_ENCODER):
         name, answer = second_reference(sources.mae, target, example)

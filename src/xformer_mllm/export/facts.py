@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from xformer_mllm.checkpoints import evaluation_folder, model_folder
@@ -126,7 +127,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def open_weights(folder: Path) -> Tensors:
-    """Return name -> tensor, mapped from its file and read when used. Raises OSError or ValueError."""
+    """Return the tensors, mapped from their files and read when used. Raises OSError or ValueError."""
     index = folder / "model.safetensors.index.json"
     files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors: dict[str, torch.Tensor] = {}
@@ -134,10 +135,9 @@ def open_weights(folder: Path) -> Tensors:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder}: the weight file {file} is missing")
         try:
-            opened = safe_open(folder / file, "pt")
+            tensors |= load_file(folder / file)
         except SafetensorError as error:
             raise ValueError(f"{folder / file}: damaged or cut short ({error}); copy it again") from error
-        tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return tensors
 
 
