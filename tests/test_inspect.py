@@ -146,10 +146,10 @@ def test_contact_sheet_has_rows_of_six():
 
 
 def test_texts_fill_the_lines_below_an_image():
-    assert _wrapped(["How many cats? one, 1", "Why? because"]) == ["How many cats? one, 1", "Why? because"]
-    many = _wrapped([f"Question {number} of many? yes" for number in range(5)])
+    assert _wrapped(["How many cats? one, 1", "Why? because"], 3) == ["How many cats? one, 1", "Why? because"]
+    many = _wrapped([f"Question {number} of many? yes" for number in range(5)], 3)
     assert many == [*(f"Question {number} of many? yes" for number in range(2)), "Question 2 of many? yes …"]
-    long = _wrapped(["a red square " * 20])
+    long = _wrapped(["a red square " * 20], 3)
     assert (len(long), long[-1][-2:]) == (3, " …")
     assert max(map(len, long)) <= 34
 

@@ -42,7 +42,11 @@ def convert(config: ConvertConfig) -> Path:
             checks = verify(partial, plan, target)
             print(f"\n{show_checks(checks)}")
             for check in checks:
-                check.demand()
+                if not check.difference <= check.tolerance:  # nan counts as a difference
+                    raise ValueError(
+                        f"{check.what}: the new model differs from {check.against} by {check.difference:.1e} of the largest "
+                        f"value (allowed: {check.tolerance:.0e}), so it is not kept; check that the sources belong together"
+                    )
             write_whole(partial / "conversion.json", json.dumps(record(target, table, checks), indent=2) + "\n")
     finally:
         logging.set_verbosity(verbosity)

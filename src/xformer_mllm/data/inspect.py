@@ -22,7 +22,8 @@ from xformer_mllm.model.images import load_image
 SHARDS = 10  # shards read
 COLUMNS, SAMPLES = 6, 24  # of the contact sheet
 THUMBNAIL = (220, 165)
-LINE, LINES, LETTERS = 15, 3, 34  # of the texts below an image: height of a line in pixels, lines, letters per line
+LINE, LETTERS = 15, 34  # of the texts below an image: height of a line in pixels, letters per line
+LINES = 3  # for one text; twice as many if an image has several
 MARGIN = 8
 
 
@@ -184,7 +185,8 @@ def _spread(values: Sequence[int]) -> str:
 
 def contact_sheet(samples: Sequence[tuple[Image.Image, list[str]]]) -> Image.Image:
     """Draw images in rows of six with their texts below. Letters missing in Pillow's font become boxes."""
-    width, height = THUMBNAIL[0] + MARGIN, THUMBNAIL[1] + LINES * LINE + 2 * MARGIN
+    most = 2 * LINES if any(len(texts) > 1 for _, texts in samples) else LINES
+    width, height = THUMBNAIL[0] + MARGIN, THUMBNAIL[1] + most * LINE + 2 * MARGIN
     rows = -(-len(samples) // COLUMNS)
     sheet = Image.new("RGB", (min(COLUMNS, len(samples)) * width + MARGIN, rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
@@ -193,14 +195,15 @@ def contact_sheet(samples: Sequence[tuple[Image.Image, list[str]]]) -> Image.Ima
         left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
         thumbnail = ImageOps.contain(image, THUMBNAIL)
         sheet.paste(thumbnail, (left + (THUMBNAIL[0] - thumbnail.width) // 2, top + THUMBNAIL[1] - thumbnail.height))
-        for number, line in enumerate(_wrapped(texts)):
+        for number, line in enumerate(_wrapped(texts, most)):
             draw.text((left, top + THUMBNAIL[1] + 4 + number * LINE), line, "black", font)
     return sheet
 
 
-def _wrapped(texts: Sequence[str]) -> list[str]:
-    """Start each text on its own line; what does not fit is replaced by an ellipsis."""
+def _wrapped(texts: Sequence[str], most: int) -> list[str]:
+    """Wrap the texts to at most `most` lines; an ellipsis replaces the rest."""
     lines = [line for text in texts for line in textwrap.wrap(text, LETTERS)]
-    if len(lines) <= LINES:
+    if len(lines) <= most:
         return lines
-    return [*lines[: LINES - 1], textwrap.shorten(f"{lines[LINES - 1]} {'…' * LETTERS}", LETTERS, placeholder=" …")]
+    last = textwrap.shorten(f"{lines[most - 1]} {'…' * LETTERS}", LETTERS, placeholder=" …")  # too long by design
+    return [*lines[: most - 1], last]

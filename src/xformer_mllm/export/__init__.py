@@ -1,4 +1,4 @@
-"""`xformer export`: a model -> one self-contained folder, for the Hub and for use with transformers alone.
+"""`xformer export`: a model -> one self-contained folder, for the Hub and for plain transformers.
 
 In reading order:
 
@@ -58,7 +58,7 @@ def export(settings: ExportConfig) -> Path:
 
 
 def summary(facts: Facts, left_out: list[str]) -> str:
-    """Describe what was written, what the card does not state, and how to publish it."""
+    """Describe what was written, which scores are not in the card, and how to publish it."""
     output = facts.settings.output_dir
     named = ", ".join(map(title_of, facts.scores))
     lines = [
