@@ -135,26 +135,21 @@ def qformer_config(
     elif source.kind == "bert":
         fields = {name: getattr(source.config, name) for name in BERT_SETTINGS}
     else:
-        fields = _qformer_shape(source, pieces)
+        layers = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.")
+        crossing = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.crossattention")
+        width = _size(pieces, "qformer.layernorm.weight")
+        if not width or not crossing:
+            raise ValueError(f"{source.label}: not a whole Q-Former (no layers with cross-attention in it)")
+        fields = {
+            "hidden_size": width,
+            "num_hidden_layers": len(layers),
+            "num_attention_heads": max(1, width // BERT_HEAD_WIDTH),
+            "intermediate_size": _size(pieces, "qformer.encoder.layer.0.intermediate_query.dense.weight"),
+            "cross_attention_frequency": crossing[1] - crossing[0] if len(crossing) > 1 else 2,
+            "max_position_embeddings": _size(pieces, "embeddings.position_embeddings.weight") or 512,
+        }
     fields |= {"encoder_hidden_size": clip_width, "vocab_size": vocabulary}
     return Blip2QFormerConfig(**fields | {"use_qformer_text_input": sources.llm is None})
-
-
-def _qformer_shape(source: Source, pieces: Pieces) -> dict[str, Any]:
-    """Derive a Q-Former's configuration fields from its shapes."""
-    layers = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.")
-    crossing = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.crossattention")
-    width = _size(pieces, "qformer.layernorm.weight")
-    if not width or not crossing:
-        raise ValueError(f"{source.label}: not a whole Q-Former (no layers with cross-attention in it)")
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": max(1, width // BERT_HEAD_WIDTH),
-        "intermediate_size": _size(pieces, "qformer.encoder.layer.0.intermediate_query.dense.weight"),
-        "cross_attention_frequency": crossing[1] - crossing[0] if len(crossing) > 1 else 2,
-        "max_position_embeddings": _size(pieces, "embeddings.position_embeddings.weight") or 512,
-    }
 
 
 def pixel_statistics(folder: Path | None) -> tuple[list | None, list | None]:
@@ -266,7 +261,7 @@ WRITES_TEXT = r"itg_|temperature$"
 PROJECTION = r"language_projection\."
 LANGUAGE_MODEL = r"language_model\."
 
-# Never in a source of its kind: initialised without --allow.
+# Initialised without --allow, because no source of the kind has them.
 ALWAYS_FRESH = r"xformer\.(fusion|clip_encoder\.tower\.post_layernorm)\."  # the latter (a BLIP-2 tower's) is never run
 FRESH_AFTER_BERT = r"xformer\.(query_tokens$|clip_layernorm\.|qformer\..*\.crossattention\.)|temperature$|" + SCORES
 
@@ -304,10 +299,8 @@ def make_plan(target: Target) -> Plan:
     plan = Plan(copied, [name for name in target.wanted if name not in copied], left_over(target, copied))
     if errors := list(_errors(target, plan, misshapen)):
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        hint = _hint(target, plan)
-        raise ValueError(
-            f"{errors[0]}{more}; {hint}--allow NAME allows it to be initialised or left over (* matches anything)"
-        )
+        advice = "--allow NAME allows it to be initialised or left over (* matches anything)"
+        raise ValueError(f"{errors[0]}{more}; {_hint(target, plan)}{advice}")
     return plan
 
 
@@ -341,6 +334,7 @@ def our_pieces(target: Target) -> Pieces:
 
 
 def left_over(target: Target, copied: Pieces) -> LeftOver:
+    """Group the source tensors that are not copied by their source and the reason."""
     used = {(id(piece.source), name) for piece in copied.values() for name in piece.names}
     tied = {name.removeprefix("language_model.") for name in target.model.all_tied_weights_keys}
     left: LeftOver = {}

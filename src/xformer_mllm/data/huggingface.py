@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.formats import ListSource
-from xformer_mllm.data.records import Field, Record, broken_record, one_line, question_of, record_of, texts_of
+from xformer_mllm.data.records import ANSWERS, Field, Record, broken_record, one_line, question_of, record_of, texts_of
 from xformer_mllm.data.shards import ShardSource, Wanted
 
 PREFIX = "hf:"
 IMAGES = ("image", "jpg", "png", "webp", "jpeg")
 CAPTIONS = ("caption", "captions", "text", "txt", "sentences")
 IDS = ("id", "image_id", "__key__")
-ANSWERS = ("answers", "answer", "multiple_choice_answer")
 SPLITS = {"val": "validation", "dev": "validation"}
 READ_AT_ONCE = 16
 
@@ -45,14 +44,14 @@ def _columns(name: str, features: Mapping[str, Any]) -> Columns:
 
     images = [column for column, kind in features.items() if isinstance(kind, Image)]
     images += [column for column in IMAGES if column in features]
-    caption = next((column for column in CAPTIONS if column in features), None)
+    caption, identity = (next((column for column in names if column in features), None) for names in (CAPTIONS, IDS))
     has_questions = "question" in features and any(column in features for column in ANSWERS)
     if not images or not (caption or has_questions):
         raise ValueError(
             f"{name}: needs a column of images and one of {', '.join(CAPTIONS)} or question with answers; "
             f"its columns are {', '.join(features)}"
         )
-    return Columns(images[0], caption, has_questions, next((column for column in IDS if column in features), None))
+    return Columns(images[0], caption, has_questions, identity)
 
 
 def _undecoded(dataset: Any, columns: Columns) -> Any:

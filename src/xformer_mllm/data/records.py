@@ -35,6 +35,7 @@ MIN_COUNTED = 1000  # assumed least length of a stream, so that a broken first s
 MAX_NAMED = 5  # broken samples named in a message
 VALIDATION_SHARE = 0.01  # of a source without a validation split
 CLEAN_WORDS = 50
+ANSWERS = ("answers", "answer", "multiple_choice_answer")  # of GQA, VQA and others: the first that a row has
 
 Split = Literal["train", "validation"]
 Field = Literal["captions", "questions"]
@@ -62,7 +63,7 @@ def broken_record(name: str, why: str, lost: int = 1) -> Record:
 
 def question_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """Read a question and its answers from a row with VQA's or GQA's keys. name: its id if the row has none."""
-    answers = next((row[key] for key in ("answers", "answer", "multiple_choice_answer") if row.get(key)), None)
+    answers = next((row[key] for key in ANSWERS if row.get(key)), None)
     question_id = row.get("question_id", row.get("questionId"))
     text = row.get("question")
     return {
