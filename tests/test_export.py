@@ -385,7 +385,7 @@ def test_invalid_exports_are_an_error(runs, tmp_path):
         run(runs / "stage1", tmp_path / "new", metrics=(runs / "stage1" / "model" / "config.json",))
     for wrong, message in (
         ({"license": "mit", "license_name": "x"}, "require --license other, not mit"),
-        ({"base_models": ("facebook/opt-2.7b",)}, "facebook/opt-2.7b: give each name with its licence"),
+        ({"base_models": ("facebook/opt-2.7b",)}, "facebook/opt-2.7b: expected NAME=LICENCE"),
         ({"repo_id": "a/b/c"}, "a/b/c"),
     ):
         with pytest.raises(ValueError, match=message):
