@@ -119,11 +119,11 @@ def test_a_mae_without_decoder_cannot_reconstruct(files, mae, tmp_path, capsys):
 # -- the published sizes ------------------------------------------------------------------------------------------------
 
 
-def on_meta(label, tensors, config=None):
+def on_meta(kind, tensors, config=None):
     tensors = {
         name: torch.empty(t, device="meta") if isinstance(t, tuple) else t.to("meta") for name, t in tensors.items()
     }
-    return Source(label, tensors, tensors.__getitem__, None, config)
+    return Source(kind, kind, tensors, None, config)
 
 
 def built_on_meta(kind, config):
@@ -140,7 +140,7 @@ def published_blip2():
     """Salesforce/blip2-opt-2.7b: its vocabulary has been padded for <image>."""
     text = OPT_2_7B.to_dict() | {"vocab_size": 50304}
     config = Blip2Config(text_config=text, image_token_index=50265)
-    return on_meta("blip2", built_on_meta(Blip2ForConditionalGeneration, config), config)
+    return on_meta("blip-2", built_on_meta(Blip2ForConditionalGeneration, config), config)
 
 
 def published_mae(old):
@@ -148,11 +148,11 @@ def published_mae(old):
     sizes = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
     config = ViTMAEConfig(**sizes, patch_size=14)
     tensors = built_on_meta(ViTMAEForPreTraining, config)
-    return on_meta("mae", {old_mae_name(n) if old else n: t for n, t in tensors.items()}, config)
+    return on_meta("vit_mae", {old_mae_name(n) if old else n: t for n, t in tensors.items()}, config)
 
 
 def published_opt():
-    return on_meta("opt", built_on_meta(OPTForCausalLM, OPT_2_7B), OPT_2_7B)
+    return on_meta("", built_on_meta(OPTForCausalLM, OPT_2_7B), OPT_2_7B)
 
 
 def published_bert():
@@ -160,7 +160,7 @@ def published_bert():
     return on_meta("bert", {old_bert_name(n): t for n, t in tensors.items()}, BertConfig())
 
 
-def plan_of(monkeypatch, qformer, kind, tower=None, llm=None, old=True):
+def plan_of(monkeypatch, qformer, tower=None, llm=None, old=True):
     """The plan of a conversion at the published sizes."""
 
     class Bert(PreTrainedTokenizerFast):
@@ -173,8 +173,7 @@ def plan_of(monkeypatch, qformer, kind, tower=None, llm=None, old=True):
     monkeypatch.setattr("xformer_mllm.convert.assembly.qformer_tokenizer", lambda *_: big)
     monkeypatch.setattr("xformer_mllm.convert.assembly.llm_tokenizer", lambda *_: opt_tokenizer())
     settings = ConvertConfig(qformer="", output_dir="")
-    towers = (tower, "eva") if tower else (qformer, "blip-2")
-    target = build_target(settings, Sources(qformer, kind, *towers, published_mae(old), llm))
+    target = build_target(settings, Sources(qformer, tower or qformer, published_mae(old), llm))
     return make_plan(target), target
 
 
@@ -184,7 +183,7 @@ def initialised_parts(plan):
 
 @pytest.mark.parametrize("old", [True, False])
 def test_the_published_blip2_and_mae_map_completely(monkeypatch, old):
-    plan, target = plan_of(monkeypatch, published_blip2(), "blip-2", llm=published_opt(), old=old)
+    plan, target = plan_of(monkeypatch, published_blip2(), llm=published_opt(), old=old)
     assert initialised_parts(plan) == {"fusion"}
     assert {reason for _, reason in plan.left} == {"the language model comes from --llm"}
     paper = XFormerConfig.paper()
@@ -199,8 +198,8 @@ def test_the_published_blip2_and_mae_map_completely(monkeypatch, old):
 
 
 def test_the_published_lavis_stage_1_maps_completely(monkeypatch):
-    qformer, tower = on_meta("lavis", lavis_stage1(PUBLISHED)), on_meta("eva", eva(PUBLISHED))
-    plan, target = plan_of(monkeypatch, qformer, "lavis", tower)
+    qformer, tower = on_meta("LAVIS", lavis_stage1(PUBLISHED)), on_meta("EVA-CLIP", eva(PUBLISHED))
+    plan, target = plan_of(monkeypatch, qformer, tower)
     assert initialised_parts(plan) == {"fusion"}
     assert {reason for _, reason in plan.left} == {
         "tied to the word embeddings and the bias", "numbers of positions, not weights", "after the layer that is read"
@@ -214,8 +213,8 @@ def test_the_published_lavis_stage_1_maps_completely(monkeypatch):
 
 
 def test_the_published_lavis_stage_2_maps_completely(monkeypatch):
-    qformer, tower = on_meta("lavis", lavis_stage2(PUBLISHED)), on_meta("eva", eva(PUBLISHED))
-    plan, _ = plan_of(monkeypatch, qformer, "lavis", tower, published_opt())
+    qformer, tower = on_meta("LAVIS", lavis_stage2(PUBLISHED)), on_meta("EVA-CLIP", eva(PUBLISHED))
+    plan, _ = plan_of(monkeypatch, qformer, tower, published_opt())
     assert initialised_parts(plan) == {"fusion"}
     assert {reason for _, reason in plan.left} == {
         "numbers of positions, not weights",
@@ -224,7 +223,7 @@ def test_the_published_lavis_stage_2_maps_completely(monkeypatch):
 
 
 def test_the_published_bert_maps_completely(monkeypatch):
-    plan, target = plan_of(monkeypatch, published_bert(), "bert", on_meta("eva", eva(PUBLISHED)))
+    plan, target = plan_of(monkeypatch, published_bert(), on_meta("EVA-CLIP", eva(PUBLISHED)))
     assert initialised_parts(plan) == {
         "fusion", "clip_encoder", "clip_layernorm", "query_tokens", "qformer", "vision_projection", "text_projection",
         "itm_head", "temperature",
@@ -262,15 +261,15 @@ def test_the_seed_decides_what_is_initialised(files, converted, tmp_path):
 
 
 def test_a_full_disk_is_reported_before_writing(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("xformer_mllm.convert.assembly.shutil.disk_usage", lambda _: SimpleNamespace(free=1e6))
-    assert "the model needs 0.0 GB" in fails(files, capsys, tmp_path / "out", *BLIP2)
+    monkeypatch.setattr("xformer_mllm.checkpoints.shutil.disk_usage", lambda _: SimpleNamespace(free=1e6))
+    assert "the weights take 0.002 GB, and 0.001 GB are free" in fails(files, capsys, tmp_path / "out", *BLIP2)
 
 
 def test_a_disk_that_fills_up_is_reported(files, tmp_path, capsys, monkeypatch):
     def save_file(*_, **__):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr("xformer_mllm.convert.assembly.save_file", save_file)
+    monkeypatch.setattr("xformer_mllm.checkpoints.save_file", save_file)
     assert "No space left on device" in fails(files, capsys, tmp_path / "out", *BLIP2)
 
 

@@ -43,11 +43,11 @@ def test_unreadable_checkpoints_are_an_error(files, name, message, tmp_path, cap
         (("--qformer", "nowhere/at/all", "--variant", "nothing"), "variant 'nothing' is unknown"),
         (("--qformer", "blip2", "--mae", "mae", "--variant", "random_mae"), "nothing to convert"),
         (("--qformer", "mae", "--mae", "mae"), "--qformer takes a BLIP-2 or a BERT"),
-        (("--qformer", "eva_vit_g.pth", "--mae", "mae"), "a .pth without Q-Former"),
+        (("--qformer", "eva_vit_g.pth", "--mae", "mae"), "holds EVA-CLIP; --qformer takes"),
         (("--qformer", "blip2_pretrained.pth", "--mae", "mae"), "has no CLIP tower; name it with --clip"),
         (
             ("--qformer", "blip2_pretrained.pth", "--clip", "blip2_pretrained.pth", "--mae", "mae"),
-            "not LAVIS's EVA-CLIP",
+            "holds LAVIS; --clip takes LAVIS's eva_vit_g.pth",
         ),
         (("--qformer", "blip2", "--mae", "blip2_pretrained.pth"), "--mae takes a Hub id or a folder"),
         (("--qformer", "blip2", "--mae", "bert"), "bert is not a vision tower"),

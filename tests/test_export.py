@@ -384,8 +384,8 @@ def test_invalid_exports_are_an_error(runs, tmp_path):
     with pytest.raises(ValueError, match="no scores"):
         run(runs / "stage1", tmp_path / "new", metrics=(runs / "stage1" / "model" / "config.json",))
     for wrong, message in (
-        ({"license": "mit", "license_name": "x"}, "belong to --license other, not to mit"),
-        ({"base_models": ("facebook/opt-2.7b",)}, "facebook/opt-2.7b: give each name with its licence"),
+        ({"license": "mit", "license_name": "x"}, "require --license other, not mit"),
+        ({"base_models": ("facebook/opt-2.7b",)}, "facebook/opt-2.7b: expected NAME=LICENCE"),
         ({"repo_id": "a/b/c"}, "a/b/c"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -423,12 +423,12 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("xformer_mllm.export.folder.save_file", full)
+        patch.setattr("xformer_mllm.checkpoints.save_file", full)
         with pytest.raises(OSError, match=r"new: could not be written, and nothing is left of it: .*No space left"):
             run(runs / "stage1", tmp_path / "new")
     assert left_in(tmp_path) == []
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("xformer_mllm.export.folder.shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
+    monkeypatch.setattr("xformer_mllm.checkpoints.shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(OSError, match=r"the weights take 0\.016 GB, and 0\.001 GB are free"):
         run(runs / "stage1", tmp_path / "new")
     assert left_in(tmp_path) == []

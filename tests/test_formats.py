@@ -6,6 +6,7 @@ import pytest
 from made import write_image, write_json
 
 from xformer_mllm.data.formats import read_folder, read_json_lines_source, read_json_source
+from xformer_mllm.data.sources import find_source
 
 
 def read(file, images=None):
@@ -63,7 +64,7 @@ def test_a_broken_row_is_named_and_too_many_stop(tmp_path, row, why):
     assert found.broken == {"row 220": why}
     assert len(found.rows[""]) == 103
     with pytest.raises(ValueError, match=rf"3 of 106 records .*row 220 \({why}\)"):
-        read(write_json(tmp_path / "a.json", [*rows, row, row, row]))
+        find_source(str(write_json(tmp_path / "a.json", [*rows, row, row, row])))
 
 
 def test_json_lines_with_captions_and_questions(tmp_path):

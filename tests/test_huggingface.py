@@ -8,6 +8,7 @@ from made import jpeg
 
 from xformer_mllm.data.huggingface import find_on_hub, is_saved, read_saved
 from xformer_mllm.data.records import CaptionItems
+from xformer_mllm.data.sources import find_source
 from xformer_mllm.data.streams import ShardPart, Stream
 
 
@@ -39,8 +40,8 @@ def test_saved(tmp_path):
     found = read_saved(tmp_path)
     rows = found.rows[""]
     assert rows[1] == {"id": "1", "image": jpeg(1), "captions": ["caption 1"], "questions": []}
-    assert (len(rows), list(rows.ids()), list(rows.counts("captions"))) == (3, ["0", "1", "2"], [1, 1, 1])
-    assert list(rows.counts("questions")) == [0, 0, 0]
+    assert (len(rows), list(rows.ids()), list(rows.counts["captions"])) == (3, ["0", "1", "2"], [1, 1, 1])
+    assert list(rows.counts["questions"]) == [0, 0, 0]
 
 
 def test_saved_splits(tmp_path):
@@ -90,8 +91,8 @@ def test_rows_without_a_caption_are_counted(tmp_path):
     made(1, caption=["a"] * 199 + [""]).save_to_disk(str(tmp_path / "few"))
     assert read_saved(tmp_path / "few").broken == {"row 199": "no caption and no question"}
     made(1, caption=["a"] * 9 + [""]).save_to_disk(str(tmp_path / "many"))
-    with pytest.raises(ValueError, match="1 of 10 rows"):
-        read_saved(tmp_path / "many")
+    with pytest.raises(ValueError, match="1 of 10 records"):
+        find_source(str(tmp_path / "many"))
 
 
 def test_streamed(tmp_path):

@@ -9,7 +9,7 @@ from datasets import Image as ImageFeature
 from made import jpeg, shards, write_image, write_json
 from PIL import Image
 
-from xformer_mllm.data.inspect import SAMPLES, InspectConfig, contact_sheet, inspect
+from xformer_mllm.data.inspect import SAMPLES, InspectConfig, _wrapped, contact_sheet, inspect
 from xformer_mllm.data.sources import open_captions
 
 
@@ -91,8 +91,8 @@ def test_questions_and_splits(tmp_path, capsys):
     (findings,), said = run(tmp_path, capsys, write_json(tmp_path / "q.json", rows))
     assert "images 1, 0 captions, 2 questions" in said
     assert "questions 2.0 per image; words 1 / 1 / 3" in said
-    (_, text) = findings.samples[1]
-    assert text in ("How many cats? one", "Why? because")
+    (_, texts) = findings.samples[1]
+    assert texts == ["How many cats? one, 1", "Why? because"]
     images = [
         {"filename": "a.jpg", "split": split, "sentences": [{"raw": "a"}] * 5}
         for split in ("train", "val", "val", "test")
@@ -137,10 +137,21 @@ def test_mixture(tmp_path, capsys):
 
 def test_contact_sheet_has_rows_of_six():
     image = Image.new("RGB", (300, 300), "red")
-    one, six, seven, many = (contact_sheet([(image, "a red square " * 20)] * number) for number in (1, 6, 7, SAMPLES))
+    one, six, seven, many = (
+        contact_sheet([(image, ["a red square " * 20])] * number) for number in (1, 6, 7, SAMPLES)
+    )
     assert one.width < six.width == seven.width == many.width
     assert one.height == six.height < seven.height < many.height
     assert six.getpixel((100, 100)) == (255, 0, 0)
+
+
+def test_texts_fill_the_lines_below_an_image():
+    assert _wrapped(["How many cats? one, 1", "Why? because"], 3) == ["How many cats? one, 1", "Why? because"]
+    many = _wrapped([f"Question {number} of many? yes" for number in range(5)], 3)
+    assert many == [*(f"Question {number} of many? yes" for number in range(2)), "Question 2 of many? yes …"]
+    long = _wrapped(["a red square " * 20], 3)
+    assert (len(long), long[-1][-2:]) == (3, " …")
+    assert max(map(len, long)) <= 34
 
 
 def test_no_readable_image(tmp_path, capsys):

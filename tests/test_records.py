@@ -204,7 +204,7 @@ def test_table_gives_back_what_went_in_and_survives_a_pickle():
     table = pickle.loads(pickle.dumps(Table(records)))
     assert [table[0], table[1]] == records
     assert (len(table), list(table.ids())) == (2, ["a", "b"])
-    assert (list(table.counts("captions")), list(table.counts("questions"))) == ([3, 0], [0, 6])
+    assert (list(table.counts["captions"]), list(table.counts["questions"])) == ([3, 0], [0, 6])
 
 
 def test_splits_are_disjoint_complete_and_stay():

@@ -199,7 +199,7 @@ def test_another_request_does_not_go_into_the_same_folder(tmp_path):
         shard(config(source, tmp_path, samples_per_shard=5))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match="exists and is not empty"):
         shard(ShardConfig(source=source, output_dir=tmp_path / "full"))
 
 

@@ -145,13 +145,13 @@ def test_size_is_what_the_stats_say(tmp_path):
     assert find_shards(str(folder)).size("") == 7
 
 
-def test_cut_short(tmp_path):
+def test_truncated(tmp_path):
     folder = shards(tmp_path, 3, 3)
     found = find_shards(str(folder))
-    assert found.cut_short() == []
+    assert found.truncated() == []
     (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:3000])
     (folder / "00002.tar").unlink()
-    assert found.cut_short() == [str(folder / "00001.tar"), str(folder / "00002.tar")]
+    assert found.truncated() == [str(folder / "00001.tar"), str(folder / "00002.tar")]
 
 
 def test_worker_processes_can_take_it(tmp_path):

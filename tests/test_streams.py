@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from functools import partial
 from itertools import islice, pairwise, takewhile
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from xformer_mllm.data.records import CaptionItems, Table, hash_of, record_of
 from xformer_mllm.data.shards import find_shards
-from xformer_mllm.data.streams import InSplit, ListPart, Positioned, ShardPart, Stream, ValidationStream
+from xformer_mllm.data.streams import ListPart, Positioned, ShardPart, Stream, ValidationStream, in_split
 
 ITEM = CaptionItems(None, 0)
 
@@ -312,7 +313,7 @@ def test_nothing_but_empty_shards(tmp_path):
 def test_split_by_the_hash_of_the_name(twelve):
     source = twelve.source
     split = {
-        name: ids_of(ValidationStream([ShardPart("s", source, "", InSplit(name, 0.2))], ITEM))
+        name: ids_of(ValidationStream([ShardPart("s", source, "", partial(in_split, name, share=0.2))], ITEM))
         for name in ("train", "validation")
     }
     assert len(split["train"]) + len(split["validation"]) == 120

@@ -3,13 +3,18 @@
 A tensor that the model has and a part lacks is an error.
 """
 
+import json
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,6 +26,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
+from xformer_mllm.files import write_whole
 from xformer_mllm.language_models import chat_turn, end_tokens, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import (
@@ -283,3 +289,37 @@ def load_model(
         raise ValueError(f"{folder}: holds {found}; this needs {needed} one")
     model = names[name].from_pretrained(folder, attn_implementation=attention).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), XFormerProcessor.from_pretrained(folder)
+
+
+def write_weights(
+    folder: Path,
+    wanted: Mapping[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+    max_shard_size: int | str,
+) -> None:
+    """Write safetensors shards, and an index if there are several, with at most one shard in memory.
+
+    Args:
+        folder: has config.json already.
+        wanted: name -> tensor on the meta device, in the dtype it is saved in.
+        read: name -> its values, in any dtype.
+        max_shard_size: in bytes, or as "5GB"; a larger tensor gets its own file.
+
+    Raises:
+        OSError: if the disk has too little space, before anything is written; or if writing fails.
+    """
+    size, free = sum(tensor.nbytes for tensor in wanted.values()) / 1e9, shutil.disk_usage(folder).free / 1e9
+    if size > free:
+        raise OSError(f"the weights take {size:,.3f} GB, and {free:,.3f} GB are free at {folder.parent}")
+    split = split_torch_state_dict_into_shards(dict(wanted), max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        # Copies, because safetensors refuses tensors that share memory.
+        shard = {name: read(name).detach().to(wanted[name].dtype, copy=True).contiguous() for name in names}
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"the weights could not be written at {folder.parent} ({error})") from None
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it private to its owner
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

@@ -29,6 +29,12 @@ def read_json_lines(path: Path) -> list[Any]:
     return rows
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise ValueError unless `folder` is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not empty; choose another --output-dir or remove it")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A context with a temporary path, for a file or a folder, that replaces `path` at its end.

@@ -3,9 +3,9 @@
 In reading order:
 
     sources       the settings, and the checkpoints they name
-    layouts       the names of published layouts, and their translation
-    assembly      configuration, empty model, the origin of each tensor, and writing
-    verification  the written model against its sources, and the report
+    layouts       names of tensors in published checkpoints, and their translation
+    assembly      configuration, empty model, the origin of each tensor, and the files
+    verification  the written model compared with its sources, and the report
 """
 
 import json
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from xformer_mllm.convert.assembly import build_target, make_plan, write_model
 from xformer_mllm.convert.sources import ConvertConfig, open_sources
 from xformer_mllm.convert.verification import record, show_checks, show_summary, summary, verify
-from xformer_mllm.files import atomic_path, write_whole
+from xformer_mllm.files import atomic_path, check_new_folder, write_whole
 
 __all__ = ["ConvertConfig", "convert"]
 
@@ -28,10 +28,9 @@ def convert(config: ConvertConfig) -> Path:
         ValueError, OSError: if a source cannot be read or does not fit, or if the new model differs from its sources.
     """
     folder = config.output_dir
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not empty; choose another --output-dir or remove it")
+    check_new_folder(folder)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers' loading reports; the table below is complete
+    logging.set_verbosity_error()  # no loading reports: the table below is complete
     try:
         target = build_target(config, open_sources(config))
         plan = make_plan(target)
@@ -43,7 +42,11 @@ def convert(config: ConvertConfig) -> Path:
             checks = verify(partial, plan, target)
             print(f"\n{show_checks(checks)}")
             for check in checks:
-                check.demand()
+                if not check.difference <= check.tolerance:  # nan counts as a difference
+                    raise ValueError(
+                        f"{check.what}: the new model differs from {check.against} by {check.difference:.1e} of the largest "
+                        f"value (allowed: {check.tolerance:.0e}), so it is not kept; check that the sources belong together"
+                    )
             write_whole(partial / "conversion.json", json.dumps(record(target, table, checks), indent=2) + "\n")
     finally:
         logging.set_verbosity(verbosity)

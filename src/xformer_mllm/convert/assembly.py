@@ -1,12 +1,10 @@
 """Assemble the new model: its configuration, the origin of each tensor, and the files.
 
-A tensor that is missing, left over or of another shape is an error, unless this is by design (for the reasons below,
-which the printed table states) or allowed by name. Weights are written tensor by tensor, with at most one shard in memory.
+A tensor that is missing, left over or of another shape is an error, unless this is by design (the printed table states
+the reason) or allowed by name.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     Blip2QFormerConfig,
@@ -26,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from xformer_mllm.checkpoints import write_weights
 from xformer_mllm.convert.layouts import (
     BLIP2,
     MAE,
@@ -38,7 +34,7 @@ from xformer_mllm.convert.layouts import (
     translate,
 )
 from xformer_mllm.convert.sources import ConvertConfig, Source, Sources, local, read_tokenizer
-from xformer_mllm.files import read_json, write_whole
+from xformer_mllm.files import read_json
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import FROZEN, XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
@@ -94,9 +90,9 @@ def layer_numbers(pieces: Pieces, pattern: str) -> list[int]:
 
 def vision_config(sources: Sources, pieces: Pieces) -> tuple[Any, int]:
     """Return the tower's configuration and the layer that gives C: the penultimate (-1 if the last is cut off)."""
-    if sources.tower_kind == "blip-2":
+    if sources.tower.kind == "blip-2":
         return sources.tower.config.vision_config, -1
-    if sources.tower_kind == "tower":
+    if not sources.tower.kind:
         return sources.tower.config, -2
     patches = "vision_model.embeddings.patch_embedding.weight"
     width, patch = _size(pieces, patches), _size(pieces, patches, 3)
@@ -126,39 +122,34 @@ def qformer_config(
 ) -> Blip2QFormerConfig:
     """Return the Q-Former's configuration: the source's; for LAVIS, which saves none, derived from the shapes."""
     source, words = sources.qformer, _size(pieces, "embeddings.word_embeddings.weight")
-    vocabulary = words if words and sources.kind != "bert" else len(tokenizer)
+    vocabulary = words if words and source.kind != "bert" else len(tokenizer)
     if vocabulary < len(tokenizer):
         raise ValueError(
-            f"{source.label}: knows {words} tokens, but the Q-Former's tokenizer has {len(tokenizer)}; name its own with "
-            "--qformer-tokenizer"
+            f"{source.label}: has embeddings of {words} tokens, but the Q-Former's tokenizer has {len(tokenizer)}; pass "
+            "its own tokenizer with --qformer-tokenizer"
         )
     fields: dict[str, Any]
-    if sources.kind == "blip-2":
+    if source.kind == "blip-2":
         fields = source.config.qformer_config.to_dict()
         del fields["model_type"]
-    elif sources.kind == "bert":
+    elif source.kind == "bert":
         fields = {name: getattr(source.config, name) for name in BERT_SETTINGS}
     else:
-        fields = _qformer_shape(source, pieces)
+        layers = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.")
+        crossing = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.crossattention")
+        width = _size(pieces, "qformer.layernorm.weight")
+        if not width or not crossing:
+            raise ValueError(f"{source.label}: not a whole Q-Former (no layers with cross-attention in it)")
+        fields = {
+            "hidden_size": width,
+            "num_hidden_layers": len(layers),
+            "num_attention_heads": max(1, width // BERT_HEAD_WIDTH),
+            "intermediate_size": _size(pieces, "qformer.encoder.layer.0.intermediate_query.dense.weight"),
+            "cross_attention_frequency": crossing[1] - crossing[0] if len(crossing) > 1 else 2,
+            "max_position_embeddings": _size(pieces, "embeddings.position_embeddings.weight") or 512,
+        }
     fields |= {"encoder_hidden_size": clip_width, "vocab_size": vocabulary}
     return Blip2QFormerConfig(**fields | {"use_qformer_text_input": sources.llm is None})
-
-
-def _qformer_shape(source: Source, pieces: Pieces) -> dict[str, Any]:
-    """Derive a Q-Former's configuration fields from its shapes."""
-    layers = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.")
-    crossing = layer_numbers(pieces, r"qformer\.encoder\.layer\.(\d+)\.crossattention")
-    width = _size(pieces, "qformer.layernorm.weight")
-    if not width or not crossing:
-        raise ValueError(f"{source.label}: not a whole Q-Former (no layers with cross-attention in it)")
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": max(1, width // BERT_HEAD_WIDTH),
-        "intermediate_size": _size(pieces, "qformer.encoder.layer.0.intermediate_query.dense.weight"),
-        "cross_attention_frequency": crossing[1] - crossing[0] if len(crossing) > 1 else 2,
-        "max_position_embeddings": _size(pieces, "embeddings.position_embeddings.weight") or 512,
-    }
 
 
 def pixel_statistics(folder: Path | None) -> tuple[list | None, list | None]:
@@ -172,8 +163,9 @@ def pixel_statistics(folder: Path | None) -> tuple[list | None, list | None]:
 
 
 def qformer_tokenizer(settings: ConvertConfig, sources: Sources) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer with [DEC], which starts a generated text (LAVIS blip2.py `init_tokenizer`)."""
-    name = settings.qformer_tokenizer or (settings.qformer if sources.kind == "bert" else "bert-base-uncased")
+    """Return BERT's tokenizer with [DEC], which starts a generated text (LAVIS blip2.py `init_tokenizer`)."""
+    own = settings.qformer if sources.qformer.kind == "bert" else "bert-base-uncased"
+    name = settings.qformer_tokenizer or own
     tokenizer = read_tokenizer(local(name, weights=False), name)
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise ValueError(f"{name}: not a BERT's tokenizer (no [CLS], [SEP]); name one with --qformer-tokenizer")
@@ -196,7 +188,7 @@ class Target:
     """The new model, still empty, and its sources.
 
     dtype: of the frozen parts. model: on the meta device. pieces, tower_pieces: the Q-Former's and the tower's, by
-    transformers' names of BLIP-2. wanted: the tensors to save by their new names, on the meta device, in their saved dtype.
+    BLIP-2's names. wanted: new name -> tensor to save, on the meta device, in its saved dtype.
     """
 
     settings: ConvertConfig
@@ -219,9 +211,9 @@ class Target:
 
 def build_target(settings: ConvertConfig, sources: Sources) -> Target:
     """Build the configuration, processor and empty model. Raises ValueError if the sources do not fit."""
-    pieces = tower_pieces = blip2_pieces(sources.qformer, sources.kind)
+    pieces = tower_pieces = blip2_pieces(sources.qformer)
     if not sources.own_tower:
-        tower_pieces = blip2_pieces(sources.tower, sources.tower_kind)
+        tower_pieces = blip2_pieces(sources.tower)
         drop(tower_pieces, r"(?!vision_model\.)", "only the tower is taken from --clip")
     tokenizer = qformer_tokenizer(settings, sources)
     config = build_config(settings, sources, pieces, tower_pieces, tokenizer)
@@ -235,22 +227,16 @@ def build_target(settings: ConvertConfig, sources: Sources) -> Target:
         config.image_token_index = processor.image_token_id
     with torch.device("meta"):
         model = kind(config)
-    if sources.kind == "bert":  # its vocabulary lacks [DEC]
+    if sources.qformer.kind == "bert":  # its vocabulary lacks [DEC]
         for name, deviation in (("embeddings.word_embeddings.weight", config.initializer_range), ("itg_bias", 0.0)):
             if name in pieces:
                 pieces[name] = grown(pieces[name], config.qformer_config.vocab_size, deviation)
-    dtype = getattr(torch, settings.dtype)
-    return Target(settings, sources, dtype, model, processor, pieces, tower_pieces, _wanted(model, dtype))
-
-
-def _wanted(model: PreTrainedModel, frozen: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the tensors to save, on the meta device. `frozen`: dtype of the frozen parts."""
-    wanted = {}
+    dtype, wanted = getattr(torch, settings.dtype), {}
     for name, tensor in model.state_dict().items():
         if name not in model.all_tied_weights_keys:
-            dtype = frozen if part_of(name) in FROZEN else torch.float32
-            wanted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return wanted
+            saved = dtype if part_of(name) in FROZEN else torch.float32
+            wanted[name] = tensor.to(saved) if tensor.is_floating_point() else tensor
+    return Target(settings, sources, dtype, model, processor, pieces, tower_pieces, wanted)
 
 
 def part_of(name: str) -> str:
@@ -275,7 +261,7 @@ WRITES_TEXT = r"itg_|temperature$"
 PROJECTION = r"language_projection\."
 LANGUAGE_MODEL = r"language_model\."
 
-# Never in a source of its kind: initialised without --allow.
+# Initialised without --allow, because no source of the kind has them.
 ALWAYS_FRESH = r"xformer\.(fusion|clip_encoder\.tower\.post_layernorm)\."  # the latter (a BLIP-2 tower's) is never run
 FRESH_AFTER_BERT = r"xformer\.(query_tokens$|clip_layernorm\.|qformer\..*\.crossattention\.)|temperature$|" + SCORES
 
@@ -313,10 +299,8 @@ def make_plan(target: Target) -> Plan:
     plan = Plan(copied, [name for name in target.wanted if name not in copied], left_over(target, copied))
     if errors := list(_errors(target, plan, misshapen)):
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        hint = _hint(target, plan)
-        raise ValueError(
-            f"{errors[0]}{more}; {hint}--allow NAME allows it to be initialised or left over (* matches anything)"
-        )
+        advice = "--allow NAME allows it to be initialised or left over (* matches anything)"
+        raise ValueError(f"{errors[0]}{more}; {_hint(target, plan)}{advice}")
     return plan
 
 
@@ -350,6 +334,7 @@ def our_pieces(target: Target) -> Pieces:
 
 
 def left_over(target: Target, copied: Pieces) -> LeftOver:
+    """Group the source tensors that are not copied by their source and the reason."""
     used = {(id(piece.source), name) for piece in copied.values() for name in piece.names}
     tied = {name.removeprefix("language_model.") for name in target.model.all_tied_weights_keys}
     left: LeftOver = {}
@@ -373,7 +358,7 @@ def _errors(target: Target, plan: Plan, misshapen: Pieces) -> Iterable[str]:
             has, needs = tuple(piece.shape()), tuple(wanted[name].shape)
             yield f"'{name}' is {has} in {piece.source.label}, the model needs {needs}"
     usual = [ALWAYS_FRESH]
-    if target.sources.kind == "bert":
+    if target.sources.qformer.kind == "bert":
         usual.append(FRESH_AFTER_BERT)
     if "language_projection.weight" not in target.pieces:
         usual.append(PROJECTION)
@@ -400,40 +385,20 @@ SHARD_BYTES = 2 * 1024**3
 
 
 def write_model(folder: Path, plan: Plan, target: Target) -> None:
-    """Write everything `from_pretrained` needs, then release the language model, which is held in memory.
-
-    Raises OSError before any weight is written if the disk has too little space.
-    """
+    """Write everything `from_pretrained` needs, then release the language model, which is held in memory."""
     target.config.architectures = [type(target.model).__name__]
     target.config.save_pretrained(folder)
     target.processor.save_pretrained(folder)
     if target.stage2:
         generation_settings(plan, target).save_pretrained(folder)
-    size, free = sum(tensor.nbytes for tensor in target.wanted.values()), shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(f"{folder.parent}: the model needs {size / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free")
-    write_weights(folder, plan, target)
-    if target.sources.llm is not None:
-        target.sources.llm.release()
-
-
-def write_weights(folder: Path, plan: Plan, target: Target) -> None:
-    """Write safetensors shards, and their index if there are several."""
     new = initialised(target.model, plan.fresh, target.settings.seed)
-    shards = split_torch_state_dict_into_shards(target.wanted, max_shard_size=SHARD_BYTES)
-    for file, names in shards.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensor = plan.copied[name].tensor() if name in plan.copied else new[name]
-            tensors[name] = tensor.detach().to(target.wanted[name].dtype, copy=True).contiguous()
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder.parent}: the weights could not be written ({error})") from None
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it private to its owner
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+    def read(name: str) -> torch.Tensor:
+        return plan.copied[name].tensor() if name in plan.copied else new[name]
+
+    write_weights(folder, target.wanted, read, SHARD_BYTES)
+    if target.sources.llm is not None:
+        target.sources.llm.tensors.clear()
 
 
 def initialised(model: PreTrainedModel, names: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
@@ -463,7 +428,7 @@ def generation_settings(plan: Plan, target: Target) -> GenerationConfig:
     if (llm.folder / "generation_config.json").is_file():
         settings = GenerationConfig.from_pretrained(llm.folder)
     if "language_projection.weight" in plan.copied:
-        if target.sources.kind == "blip-2":
+        if qformer.kind == "blip-2":
             settings.eos_token_id = qformer.config.text_config.eos_token_id
         elif newline := target.processor.tokenizer("\n", add_special_tokens=False)["input_ids"]:  # LAVIS blip2_opt.py
             settings.eos_token_id = newline[0]

@@ -1,6 +1,6 @@
-"""How published checkpoints name their tensors, and their translation.
+"""The names of tensors in published checkpoints, and their translation.
 
-A source's names -> transformers' names of BLIP-2 and of the MAE -> the names of this package.
+A source's names -> transformers' names for BLIP-2 and the MAE -> this package's names.
 """
 
 import re
@@ -16,9 +16,9 @@ Names = tuple[tuple[str, str], ...]
 
 
 class Layout(NamedTuple):
-    """How a checkpoint names its tensors: (pattern, name in the next layout), and (pattern, why it has no use).
+    """A checkpoint's names: (pattern, name in the next layout), and unused ones: (pattern, reason).
 
-    A tensor is copied to every name whose pattern matches. Without a match or a reason it is unknown.
+    A tensor is copied to every name whose pattern matches; one that matches neither is unknown.
     """
 
     names: Names
@@ -101,7 +101,7 @@ MAE = Layout(((r"vit\.(.+)", r"xformer.mae_encoder.\1"), (r"decoder\.(.+)", r"xf
 def current_mae_name(name: str) -> str:
     """Return the name that transformers gives a MAE's tensor in memory.
 
-    The Hub has the names of transformers 4. `save_pretrained` of transformers 5 writes them too, except for the decoder's
+    The Hub has the names of transformers 4, and so has `save_pretrained` of transformers 5, except for the decoder's
     layers. A ViTMAEModel alone has no `vit.` prefix.
     """
     name = re.sub(r"^(?=(embeddings|encoder|layers|layernorm)\.)", "vit.", name)
@@ -118,20 +118,20 @@ def current_bert_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the new model: the source tensors it is made from, and how (usually one tensor, unchanged)."""
+    """One tensor of the new model: the source tensors it is made from, and how (usually one, unchanged)."""
 
     source: Source
     names: tuple[str, ...]
     make: Callable[..., torch.Tensor] = lambda tensor: tensor
 
     def tensor(self) -> torch.Tensor:
-        return self.make(*(self.source.read(name) for name in self.names))
+        return self.make(*(self.source.tensors[name] for name in self.names))
 
     def shape(self) -> torch.Size:
-        return self.make(*(self.source.tensors[name] for name in self.names)).shape
+        return self.make(*(self.source.tensors[name].to("meta") for name in self.names)).shape
 
     def leave(self, reason: str) -> None:
-        """Record that it is not used, and why ("" if unknown)."""
+        """Record why it is not used ("" if unknown)."""
         self.source.left.update(dict.fromkeys(self.names, reason))
 
 
@@ -154,29 +154,25 @@ def translate(pieces: Pieces, layout: Layout) -> Pieces:
 
 
 def drop(pieces: Pieces, pattern: str, reason: str) -> None:
-    """Remove the pieces that this model does not use."""
+    """Remove the pieces whose names match, which this model does not use."""
     for name in [name for name in pieces if re.match(pattern, name)]:
         pieces.pop(name).leave(reason)
 
 
-def blip2_pieces(source: Source, kind: str) -> Pieces:
-    """Any --qformer or --clip source by transformers' BLIP-2 names; another tower's own names follow `vision_model.`."""
-    if kind == "blip-2":
+def blip2_pieces(source: Source) -> Pieces:
+    """Return a --qformer or --clip source by BLIP-2's names; any other tower's own names follow `vision_model.`."""
+    if source.kind == "blip-2":
         return as_they_are(source)
-    if kind == "tower":
+    if not source.kind:
         return as_they_are(source, "vision_model.{}".format)
-    rename = current_bert_name if kind == "bert" else str
-    pieces = translate(as_they_are(source, rename), {"bert": BERT, "lavis": LAVIS, "eva": EVA}[kind])
+    rename = current_bert_name if source.kind == "bert" else str
+    pieces = translate(as_they_are(source, rename), {"bert": BERT, "LAVIS": LAVIS, "EVA-CLIP": EVA}[source.kind])
+    # EVA has biases for queries and values only: the keys' is zero.
     for layer in [name.removesuffix("q_bias") for name in pieces if name.endswith(".self_attn.q_bias")]:
         if f"{layer}v_bias" in pieces:
             names = pieces.pop(f"{layer}q_bias").names + pieces.pop(f"{layer}v_bias").names
-            pieces[f"{layer}qkv.bias"] = Piece(source, names, _with_key_bias)
+            pieces[f"{layer}qkv.bias"] = Piece(source, names, lambda q, v: torch.cat([q, torch.zeros_like(q), v]))
     return pieces
-
-
-def _with_key_bias(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Insert a zero key bias: EVA has biases for queries and values only."""
-    return torch.cat([query, torch.zeros_like(query), value])
 
 
 def grown(piece: Piece, rows: int, deviation: float) -> Piece:

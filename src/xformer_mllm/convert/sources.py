@@ -1,17 +1,17 @@
 """The settings of a conversion, and the checkpoints they name: Hub ids, folders or .pth files.
 
-Tensors are read one at a time. No code is unpickled.
+Tensors are read one at a time, and no code is unpickled.
 """
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -31,20 +31,20 @@ from xformer_mllm.variants import variant_config
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Assemble a starting X-Former from published checkpoints: stage 1's, or with --llm stage 2's.
+    """Assemble a starting X-Former from published checkpoints: for stage 1, or with --llm for stage 2.
 
-    A source is a Hub id or a local folder of transformers, or one of LAVIS's .pth files. The command ends by comparing
-    what it wrote with the sources, and keeps nothing if they differ.
+    A source is a Hub id or a local folder of transformers, or one of LAVIS's .pth files. The new model is compared with
+    its sources, and kept only if they agree.
     """
 
     qformer: str
     """BLIP-2 (Salesforce/blip2-opt-2.7b, Salesforce/blip2-itm-vit-g), LAVIS's blip2_pretrained*.pth, or a BERT."""
     output_dir: Path
-    """The new model's folder; must not exist yet, or be empty."""
+    """Folder for the new model; must be new or empty."""
     mae: str | None = None
     """The MAE with its decoder (facebook/vit-mae-huge), or any vision tower for a variant without reconstruction."""
     llm: str | None = None
-    """The frozen language model (facebook/opt-2.7b), for the start of stage 2; by default the start of stage 1."""
+    """The frozen language model (facebook/opt-2.7b), to start stage 2; by default the model starts stage 1."""
     clip: str | None = None
     """The CLIP tower, if not the Q-Former's own: LAVIS's eva_vit_g.pth, a BLIP-2, or any vision tower."""
     variant: str = "xformer"
@@ -52,35 +52,32 @@ class ConvertConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the frozen parts; trainable parts are float32."""
     qformer_tokenizer: str | None = None
-    """A BERT tokenizer; by default that of --qformer if it is a BERT, otherwise bert-base-uncased."""
+    """The Q-Former's tokenizer; by default that of --qformer if it is a BERT, otherwise bert-base-uncased."""
     allow: tuple[str, ...] = ()
-    """Names (* matches anything) of tensors that may be initialised or left over; otherwise either is an error."""
+    """Names (* matches anything) of tensors that may be initialised or left over; for others this is an error."""
     seed: int = 0
-    """Random seed of the initialised tensors."""
+    """Seed of the initialised tensors."""
 
 
 @dataclass
 class Source:
     """A checkpoint.
 
-    label: as the user named it. tensors: shapes and dtypes, on the meta device. read: one tensor by its name. folder,
+    label: as the user named it. kind: "blip-2", "bert", "vit_mae", "LAVIS", "EVA-CLIP", or "" if loaded by
+    transformers. tensors: by their names in the checkpoint; those of files are mapped and read when used. folder,
     config: None for a .pth file. left: names without a use in the new model -> the reason ("" if unknown).
     """
 
     label: str
+    kind: str
     tensors: dict[str, torch.Tensor]
-    read: Callable[[str], torch.Tensor]
     folder: Path | None = None
     config: Any = None
     left: dict[str, str] = field(default_factory=dict)
 
-    def release(self) -> None:
-        """Free what is held in memory; nothing can be read afterwards."""
-        self.read = dict[str, torch.Tensor]().__getitem__
-
 
 def local(name: str, weights: bool = True) -> Path:
-    """Return a file or folder as it is, and for a Hub id the downloaded folder (safetensors weights preferred)."""
+    """Return a local path as it is; for a Hub id the downloaded folder (safetensors weights preferred)."""
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -124,39 +121,18 @@ def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{label}: no tokenizer could be read from it ({first_line(error)})") from None
 
 
-def open_folder(label: str, folder: Path, config: PreTrainedConfig) -> Source:
-    """Open a transformers folder, with the names as they are saved."""
-    if files := sorted(folder.glob("model*.safetensors")):
-        handles = [_open_safetensors(file) for file in files]
-        where = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
-        meta = {key: _meta(handle.get_slice(key)) for key, handle in where.items()}
-        return Source(label, meta, lambda key: where[key].get_tensor(key), folder, config)
-    if files := sorted(folder.glob("pytorch_model*.bin")):
-        return _pickled(label, files, folder, config)
-    raise ValueError(f"{label}: no weights in it (model.safetensors or pytorch_model.bin)")
-
-
-def open_pth(label: str, file: Path) -> Source:
-    """Open a torch.save file, as LAVIS publishes them."""
-    return _pickled(label, [file])
-
-
-def _open_safetensors(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or cut short ({error}); download it again") from None
-
-
-def _meta(part: Any) -> torch.Tensor:
-    """Describe a safetensors tensor on the meta device; its dtype only tells floats from integers."""
-    floating = part.get_dtype().startswith(("F", "BF"))
-    return torch.empty(part.get_shape(), dtype=torch.float32 if floating else torch.int64, device="meta")
-
-
-def _pickled(label: str, files: Sequence[Path], folder: Path | None = None, config: Any = None) -> Source:
-    tensors = {key: tensor for file in files for key, tensor in _unpickled(file).items()}
-    return Source(label, {key: t.to("meta") for key, t in tensors.items()}, tensors.__getitem__, folder, config)
+def _read_folder(folder: Path, label: str) -> dict[str, torch.Tensor]:
+    """Read a transformers folder's tensors, with the names as they are saved."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"{label}: no weights in it (model.safetensors or pytorch_model.bin)")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or cut short ({error}); download it again") from None
+    return tensors
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
@@ -169,7 +145,7 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling foreign bytes raises anything
+    except Exception as error:  # unpickling arbitrary bytes raises anything
         raise ValueError(f"{file}: not a checkpoint that can be read safely ({first_line(error)})") from None
     state = content.get("model", content) if isinstance(content, dict) else None
     tensors = {key: t for key, t in state.items() if isinstance(t, torch.Tensor)} if isinstance(state, dict) else {}
@@ -180,32 +156,26 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Sources:
-    """The checkpoints of a conversion.
-
-    kind: that of --qformer, "blip-2", "bert" or "lavis". tower_kind: "blip-2", "eva" or "tower".
-    """
+    """The checkpoints of a conversion. tower: the one that has the CLIP tower, --clip's or the Q-Former's own."""
 
     qformer: Source
-    kind: str
     tower: Source
-    tower_kind: str
     mae: Source | None = None
     llm: Source | None = None
 
     @property
     def own_tower(self) -> bool:
-        """Whether the Q-Former's source has its own tower."""
         return self.tower is self.qformer
 
     @property
     def whole_blip2(self) -> bool:
         """Whether transformers can load the Q-Former's source with its own tower as one BLIP-2."""
-        return self.kind == "blip-2" and self.own_tower
+        return self.qformer.kind == "blip-2" and self.own_tower
 
     @property
     def llm_fits(self) -> bool:
         """Whether a BLIP-2's projection was trained for --llm, judging by the configurations."""
-        if self.kind != "blip-2" or self.llm is None:
+        if self.qformer.kind != "blip-2" or self.llm is None:
             return True
         sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
         theirs, ours = self.qformer.config.text_config, self.llm.config
@@ -231,68 +201,51 @@ def open_sources(settings: ConvertConfig) -> Sources:
         )
     if not second and settings.mae is not None:
         raise ValueError(f"variant {settings.variant} has no second encoder: leave --mae out")
-    qformer, kind = _open_qformer(settings.qformer)
-    sources = Sources(qformer, kind, *_open_clip(settings, qformer, kind))
+    qformer = _open("--qformer", settings.qformer, settings.dtype)
+    if settings.clip is not None:
+        sources = Sources(qformer, _open("--clip", settings.clip, settings.dtype))
+    elif qformer.kind == "blip-2" or "visual_encoder.cls_token" in qformer.tensors:
+        sources = Sources(qformer, qformer)
+    else:
+        raise ValueError(
+            f"{settings.qformer}: has no CLIP tower; name it with --clip (for LAVIS's files its eva_vit_g.pth, or "
+            "Salesforce/blip2-opt-2.7b)"
+        )
     if settings.mae is not None:
-        sources.mae = _open_mae(settings.mae, settings.dtype)
+        sources.mae = _open("--mae", settings.mae, settings.dtype)
     if settings.llm is not None:
         sources.llm = _open_language_model(settings.llm, settings.dtype)
     return sources
 
 
-def _open_qformer(name: str) -> tuple[Source, str]:
-    """The Q-Former's checkpoint and its kind."""
-    path = local(name)
-    if path.is_file():
-        source = open_pth(name, path)
-        kind = "lavis" if any(key.startswith("Qformer.") for key in source.tensors) else "a .pth without Q-Former"
-    else:
-        config = read_config(path, name)
-        source, kind = open_folder(name, path, config), config.model_type
-    if kind not in ("blip-2", "bert", "lavis"):
-        raise ValueError(
-            f"{name}: {kind}; --qformer takes a BLIP-2 or a BERT of transformers, or LAVIS's blip2_pretrained*.pth"
-        )
-    return source, kind
+ACCEPTED = {
+    "--qformer": (("blip-2", "bert", "LAVIS"), "a BLIP-2 or a BERT of transformers, or LAVIS's blip2_pretrained*.pth"),
+    "--clip": (("blip-2", "EVA-CLIP"), "LAVIS's eva_vit_g.pth, a BLIP-2, or a vision tower of transformers"),
+    "--mae": (("vit_mae",), "a Hub id or a folder of transformers (facebook/vit-mae-huge)"),
+}
+"""Flag -> the kinds of checkpoint that are read tensor by tensor, and what the flag takes, for messages."""
 
 
-def _open_clip(settings: ConvertConfig, qformer: Source, kind: str) -> tuple[Source, str]:
-    """The checkpoint that has the CLIP tower, --clip's or the Q-Former's own, and its kind."""
-    name = settings.clip
-    if name is None:
-        if kind == "blip-2":
-            return qformer, "blip-2"
-        if "visual_encoder.cls_token" in qformer.tensors:
-            return qformer, "eva"
-        raise ValueError(
-            f"{settings.qformer}: has no CLIP tower; name it with --clip (for LAVIS's files its eva_vit_g.pth, or "
-            "Salesforce/blip2-opt-2.7b)"
-        )
-    path = local(name)
+def _open(flag: str, name: str, dtype: str) -> Source:
+    """Open a checkpoint of an accepted kind, or as --clip or --mae any other vision tower."""
+    path, (kinds, takes) = local(name), ACCEPTED[flag]
     if path.is_file():
-        source = open_pth(name, path)
-        if "blocks.0.attn.qkv.weight" not in source.tensors:
-            raise ValueError(f"{name}: not LAVIS's EVA-CLIP (no tensor 'blocks.0.attn.qkv.weight')")
-        return source, "eva"
+        tensors = _unpickled(path)
+        kind = "EVA-CLIP" if "blocks.0.attn.qkv.weight" in tensors else "an unknown layout"
+        kind = "LAVIS" if any(key.startswith("Qformer.") for key in tensors) else kind
+        if kind in kinds:
+            return Source(name, kind, tensors)
+        raise ValueError(f"{name}: holds {kind}; {flag} takes {takes}")
     config = read_config(path, name)
-    if config.model_type == "blip-2":
-        return open_folder(name, path, config), "blip-2"
-    return _load_tower(name, path, config, settings.dtype), "tower"
-
-
-def _open_mae(name: str, dtype: str) -> Source:
-    """Open the second encoder: a MAE, read tensor by tensor, or any other vision tower."""
-    folder = local(name)
-    if folder.is_file():
-        raise ValueError(f"{name}: --mae takes a Hub id or a folder of transformers (facebook/vit-mae-huge)")
-    config = read_config(folder, name)
-    if config.model_type == "vit_mae":
-        return open_folder(name, folder, config)
-    return _load_tower(name, folder, config, dtype)
+    if config.model_type in kinds:
+        return Source(name, config.model_type, _read_folder(path, name), path, config)
+    if flag == "--qformer":
+        raise ValueError(f"{name}: holds {config.model_type}; {flag} takes {takes}")
+    return _load_tower(name, path, config, dtype)
 
 
 def _load_tower(name: str, folder: Path, config: Any, dtype: str) -> Source:
-    """Load any vision tower known to AutoModel, alone or as part of a CLIP or SigLIP."""
+    """Load any vision tower that AutoModel knows, alone or as part of a CLIP or SigLIP."""
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "patch_size"):
         raise ValueError(f"{name}: a {config.model_type} is not a vision tower")
@@ -310,7 +263,7 @@ def _load_tower(name: str, folder: Path, config: Any, dtype: str) -> Source:
 
 
 def _open_language_model(name: str, dtype: str) -> Source:
-    """Load a frozen causal language model of any layout with transformers, without dropout."""
+    """Load a causal language model of any layout with transformers, without dropout."""
     folder = local(str(language_model_dir(name)))
     config = read_config(folder, name)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
@@ -319,16 +272,14 @@ def _open_language_model(name: str, dtype: str) -> Source:
 
 
 def _loaded(name: str, folder: Path, kind: Any, config: Any, dtype: str) -> Source:
-    """Load a checkpoint with transformers; tensors it reports missing or mismatched are so in the source, too."""
+    """Load a checkpoint with transformers, without the tensors it lacks; mismatched ones have their own shape."""
     try:
         model, report = kind.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{name}: {first_line(error)}") from None
-    state = model.state_dict()
-    tensors = {key: tensor.to("meta") for key, tensor in state.items() if key not in report["missing_keys"]}
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in report["missing_keys"]}
     tensors |= {key: torch.empty(shape, device="meta") for key, shape, _ in report["mismatched_keys"]}
-    return Source(
-        name, tensors, state.__getitem__, folder, model.config, dict.fromkeys(sorted(report["unexpected_keys"]), "")
-    )
+    left = dict.fromkeys(sorted(report["unexpected_keys"]), "")
+    return Source(name, "", tensors, folder, model.config, left)

@@ -1,7 +1,6 @@
 """Compare the written model with its sources on one example, and report the conversion.
 
-The sources are run by their own code: transformers' classes, or LAVIS's steps for its files. Each source is loaded by
-itself and released again.
+The sources run in their own code: transformers' classes, or LAVIS's steps for its files. One source is loaded at a time.
 
 `N` CLIP tokens, `Q` queries, `L` MAE patches, `S` the image's side, `D` width. Z_q: the Q-Former's output.
 """
@@ -48,7 +47,7 @@ from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration,
 from xformer_mllm.model.processing_xformer import XFormerProcessor
 from xformer_mllm.model.vision_encoders import build_tower, scaled, tower_tokens
 
-LN_VISION_EPSILON = 1e-5  # LAVIS blip2.py; transformers, whose post_layernorm plays its part, has 1e-6
+LN_VISION_EPSILON = 1e-5  # LAVIS blip2.py; the same layer in transformers, post_layernorm, has 1e-6
 CAPTION = "a photo of a red circle"
 QUESTION = "Question: what is in the image? Answer:"
 
@@ -59,7 +58,7 @@ Answers = dict[str, torch.Tensor]
 class Example:
     """The test image, uint8[1, 3, S, S], the noise [1, L] for its masking, and ids and mask of two texts.
 
-    caption: for the Q-Former. question: for the language model, with the placeholders; empty without one.
+    caption: for the Q-Former. question: for the language model, with placeholders; empty without one.
     """
 
     pixels: torch.Tensor
@@ -234,14 +233,6 @@ class Check:
     difference: float
     tolerance: float
 
-    def demand(self) -> None:
-        """Raises ValueError if the difference is too large."""
-        if not self.difference <= self.tolerance:  # nan counts as a difference
-            raise ValueError(
-                f"{self.what}: the new model differs from {self.against} by {self.difference:.1e} of the largest value (at "
-                f"most {self.tolerance:.0e}), so it is not kept; check that the sources belong together"
-            )
-
 
 @torch.no_grad()
 def verify(folder: Path, plan: Plan, target: Target) -> list[Check]:
@@ -251,10 +242,10 @@ def verify(folder: Path, plan: Plan, target: Target) -> list[Check]:
     if not plan.initialises(TOWER):
         tokens = tower_reference(target, example)
         expected["CLIP tokens"] = (sources.tower, tokens)
-        if sources.kind != "bert":
+        if sources.qformer.kind != "bert":
             for name, answer in qformer_reference(target, plan, example, tokens).items():
                 expected[name] = (sources.qformer, answer)
-    if sources.kind == "bert" and not target.stage2 and not plan.initialises(ATTENDS, READS_TEXT):
+    if sources.qformer.kind == "bert" and not target.stage2 and not plan.initialises(ATTENDS, READS_TEXT):
         expected["text states"] = (sources.qformer, bert_reference(sources.qformer, example))
     if sources.mae is not None and not plan.initialises(SECOND_ENCODER):
         name, answer = second_reference(sources.mae, target, example)

@@ -1,4 +1,4 @@
-"""Sources whose records are all known at once: a folder, JSON of BLIP, COCO, Karpathy or Visual Genome, JSON lines.
+"""Sources read as a whole: a folder, JSON of BLIP, COCO, Karpathy or Visual Genome, JSON lines.
 
 Rows about the same image become one record with all its captions and questions.
 """
@@ -17,7 +17,6 @@ from xformer_mllm.data.records import (
     Table,
     broken_record,
     check_broken,
-    drop_broken,
     question_of,
     record_of,
     texts_of,
@@ -28,16 +27,16 @@ FOLDER_VALIDATION_SHARE = 0.1  # folders are small
 FOLDER_LAYOUT = "expected e.g. cat.jpg and cat.txt beside it, with the caption on its first line"
 KARPATHY_FIELDS = {"filename": str, "split": str, "sentences": list}
 KARPATHY_SPLITS = {"restval": "train", "val": "validation"}
-MAX_PROBED = 100  # images whose path is tried to find the folder of images
+MAX_PROBED = 100  # images tried in the search for their folder
 REGION_FOLDERS = ("VG_100K", "VG_100K_2")  # Visual Genome's images come in two parts
 
 
 @dataclass(frozen=True)
 class ListSource:
-    """A source whose records are all known at once.
+    """A source with random access to its records.
 
-    rows: by split; the key is "" if the source has no splits, of which `validation_share` is then held out.
-    broken: reasons of unusable records, by id. skipped: counts of files that are no samples, by reason.
+    rows: by split; the key is "" if the source has none, and `validation_share` of it is then held out. broken: reasons
+    of unusable records, by id. skipped: counts of files that are not samples, by reason.
     """
 
     name: str
@@ -47,9 +46,23 @@ class ListSource:
     skipped: Mapping[str, int] = field(default_factory=dict)
     validation_share: float = VALIDATION_SHARE
 
+    def usable(self) -> Iterator[tuple[Rows, int]]:
+        """Yield the rows and the index of each record with a caption or a question."""
+        for rows in self.rows.values():
+            texts = zip(rows.counts["captions"], rows.counts["questions"], strict=True)
+            yield from ((rows, index) for index, counts in enumerate(texts) if any(counts))
+
+    def broken_names(self) -> list[str]:
+        return [f"{name} ({why})" for name, why in self.broken.items()]
+
+    def check(self) -> None:
+        """Raise ValueError if more than 1 % of the records are broken."""
+        total = len(self.broken) + sum(1 for _ in self.usable())
+        check_broken(self.name, len(self.broken), total, self.broken_names(), "records")
+
 
 def read_folder(folder: Path) -> ListSource:
-    """Images with captions in .txt files beside them, in the folder and its subfolders.
+    """Read images with captions in .txt files beside them, in the folder and its subfolders.
 
     The caption is the first line with text; others may follow, such as translations. A record's id is its path inside
     the folder. Raises ValueError if no image has a caption.
@@ -71,49 +84,48 @@ def read_folder(folder: Path) -> ListSource:
     raise ValueError(f"{folder}: no images found; expected files such as .jpg or .png, with a .txt beside each")
 
 
-def read_json_lines_source(file: Path, images: Path | None, allow_broken: bool = False) -> ListSource:
-    """JSON lines: {"image", "caption"} or {"image", "question", "answers" or "answer"}, one object per line."""
-    return _list_source(file, "JSON lines", {"": _grouped(_lines(file), file)}, images, allow_broken)
+def read_json_lines_source(file: Path, images: Path | None) -> ListSource:
+    """Read JSON lines: {"image", "caption"} or {"image", "question", "answers" or "answer"} per line."""
+    return _list_source(file, "JSON lines", {"": _grouped(_lines(file), file)}, _bases(file, images))
 
 
-def read_json_source(file: Path, content: Any, images: Path | None, allow_broken: bool = False) -> ListSource:
-    """The records of a JSON file with the given content. images: their folder, if not beside the file.
+def read_json_source(file: Path, content: Any, images: Path | None) -> ListSource:
+    """Read a JSON file with the given content. images: their folder, if not beside the file.
 
-    Raises ValueError if the format is unknown or, unless allow_broken, more than 1 % is broken; FileNotFoundError if
-    the images are missing.
+    Raises ValueError if the format is unknown, FileNotFoundError if the images are missing.
     """
+    bases = _bases(file, images)
     if is_karpathy(content):
-        return _list_source(file, "Karpathy's split", _karpathy_records(file, content), images, allow_broken)
+        return _list_source(file, "Karpathy's split", _karpathy_records(file, content), bases)
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        return _list_source(file, "COCO captions", {"": _coco(file, content)}, images, allow_broken)
+        return _list_source(file, "COCO captions", {"": _coco(file, content)}, bases)
     if isinstance(content, list) and content and isinstance(content[0], dict):
         if "regions" in content[0]:
-            regions = _regions(content, _bases(file, images))
-            return _list_source(file, "Visual Genome's regions", {"": regions}, images, allow_broken)
+            return _list_source(file, "Visual Genome's regions", {"": _regions(content, bases)}, bases)
         rows = ((f"row {index}", row) for index, row in enumerate(content))
-        kind = 'a JSON list of {"image", "caption"}'
-        return _list_source(file, kind, {"": _grouped(rows, file)}, images, allow_broken)
+        return _list_source(file, 'a JSON list of {"image", "caption"}', {"": _grouped(rows, file)}, bases)
     raise ValueError(
         f"{file}: unknown format; expected a list of {{image, caption}}, COCO's {{images, annotations}}, Karpathy's "
         "{images: [{sentences}]}, Visual Genome's [{regions}], or a mixture {sources}; see docs/data.md"
     )
 
 
-def _list_source(
-    file: Path, kind: str, splits: Mapping[str, Iterable[Record]], images: Path | None, allow_broken: bool
-) -> ListSource:
+def _list_source(file: Path, kind: str, splits: Mapping[str, Iterable[Record]], bases: list[Path]) -> ListSource:
     broken: dict[str, str] = {}
-    found = {split: list(drop_broken(records, broken)) for split, records in splits.items()}
-    total = sum(map(len, found.values())) + len(broken)
-    if total == len(broken):
+    found: dict[str, list[Record]] = {}
+    for split, records in splits.items():
+        for record in records:
+            if "broken" in record:
+                broken[record["id"]] = record["broken"]
+            else:
+                found.setdefault(split, []).append(record)
+    if not found:
         why = "".join(f" ({name}: {why})" for name, why in list(broken.items())[:1])
         raise ValueError(f"{file}: no image with a caption or a question{why}")
-    if not allow_broken:
-        check_broken(str(file), len(broken), total, [f"{name} ({why})" for name, why in broken.items()], "records")
-    located = _locate(found, _bases(file, images), file)
-    return ListSource(
-        str(file), kind, {split: Table(records) for split, records in located.items() if records}, broken
-    )
+    base, dropped = _locate(found, bases, file)
+    for record in (record for records in found.values() for record in records):
+        record["image"] = base / Path(*Path(record["image"]).parts[dropped:])
+    return ListSource(str(file), kind, {split: Table(records) for split, records in found.items()}, broken)
 
 
 def _folder_records(folder: Path, skipped: dict[str, int]) -> Iterator[Record]:
@@ -135,7 +147,7 @@ def _folder_records(folder: Path, skipped: dict[str, int]) -> Iterator[Record]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """The value of each line; an exception where it is not JSON."""
+    """Yield the value of each line; an exception where it is not JSON."""
     with file.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -146,7 +158,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _grouped(rows: Iterable[tuple[str, Any]], file: Path) -> Iterator[Record]:
-    """One record per image, in the order of their first rows."""
+    """Yield one record per image, in the order of their first rows."""
     captions: dict[str, list[str]] = {}
     questions: dict[str, list[dict[str, Any]]] = {}
     for where, row in rows:
@@ -179,7 +191,7 @@ def _why_broken(row: Any, file: Path) -> str | None:
 
 
 def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
-    """{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}, as captions_train2014.json.
+    """Read {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}, as captions_train2014.json.
 
     The images are in the folder that the file is named after: train2014.
     """
@@ -206,7 +218,7 @@ def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
 
 @dataclass(frozen=True, slots=True)
 class KarpathyImage:
-    """An image of Karpathy's file. path: inside the folder of images. image_id: COCO's, else the file's own number."""
+    """An image of Karpathy's file. path: relative to the folder of images. image_id: COCO's, else the file's."""
 
     split: str
     path: str
@@ -215,21 +227,21 @@ class KarpathyImage:
 
 
 def is_karpathy(content: Any) -> bool:
-    """Whether the content of a JSON file is a split of Karpathy's."""
+    """Return whether the content of a JSON file is Karpathy's split."""
     images = content.get("images") if isinstance(content, dict) else None
     return bool(images and isinstance(images, list) and isinstance(images[0], dict) and "sentences" in images[0])
 
 
 def read_karpathy(file: Path, content: Any = None) -> list[KarpathyImage]:
-    """The images of Karpathy & Li's dataset_coco.json or dataset_flickr30k.json, in the order of the file.
+    """Read the images of Karpathy & Li's dataset_coco.json or dataset_flickr30k.json, in order.
 
         {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "cocoid": 391895,
                      "split": "test", "sentences": [{"raw": "A man with a red helmet.", ...}, ...]}, ...]}
 
     COCO has the splits train (82,783 images), restval (30,504, used for training), val and test (5,000 each).
-    Flickr30k has neither `filepath` nor `cocoid`. content: of the file, if it is read already.
+    Flickr30k has neither `filepath` nor `cocoid`. content: of the file, if already read.
 
-    Raises FileNotFoundError, or ValueError that names the file and the place of the mistake.
+    Raises FileNotFoundError, or ValueError naming the file and the position.
     """
     content = read_json(file) if content is None else content
     if not is_karpathy(content):
@@ -261,7 +273,7 @@ def _karpathy_records(file: Path, content: Any) -> dict[str, list[Record]]:
 
 
 def _regions(content: list[Any], bases: list[Path]) -> Iterator[Record]:
-    """[{"id", "regions": [{"phrase"}]}], as region_descriptions.json: every phrase is a caption of the image."""
+    """Read [{"id", "regions": [{"phrase"}]}], as region_descriptions.json: every phrase is a caption of the image."""
     second = {path.name for base in bases for path in (base / REGION_FOLDERS[1]).glob("*.jpg")}
     for index, image in enumerate(content):
         number = image.get("id", image.get("image_id")) if isinstance(image, dict) else None
@@ -275,27 +287,22 @@ def _regions(content: list[Any], bases: list[Path]) -> Iterator[Record]:
 
 
 def _bases(file: Path, images: Path | None) -> list[Path]:
-    """Folders where images may be: the given one, else the file's and the one above it (annotations/ has its own)."""
+    """Return where images may be: the given folder, else the file's and its parent (COCO has annotations/)."""
     return [images] if images else [file.parent, file.absolute().parent.parent]
 
 
-def _locate(splits: Mapping[str, list[Record]], bases: list[Path], file: Path) -> dict[str, list[Record]]:
-    """The records with full image paths.
+def _locate(splits: Mapping[str, list[Record]], bases: list[Path], file: Path) -> tuple[Path, int]:
+    """Return the folder of the images, and how many leading folders of their paths to drop.
 
-    Listed paths may begin with folders of their author's machine (BLIP's do). How many to drop is found by trying the
-    first images, at least one of which must exist.
+    Listed paths may begin with folders of their author's machine (BLIP's do). The first images are tried, at least one
+    of which must exist.
     """
     first = [Path(record["image"]) for records in splits.values() for record in records[:MAX_PROBED]]
     for path in first:
         for base in bases:
             for dropped in range(len(path.parts)):
                 if (base / Path(*path.parts[dropped:])).is_file():
-                    return {
-                        split: [
-                            {**row, "image": str(base / Path(*Path(row["image"]).parts[dropped:]))} for row in records
-                        ]
-                        for split, records in splits.items()
-                    }
+                    return base, dropped
     raise FileNotFoundError(
         f"{file}: images not found (tried {first[0]} and others in {' and '.join(map(str, bases))}); "
         "set their folder with --images"

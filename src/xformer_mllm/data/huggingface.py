@@ -1,7 +1,6 @@
 """Hugging Face data sets: `hf:NAME` or `hf:NAME:CONFIGURATION`, streamed, or a folder written by `save_to_disk`.
 
-The image is the first column of type Image, captions (a string or a list) the first of `CAPTIONS`, questions `question`
-with `answers` or `answer`.
+The columns used: the first of type Image; the first of `CAPTIONS` (a string or a list); `question`, with one of `ANSWERS`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.formats import ListSource
-from xformer_mllm.data.records import Record, broken_record, check_broken, one_line, question_of, record_of, texts_of
-from xformer_mllm.data.shards import Wanted, everything
+from xformer_mllm.data.records import ANSWERS, Field, Record, broken_record, one_line, question_of, record_of, texts_of
+from xformer_mllm.data.shards import ShardSource, Wanted
 
 PREFIX = "hf:"
 IMAGES = ("image", "jpg", "png", "webp", "jpeg")
 CAPTIONS = ("caption", "captions", "text", "txt", "sentences")
 IDS = ("id", "image_id", "__key__")
-ANSWERS = ("answers", "answer", "multiple_choice_answer")
 SPLITS = {"val": "validation", "dev": "validation"}
 READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns; None if absent."""
+    """The names of the columns used; None if absent."""
 
     image: str
     caption: str | None
@@ -41,23 +39,23 @@ class Columns:
 
 
 def _columns(name: str, features: Mapping[str, Any]) -> Columns:
-    """Raises ValueError if a required column is missing."""
+    """Choose the columns. Raises ValueError if a required one is missing."""
     from datasets import Image
 
     images = [column for column, kind in features.items() if isinstance(kind, Image)]
     images += [column for column in IMAGES if column in features]
-    caption = next((column for column in CAPTIONS if column in features), None)
+    caption, identity = (next((column for column in names if column in features), None) for names in (CAPTIONS, IDS))
     has_questions = "question" in features and any(column in features for column in ANSWERS)
     if not images or not (caption or has_questions):
         raise ValueError(
             f"{name}: needs a column of images and one of {', '.join(CAPTIONS)} or question with answers; "
             f"its columns are {', '.join(features)}"
         )
-    return Columns(images[0], caption, has_questions, next((column for column in IDS if column in features), None))
+    return Columns(images[0], caption, has_questions, identity)
 
 
 def _undecoded(dataset: Any, columns: Columns) -> Any:
-    """The data set with images as the bytes of their files."""
+    """Return the data set with images as the bytes of their files."""
     from datasets import Image
 
     is_image = isinstance((dataset.features or {}).get(columns.image), Image)
@@ -65,15 +63,12 @@ def _undecoded(dataset: Any, columns: Columns) -> Any:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether the folder was written by `save_to_disk`."""
+    """Return whether the folder was written by `save_to_disk`."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def read_saved(folder: Path, allow_broken: bool = False) -> ListSource:
-    """Read a data set written by `save_to_disk`.
-
-    Raises ValueError if a required column is missing or, unless allow_broken, more than 1 % of it is broken.
-    """
+def read_saved(folder: Path) -> ListSource:
+    """Read a data set written by `save_to_disk`. Raises ValueError if a required column is missing."""
     from datasets import DatasetDict, load_from_disk
 
     loaded = load_from_disk(str(folder))
@@ -82,14 +77,9 @@ def read_saved(folder: Path, allow_broken: bool = False) -> ListSource:
     without = {
         f"{split or 'row'} {index}": "no caption and no question"
         for split, of_split in rows.items()
-        for index, (captions, questions) in enumerate(
-            zip(of_split.counts("captions"), of_split.counts("questions"), strict=True)
-        )
-        if not captions and not questions
+        for index, counts in enumerate(zip(*of_split.counts.values(), strict=True))
+        if not any(counts)
     }
-    if not allow_broken:
-        total = sum(map(len, rows.values()))
-        check_broken(str(folder), len(without), total, [f"{name} ({why})" for name, why in without.items()], "rows")
     return ListSource(str(folder), "a Hugging Face data set on disk", rows, without)
 
 
@@ -99,6 +89,11 @@ class SavedRows:
     def __init__(self, name: str, dataset: Any):
         self.columns = _columns(name, dataset.features)
         self._dataset = _undecoded(dataset, self.columns)
+        captions = self._dataset[self.columns.caption][:] if self.columns.caption else [None] * len(dataset)
+        self.counts: dict[Field, list[int]] = {
+            "captions": [len(texts_of(value)) for value in captions],
+            "questions": [int(self.columns.has_questions)] * len(dataset),
+        }
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -111,36 +106,27 @@ class SavedRows:
             return [str(index) for index in range(len(self))]
         return [str(value) for value in self._dataset[self.columns.id][:]]
 
-    def counts(self, field: str) -> Sequence[int]:
-        if field == "questions":
-            return [int(self.columns.has_questions)] * len(self)
-        if self.columns.caption is None:
-            return [0] * len(self)
-        return [len(texts_of(value)) for value in self._dataset[self.columns.caption][:]]
-
 
 @dataclass(frozen=True)
-class HubShards:
+class HubShards(ShardSource):
     """A streamed data set, from the Hub or a folder that `load_dataset` reads."""
 
-    name: str
-    shards: Mapping[str, Sequence[str]]
     datasets: Mapping[str, Any]
     columns: Columns
-    format: str = "a Hugging Face data set, streamed"
+    format = "a Hugging Face data set, streamed"
 
-    def read(self, shard: str, wanted: Wanted = everything) -> Iterator[Record]:
+    def read(self, shard: str, wanted: Wanted | None = None) -> Iterator[Record]:
         split, _, number = shard.rpartition("/")
         dataset = self.datasets[split]
         part = dataset.shard(num_shards=dataset.num_shards, index=int(number))
         index = -1
         try:
-            # `iter` because the data set's own iterator would split the shard between worker processes.
+            # The data set's own iterator would split the shard between worker processes.
             for batch in part.iter(batch_size=READ_AT_ONCE):
                 for values in zip(*batch.values(), strict=True):
                     index += 1
                     record = self.columns.record(dict(zip(batch, values, strict=True)), f"{shard}/{index}")
-                    if wanted(index, record["id"]):
+                    if wanted is None or wanted(index, record["id"]):
                         yield record
         except (OSError, ValueError) as error:  # network or file format (pyarrow's errors are ValueErrors)
             lost = max(1, (self.size(split) or 0) // dataset.num_shards - index - 1)
@@ -152,13 +138,13 @@ class HubShards:
 
 
 def find_on_hub(source: str) -> HubShards:
-    """`hf:NAME` or `hf:NAME:CONFIGURATION`. Raises ValueError if it cannot be opened."""
+    """Open `hf:NAME` or `hf:NAME:CONFIGURATION`. Raises ValueError if this fails."""
     from datasets import load_dataset
 
     name, _, configuration = source.removeprefix(PREFIX).partition(":")
     try:
         found = load_dataset(name, configuration or None, streaming=True)
-    except Exception as error:  # a wrong name, no network, no access, an unknown format: each raises its own
+    except Exception as error:  # a wrong name, no network, no access, an unknown format: each has its own class
         raise ValueError(f"{source}: cannot be opened ({one_line(error)})") from error
     first = next(iter(found.values()))
     columns = _columns(source, first.features or next(iter(first.take(1))))

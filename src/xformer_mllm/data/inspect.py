@@ -7,22 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
 from xformer_mllm.data.formats import ListSource
-from xformer_mllm.data.records import MAX_NAMED, Record, open_image
+from xformer_mllm.data.records import MAX_NAMED, Field, Record, open_image
 from xformer_mllm.data.shards import ShardSource, TarShards
 from xformer_mllm.data.sources import Mixture, find_source
 from xformer_mllm.model.images import load_image
 
-SHARDS = 10  # shards that are read
+SHARDS = 10  # shards read
 COLUMNS, SAMPLES = 6, 24  # of the contact sheet
 THUMBNAIL = (220, 165)
-LINE, LINES, LETTERS = 15, 3, 34  # of a caption: height of a line in pixels, lines, letters per line
+LINE, LETTERS = 15, 34  # of the texts below an image: height of a line in pixels, letters per line
+LINES = 3  # for one text; twice as many if an image has several
 MARGIN = 8
 
 
@@ -33,14 +34,13 @@ class InspectConfig:
     source: Annotated[str, tyro.conf.Positional]
     """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
     images: Path | None = None
-    """Folder of the images of a list, or of the sources of a mixture; by default that of the file."""
+    """Folder of a list's images, or of a mixture's sources; by default the file's."""
     sheet: Path = Path("contact-sheet.png")
-    """File to write the contact sheet to."""
+    """File for the contact sheet: 24 random images with their captions, or questions and answers."""
     max_images: int = 1000
     """Maximum images to decode, spread evenly over a list or the starts of ten shards; 0 for all."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an invalid value."""
         if self.max_images < 0:
             raise ValueError(f"--max-images must not be negative, but is {self.max_images}")
 
@@ -50,8 +50,8 @@ class Findings:
     """The contents of a source.
 
     splits: size of each split, None if unknown. listed: (captions, questions) of all images, if known. skipped: counts
-    by reason. decoded: number of images tried, to which `captions`, `questions` and `sizes` belong. broken: reasons by
-    name; lost: number of broken samples. samples: (thumbnail, text) by number, for the contact sheet.
+    by reason. broken: reasons by name; lost: number of broken samples. decoded: number of images tried, to which
+    captions, questions and sizes belong. samples: (thumbnail, texts) by number, for the contact sheet.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Findings:
     splits: Mapping[str, int | None]
     listed: tuple[int, int] | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    lost: int = 0
     decoded: int = 0
     captions: list[str] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)
-    lost: int = 0
-    samples: dict[int, tuple[Image.Image, str]] = field(default_factory=dict)
+    samples: dict[int, tuple[Image.Image, list[str]]] = field(default_factory=dict)
 
 
 def inspect(config: InspectConfig) -> list[Findings]:
@@ -88,81 +88,64 @@ def inspect(config: InspectConfig) -> list[Findings]:
 
 def examine(source: ListSource | ShardSource, images: int, samples: int) -> Findings:
     """Decode up to `images` records (0: all) and keep a random `samples` of them for the contact sheet."""
+    records: Iterator[Record]
     if isinstance(source, ListSource):
         findings = Findings(source.name, source.format, {split: len(rows) for split, rows in source.rows.items()})
-        counts = [[rows.counts(kind) for rows in source.rows.values()] for kind in ("captions", "questions")]
-        findings.listed = (sum(map(sum, counts[0])), sum(map(sum, counts[1])))
-        findings.skipped = source.skipped
+        captions, questions = (
+            sum(sum(rows.counts[field]) for rows in source.rows.values()) for field in get_args(Field)
+        )
+        findings.listed, findings.skipped = (captions, questions), source.skipped
         findings.broken, findings.lost = dict(source.broken), len(source.broken)
-        records, total = _from_rows(source, images)
+        usable = list(source.usable())
+        total = min(images or len(usable), len(usable))
+        records = (rows[index] for rows, index in _evenly(usable, total))
     else:
         findings = Findings(source.name, source.format, {split: source.size(split) for split in source.shards})
-        records, total = (
-            _from_shards(source, images),
-            images or sum(size or 0 for size in findings.splits.values()),
-        )
+        total = images or sum(size or 0 for size in findings.splits.values())
+        records = _from_shards(source, images)
         if isinstance(source, TarShards):
-            findings.broken |= dict.fromkeys(source.cut_short(), "the shard is truncated or missing")
+            findings.broken |= dict.fromkeys(source.truncated(), "the shard is truncated or missing")
     rng = random.Random(0)
     for record in tqdm(records, total=total or None, unit="image", leave=False):
         findings.decoded += 1
-        image = _add(findings, record)
-        if image is None:
+        findings.captions += record.get("captions", ())
+        findings.questions += [question["question"] for question in record.get("questions", ())]
+        try:
+            if "broken" in record:
+                raise ValueError(record["broken"])
+            image = load_image(open_image(record["image"], record["id"]))
+        except (ValueError, OSError) as error:
+            findings.broken[record["id"]] = str(error)
+            findings.lost += record.get("lost", 1)
             continue
+        findings.sizes.append(image.size)
         if len(findings.samples) >= samples:
             if rng.random() * findings.decoded >= samples:
                 continue
             findings.samples.pop(rng.choice(list(findings.samples)))
-        findings.samples[findings.decoded] = (ImageOps.contain(image, THUMBNAIL), _text(record))
+        findings.samples[findings.decoded] = (ImageOps.contain(image, THUMBNAIL), _texts(record))
     return findings
 
 
-def _from_rows(source: ListSource, images: int) -> tuple[Iterator[Record], int]:
-    """Records spread evenly over the splits, without the rows already known to have no text, and their number."""
-    indices = [
-        (rows, index)
-        for rows in source.rows.values()
-        for index, texts in enumerate(zip(rows.counts("captions"), rows.counts("questions"), strict=True))
-        if any(texts)
-    ]
-    number = min(images or len(indices), len(indices))
-    chosen = [indices[count * len(indices) // number] for count in range(number)]
-    return (rows[index] for rows, index in chosen), number
+def _evenly(items: Sequence, number: int) -> list:
+    """Return `number` items, evenly spread."""
+    return [items[count * len(items) // number] for count in range(number)]
 
 
 def _from_shards(source: ShardSource, images: int) -> Iterator[Record]:
-    """The first records of evenly spread shards; all records if `images` is 0."""
+    """Yield the first records of evenly spread shards; all records if `images` is 0."""
     shards = [shard for of_split in source.shards.values() for shard in of_split]
     if not images:
-        return chain.from_iterable(source.read(shard) for shard in shards)
-    number = min(SHARDS, len(shards))
-    chosen = [shards[count * len(shards) // number] for count in range(number)]
-    return islice(chain.from_iterable(islice(source.read(shard), -(-images // number)) for shard in chosen), images)
+        return chain.from_iterable(map(source.read, shards))
+    chosen = _evenly(shards, min(SHARDS, len(shards)))
+    each = -(-images // len(chosen))
+    return islice(chain.from_iterable(islice(source.read(shard), each) for shard in chosen), images)
 
 
-def _add(findings: Findings, record: Record) -> Image.Image | None:
-    """Add a record to the findings; returns its image, None if broken."""
-    if "broken" in record:
-        findings.broken[record["id"]] = record["broken"]
-        findings.lost += record["lost"]
-        return None
-    findings.captions += record["captions"]
-    findings.questions += [question["question"] for question in record["questions"]]
-    try:
-        image = load_image(open_image(record["image"], record["id"]))
-    except (ValueError, OSError) as error:
-        findings.broken[record["id"]] = str(error)
-        findings.lost += 1
-        return None
-    findings.sizes.append(image.size)
-    return image
-
-
-def _text(record: Record) -> str:
-    if record["captions"]:
-        return record["captions"][0]
-    question = record["questions"][0]
-    return f"{question['question']} {question['answers'][0]}"
+def _texts(record: Record) -> list[str]:
+    """Return the first caption, and each question with its distinct answers."""
+    asked = [f"{each['question']} {', '.join(dict.fromkeys(each['answers']))}" for each in record["questions"]]
+    return record["captions"][:1] + asked
 
 
 def _lines(findings: Findings) -> list[str]:
@@ -200,18 +183,27 @@ def _spread(values: Sequence[int]) -> str:
     return f"{min(values):,} / {statistics.median_low(values):,} / {max(values):,}"
 
 
-def contact_sheet(samples: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Draw images in rows of six with their captions below. Letters missing in Pillow's font become boxes."""
-    width, height = THUMBNAIL[0] + MARGIN, THUMBNAIL[1] + LINES * LINE + 2 * MARGIN
+def contact_sheet(samples: Sequence[tuple[Image.Image, list[str]]]) -> Image.Image:
+    """Draw images in rows of six with their texts below. Letters missing in Pillow's font become boxes."""
+    most = 2 * LINES if any(len(texts) > 1 for _, texts in samples) else LINES
+    width, height = THUMBNAIL[0] + MARGIN, THUMBNAIL[1] + most * LINE + 2 * MARGIN
     rows = -(-len(samples) // COLUMNS)
     sheet = Image.new("RGB", (min(COLUMNS, len(samples)) * width + MARGIN, rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    for index, (image, text) in enumerate(samples):
+    for index, (image, texts) in enumerate(samples):
         left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
         thumbnail = ImageOps.contain(image, THUMBNAIL)
         sheet.paste(thumbnail, (left + (THUMBNAIL[0] - thumbnail.width) // 2, top + THUMBNAIL[1] - thumbnail.height))
-        shown = textwrap.wrap(text, LETTERS, max_lines=LINES, placeholder=" …")
-        for number, line in enumerate(shown):
+        for number, line in enumerate(_wrapped(texts, most)):
             draw.text((left, top + THUMBNAIL[1] + 4 + number * LINE), line, "black", font)
     return sheet
+
+
+def _wrapped(texts: Sequence[str], most: int) -> list[str]:
+    """Wrap the texts to at most `most` lines; an ellipsis replaces the rest."""
+    lines = [line for text in texts for line in textwrap.wrap(text, LETTERS)]
+    if len(lines) <= most:
+        return lines
+    last = textwrap.shorten(f"{lines[most - 1]} {'…' * LETTERS}", LETTERS, placeholder=" …")  # too long by design
+    return [*lines[: most - 1], last]

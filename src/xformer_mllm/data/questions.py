@@ -1,4 +1,4 @@
-"""The record of all question data sets, and BLIP-2's prompt."""
+"""The record shared by all question data sets, and BLIP-2's prompts."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,10 +14,9 @@ CAPTION_PROMPT = ""
 class Question:
     """A question about one image.
 
-    `image_id` is shared by the questions about one image. `answer` is None if the data set does not publish it;
-    `answers` are those of all annotators, if there were several. `question_type` is the data set's own; `structural`
-    (query, verify, choose, compare, logical) and `semantic` (object, attribute, category, relation, global) are GQA's
-    types, None for other data sets.
+    answer: None if the data set does not publish it. answers: those of all annotators, if there were several.
+    question_type: the data set's own. structural (query, verify, choose, compare, logical), semantic (object,
+    attribute, category, relation, global): GQA's types, None for other data sets.
     """
 
     id: str
@@ -30,16 +29,14 @@ class Question:
     answers: tuple[str, ...] = ()
 
     def item(self, image: Image.Image) -> dict[str, Any]:
-        """The record with its image, as an item of a data set."""
+        """Return the record with its image, as an item of a data set."""
         return {**asdict(self), "image": image}
 
 
 class ByImage(Dataset):
-    """A question data set grouped by image: an item is the list of an image's questions, in order.
+    """A question data set grouped by image: an item is the list of an image's questions.
 
-    Args:
-        questions: the data set.
-        groups: the indices of each image's questions.
+    groups: the indices of each image's questions.
     """
 
     def __init__(self, questions: Dataset, groups: list[list[int]]):

@@ -14,11 +14,11 @@ import logging
 import random
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -30,20 +30,22 @@ from xformer_mllm.model.images import load_image
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-MAX_BROKEN_SHARE = 0.01  # downloads lose an image here and there; a larger share points to a mistake
-MIN_COUNTED = 1000  # samples a stream of unknown length is taken to have, so that its first broken one is no error
+MAX_BROKEN_SHARE = 0.01  # a few failed downloads are normal; a larger share points to a mistake
+MIN_COUNTED = 1000  # assumed least length of a stream, so that a broken first sample is not an error
 MAX_NAMED = 5  # broken samples named in a message
 VALIDATION_SHARE = 0.01  # of a source without a validation split
 CLEAN_WORDS = 50
+ANSWERS = ("answers", "answer", "multiple_choice_answer")  # of GQA, VQA and others: the first that a row has
 
 Split = Literal["train", "validation"]
+Field = Literal["captions", "questions"]
 Record = dict[str, Any]
 Item = Callable[[Record, int], Any]
 """Makes a training item from a record and the epoch, counted from 0."""
 
 
 def record_of(name: str, image: Any, captions: Any = None, questions: Sequence[Mapping] = ()) -> Record:
-    """Make a record, broken if it lacks an image or text. captions: one or several texts, also as {"raw": text}."""
+    """Make a record, broken if it lacks an image or text. captions: as `texts_of` takes them."""
     texts = texts_of(captions)
     kept = [question for question in questions if question["question"] and question["answers"]]
     if image is None or (isinstance(image, str | bytes) and not image):
@@ -60,8 +62,8 @@ def broken_record(name: str, why: str, lost: int = 1) -> Record:
 
 
 def question_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A question with its answers, from a row with VQA's or GQA's keys; `name` is its id where the row has none."""
-    answers = next((row[key] for key in ("answers", "answer", "multiple_choice_answer") if row.get(key)), None)
+    """Read a question and its answers from a row with VQA's or GQA's keys. name: its id if the row has none."""
+    answers = next((row[key] for key in ANSWERS if row.get(key)), None)
     question_id = row.get("question_id", row.get("questionId"))
     text = row.get("question")
     return {
@@ -72,29 +74,20 @@ def question_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def texts_of(value: Any) -> list[str]:
-    """The non-empty texts of a string, or of a list of strings, {"raw"} (Karpathy) or {"answer"} (VQA)."""
+    """Return the non-empty texts of a string, or of a list of strings, {"raw"} (Karpathy) or {"answer"} (VQA)."""
     values = value if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
     texts = (text.get("raw", text.get("answer")) if isinstance(text, Mapping) else text for text in values)
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def clean(caption: str) -> str:
-    """A caption as BLIP-2 trains on it (LAVIS, blip_processors.py, `BlipCaptionProcessor.pre_caption`)."""
+    """Clean a caption as BLIP-2 does (LAVIS, blip_processors.py, `BlipCaptionProcessor.pre_caption`)."""
     words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()
     return " ".join(words[:CLEAN_WORDS])
 
 
-def drop_broken(records: Iterable[Record], found: dict[str, str]) -> Iterator[Record]:
-    """The usable records; the reasons of the broken ones go into `found` by id."""
-    for record in records:
-        if "broken" in record:
-            found[record["id"]] = record["broken"]
-        else:
-            yield record
-
-
 def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Open a record's image without decoding it. Raises ValueError or OSError that names it."""
+    """Open a record's image without decoding it. Raises ValueError or OSError naming it."""
     if isinstance(source, Image.Image):
         return source
     try:
@@ -114,15 +107,16 @@ def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Ima
 
 @dataclass(frozen=True)
 class _Items:
-    """Makes items of records.
+    """Makes items from records.
 
     The random choices depend only on the seed, the epoch and the record's id, so a resumed run sees the same items.
 
-    transform: applied to the image; None keeps it a PIL image.
+    transform: applied to the image; None keeps it a PIL image. field: the texts that a record must have.
     """
 
     transform: Transform | None
     seed: int
+    field: ClassVar[Field]
 
     def _rng(self, record: Record, epoch: int) -> random.Random:
         return random.Random(f"{self.seed}/{epoch}/{record['id']}")
@@ -141,6 +135,7 @@ class CaptionItems(_Items):
     """
 
     cleaned: bool = False
+    field: ClassVar[Field] = "captions"
 
     def __call__(self, record: Record, epoch: int) -> dict[str, Any]:
         if not record["captions"]:
@@ -163,6 +158,7 @@ class QuestionItems(_Items):
     """
 
     at_most: int | None = None
+    field: ClassVar[Field] = "questions"
 
     def __call__(self, record: Record, epoch: int) -> list[dict[str, Any]]:
         if not record["questions"]:
@@ -176,7 +172,7 @@ class QuestionItems(_Items):
 
 
 def split_indices(ids: Sequence[str], split: Split, validation_share: float) -> list[int]:
-    """The indices of a split's records, chosen by a hash of the id: adding records moves no other.
+    """Select a split's records by a hash of the id, so that adding records moves no others between the splits.
 
     Validation has at least one record, the one with the lowest hash.
     """
@@ -187,7 +183,7 @@ def split_indices(ids: Sequence[str], split: Split, validation_share: float) -> 
 
 
 def hash_of(name: str) -> float:
-    """A hash uniform in [0, 1), the same on every machine."""
+    """Hash a name to a number uniform in [0, 1), the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
@@ -200,9 +196,8 @@ class Rows(Protocol):
 
     def ids(self) -> Sequence[str]: ...
 
-    def counts(self, field: str) -> Sequence[int]:
-        """The number of "captions" or "questions" of each record."""
-        ...
+    @property
+    def counts(self) -> Mapping[Field, Sequence[int]]: ...  # the number of captions and questions of each record
 
 
 class Table:
@@ -211,12 +206,12 @@ class Table:
     def __init__(self, records: Iterable[Record]):
         from datasets import Dataset as ArrowDataset  # the extra `train`
 
-        columns: dict[str, list] = {"id": [], "image": [], "captions": [], "questions": []}
-        for record in records:
-            for name, column in columns.items():
-                column.append(record[name])
+        records = list(records)
+        columns = {name: [record[name] for record in records] for name in ("id", "image", "captions", "questions")}
         columns["image"] = [str(image) for image in columns["image"]]
-        self._counts = {field: [len(texts) for texts in columns[field]] for field in ("captions", "questions")}
+        self.counts: dict[Field, list[int]] = {
+            field: [len(texts) for texts in columns[field]] for field in get_args(Field)
+        }
         self._table = ArrowDataset.from_dict(columns)
 
     def __len__(self) -> int:
@@ -228,23 +223,19 @@ class Table:
     def ids(self) -> Sequence[str]:
         return self._table["id"][:]
 
-    def counts(self, field: str) -> Sequence[int]:
-        return self._counts[field]
-
 
 class Images(Dataset):
-    """A map-style data set of the items of `rows`.
+    """A map-style data set.
 
-    An unreadable image is replaced by the next readable one, so that a resumed run sees the same items, and its
-    reason is kept in `broken` by id. Raises ValueError once more than 1 % of the images are broken; each worker
-    process counts those it met itself.
+    An unreadable image is replaced by the next readable one, so that a resumed run sees the same items. Raises
+    ValueError once more than 1 % of the images are broken; each worker process counts those it has read.
 
     Args:
         name: of the source, for messages.
         rows: the records.
         item: makes an item from a record.
         indices: of the records in this data set; None for all.
-        broken: records already known to be broken, with the reason.
+        broken: ids of records known to be broken, with the reason.
     """
 
     def __init__(
@@ -281,11 +272,11 @@ class Images(Dataset):
                 self.broken[record["id"]] = str(error)
                 logger.warning("skipped a broken image: %s", error)
                 check_broken(self.name, len(self.broken), self._total, self.broken)
-        raise AssertionError("unreachable: check_broken raises long before every image is broken")
+        raise AssertionError("unreachable: check_broken raises before every image is broken")
 
 
 def make_item(item: Item, record: Record, epoch: int) -> Any:
-    """Raises ValueError or OSError if the record is broken or its image unreadable."""
+    """Make an item. Raises ValueError or OSError if the record is broken or its image unreadable."""
     if "broken" in record:
         raise ValueError(f"{record['id']}: {record['broken']}")
     return item(record, epoch)
@@ -301,7 +292,7 @@ def check_broken(source: str, found: int, total: int, names: Collection[str], wh
 
 
 def shorten(names: Collection[str]) -> str:
-    """The first names, separated by commas."""
+    """Join the first names with commas."""
     return ", ".join(list(names)[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
 
 

@@ -6,14 +6,15 @@
     shards.json          the settings; shards with other settings are not written to the same folder
 
 A sample is named after its number in the source; broken samples leave gaps, as failed downloads do in img2dataset.
-Shards are written atomically: a killed run resumes with the first missing one.
+Shards are written atomically; a killed run resumes with the first missing one.
 """
 
 import io
 import json
 import logging
 import tarfile
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,9 +26,9 @@ from tqdm.auto import tqdm
 
 from xformer_mllm.data.formats import ListSource
 from xformer_mllm.data.records import MIN_COUNTED, Record, check_broken, open_image
-from xformer_mllm.data.shards import ShardSource, stats_file
+from xformer_mllm.data.shards import stats_file
 from xformer_mllm.data.sources import Mixture, find_source
-from xformer_mllm.files import atomic_path, read_json, write_whole
+from xformer_mllm.files import atomic_path, check_new_folder, read_json, write_whole
 from xformer_mllm.model.images import load_image
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class ShardConfig:
     output_dir: Path
     """Folder for the shards; rerun the same command to resume."""
     images: Path | None = None
-    """Folder of the images of a list; by default that of the file."""
+    """Folder of a list's images; by default the file's."""
     split: str | None = None
     """Split of the source to write; by default its only one, or train."""
     samples_per_shard: int = 10_000
@@ -55,7 +56,6 @@ class ShardConfig:
     """Resize larger images to this shorter side, in pixels; by default files are copied unchanged."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an invalid value."""
         for name in ("samples_per_shard", "shortest_side"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -69,17 +69,31 @@ def shard(config: ShardConfig) -> Path:
     found = find_source(config.source, config.images)
     if isinstance(found, Mixture):
         raise ValueError(f"{config.source}: is a mixture; shard each of its sources")
-    split = _chosen_split(config, found.rows if isinstance(found, ListSource) else found.shards)
-    _begin(config, split)
-    records, total = _records(found, split)
+    splits = list(found.rows if isinstance(found, ListSource) else found.shards)
+    split = config.split or (splits[0] if len(splits) == 1 else "train")
+    if split not in splits:
+        raise ValueError(f"{config.source}: has no split {split!r}; --split takes {', '.join(splits) or 'none'}")
+    _write_settings(config, split)
+    records: Iterable[Record]
+    if isinstance(found, ListSource):
+        rows = found.rows[split]
+        total: int | None = len(rows)
+        records = (rows[index] for index in range(len(rows)))
+    else:
+        total = found.size(split)
+        records = chain.from_iterable(map(found.read, found.shards[split]))
     shards = count = failed = 0
     names: list[str] = []
     with tqdm(records, total=total, unit="image") as bar:
-        for samples in _chunks(iter(bar), config.samples_per_shard):
+        remaining = iter(bar)
+        for first in remaining:
+            samples = chain([first], islice(remaining, config.samples_per_shard - 1))
             path = config.output_dir / f"{shards:05}.tar"
-            stats = _stats(path) or _write_shard(path, samples, shards, config, names)
-            for _ in samples:  # of a finished shard
-                pass
+            if path.is_file() and stats_file(path).is_file():  # the stats are written last
+                stats = read_json(stats_file(path))
+                deque(samples, maxlen=0)  # skip them
+            else:
+                stats = _write_shard(path, samples, shards, config, names)
             shards += 1
             count, failed = count + stats["count"], failed + stats["failed"]
             check_broken(config.source, failed, max(count, MIN_COUNTED), names, "samples")
@@ -88,15 +102,7 @@ def shard(config: ShardConfig) -> Path:
     return config.output_dir
 
 
-def _chosen_split(config: ShardConfig, splits: Collection[str]) -> str:
-    """The name of the split to write. Raises ValueError if the source does not have it."""
-    wanted = config.split or (next(iter(splits)) if len(splits) == 1 else "train")
-    if wanted not in splits:
-        raise ValueError(f"{config.source}: has no split {wanted!r}; --split takes {', '.join(splits) or 'none'}")
-    return wanted
-
-
-def _begin(config: ShardConfig, split: str) -> None:
+def _write_settings(config: ShardConfig, split: str) -> None:
     """Write the settings to the folder. Raises ValueError if it holds something else."""
     about = {
         "source": config.source,
@@ -104,48 +110,27 @@ def _begin(config: ShardConfig, split: str) -> None:
         "samples_per_shard": config.samples_per_shard,
         "shortest_side": config.shortest_side,
     }
-    folder, file = config.output_dir, config.output_dir / ABOUT
-    if file.is_file():
-        if (there := read_json(file)) != about:
-            raise ValueError(f"{folder}: holds other shards ({json.dumps(there)}); name a new folder")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: not an empty folder; name a new one")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(about, indent=2) + "\n")
-
-
-def _records(found: ListSource | ShardSource, split: str) -> tuple[Iterator[Record], int | None]:
-    """A split's records in order, and their number if known."""
-    if isinstance(found, ListSource):
-        rows = found.rows[split]
-        return (rows[place] for place in range(len(rows))), len(rows)
-    return chain.from_iterable(found.read(shard) for shard in found.shards[split]), found.size(split)
-
-
-def _chunks(records: Iterator[Record], size: int) -> Iterator[Iterator[Record]]:
-    for first in records:
-        yield chain([first], islice(records, size - 1))
-
-
-def _stats(path: Path) -> dict[str, int] | None:
-    """The contents of a finished shard's stats file, which is written last."""
-    return read_json(stats_file(path)) if path.is_file() and stats_file(path).is_file() else None
+    file = config.output_dir / ABOUT
+    if not file.is_file():
+        check_new_folder(config.output_dir)
+        write_whole(file, json.dumps(about, indent=2) + "\n")
+    elif (there := read_json(file)) != about:
+        raise ValueError(f"{config.output_dir}: holds other shards ({json.dumps(there)}); choose another --output-dir")
 
 
 def _write_shard(
-    path: Path, samples: Iterator[Record], number: int, config: ShardConfig, names: list[str]
+    path: Path, samples: Iterable[Record], number: int, config: ShardConfig, names: list[str]
 ) -> dict[str, int]:
     """Write a shard and its stats file. The ids of broken samples go into `names`."""
-    digits = len(str(config.samples_per_shard - 1))
+    digits = max(4, len(str(config.samples_per_shard - 1)))
     count = failed = 0
     try:
         with atomic_path(path) as partial, tarfile.open(partial, "w") as tar:
             for index, record in enumerate(samples):
                 count += record.get("lost", 1)
                 try:
-                    files = _files(record, f"{number:05}{index:0{max(4, digits)}}", config.shortest_side)
-                except BrokenError as error:
+                    files = _files(record, f"{number:05}{index:0{digits}}", config.shortest_side)
+                except (ValueError, OSError) as error:
                     logger.warning("skipped: %s", error)
                     names.append(record["id"])
                     failed += record.get("lost", 1)
@@ -161,47 +146,37 @@ def _write_shard(
     return stats
 
 
-class BrokenError(ValueError):
-    """The sample is broken, as opposed to an error of writing the shard."""
-
-
 def _files(record: Record, key: str, shortest_side: int | None) -> dict[str, bytes]:
-    """A sample's files by name. Raises BrokenError."""
+    """Return a sample's files by name. Raises ValueError or OSError if it is broken."""
     if "broken" in record:
-        raise BrokenError(f"{record['id']}: {record['broken']}")
-    try:
-        suffix, content, about = _image(record, shortest_side)
-    except (ValueError, OSError) as error:
-        raise BrokenError(str(error)) from error
-    texts = {"key": key, "id": record["id"], "status": "success"}
-    texts |= {kind: record[kind] for kind in ("captions", "questions") if record[kind]}
+        raise ValueError(f"{record['id']}: {record['broken']}")
+    suffix, content, sizes = _image(record, shortest_side)
     files = {key + suffix: content}
+    about = {"key": key, "id": record["id"], "status": "success"}
+    about |= {kind: record[kind] for kind in ("captions", "questions") if record[kind]}
     if record["captions"]:
         files[f"{key}.txt"] = record["captions"][0].encode()
-        texts["caption"] = record["captions"][0]
-    return {**files, f"{key}.json": json.dumps({**texts, **about}, ensure_ascii=False).encode()}
+        about["caption"] = record["captions"][0]
+    return {**files, f"{key}.json": json.dumps({**about, **sizes}, ensure_ascii=False).encode()}
 
 
 def _image(record: Record, shortest_side: int | None) -> tuple[str, bytes, dict[str, int]]:
-    """An image's suffix, file content and sizes. It is always decoded, to check it."""
-    opened = open_image(record["image"], record["id"])
+    """Return an image's suffix, file content and sizes. It is always decoded, to check it."""
+    raw = record["image"]
+    opened = open_image(raw, record["id"])
     kept = KEPT.get(opened.format or "")
     image = load_image(opened)
-    about = {"original_width": image.width, "original_height": image.height}
+    sizes = {"original_width": image.width, "original_height": image.height}
     side = min(image.size)
+    file = io.BytesIO()
     if shortest_side and side > shortest_side:
-        size = [max(1, round(length * shortest_side / side)) for length in image.size]
-        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-        suffix, content = ".jpg", _encoded(image, "JPEG", quality=QUALITY)
-    elif kept and not isinstance(record["image"], Image.Image):
-        raw = record["image"]
+        width, height = (max(1, round(length * shortest_side / side)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image.save(file, "JPEG", quality=QUALITY)
+        suffix, content = ".jpg", file.getvalue()
+    elif kept and not isinstance(raw, Image.Image):
         suffix, content = kept, raw if isinstance(raw, bytes) else Path(raw).read_bytes()
     else:
-        suffix, content = ".png", _encoded(image, "PNG")
-    return suffix, content, {**about, "width": image.width, "height": image.height}
-
-
-def _encoded(image: Image.Image, kind: str, **settings: int) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **settings)
-    return file.getvalue()
+        image.save(file, "PNG")
+        suffix, content = ".png", file.getvalue()
+    return suffix, content, {**sizes, "width": image.width, "height": image.height}

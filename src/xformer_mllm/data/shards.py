@@ -13,9 +13,9 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from xformer_mllm.data.records import IMAGE_SUFFIXES, Record, broken_record, one_line, record_of
 from xformer_mllm.files import read_json
@@ -27,46 +27,34 @@ Wanted = Callable[[int, str], bool]
 """Whether to read a sample, from its index in the shard and its id."""
 
 
-def everything(_index: int, _name: str) -> bool:
-    return True
-
-
-class ShardSource(Protocol):
-    """A source read sequentially, shard by shard. shards: by split; the key is "" if the source has no splits."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def format(self) -> str: ...
-
-    @property
-    def shards(self) -> Mapping[str, Sequence[str]]: ...
-
-    def read(self, shard: str, wanted: Wanted = everything) -> Iterator[Record]:
-        """The records of a shard, always in the same order."""
-        ...
-
-    def size(self, split: str) -> int | None:
-        """The number of samples, None if unknown without reading them."""
-        ...
-
-
 @dataclass(frozen=True)
-class TarShards:
-    """Local tar files."""
+class ShardSource:
+    """A source read sequentially, shard by shard. shards: by split; the key is "" if the source has no splits."""
 
     name: str
     shards: Mapping[str, Sequence[str]]
-    format: str = "webdataset shards"
+    format: ClassVar[str]
 
-    def read(self, shard: str, wanted: Wanted = everything) -> Iterator[Record]:
+    def read(self, shard: str, wanted: Wanted | None = None) -> Iterator[Record]:
+        """Yield the records of a shard, always in the same order."""
+        raise NotImplementedError
+
+    def size(self, split: str) -> int | None:
+        """Return the number of samples, None if unknown without reading them."""
+        raise NotImplementedError
+
+
+class TarShards(ShardSource):
+    """Local tar files."""
+
+    format = "webdataset shards"
+
+    def read(self, shard: str, wanted: Wanted | None = None) -> Iterator[Record]:
         return read_shard(Path(shard), wanted)
 
-    def cut_short(self) -> list[str]:
-        """The shards that are missing or truncated."""
-        shards = [Path(shard) for of_split in self.shards.values() for shard in of_split]
-        return [str(shard) for shard in shards if not _is_complete(shard)]
+    def truncated(self) -> list[str]:
+        """Return the shards that are truncated or missing."""
+        return [shard for of_split in self.shards.values() for shard in of_split if not _is_complete(Path(shard))]
 
     def size(self, split: str) -> int | None:
         sizes = [stated_size(Path(shard)) for shard in self.shards[split]]
@@ -97,9 +85,7 @@ def _expanded(pattern: str) -> list[str]:
         return [pattern]
     first, last = found.groups()
     names = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
-    return list(
-        chain.from_iterable(_expanded(pattern[: found.start()] + name + pattern[found.end() :]) for name in names)
-    )
+    return [path for name in names for path in _expanded(pattern[: found.start()] + name + pattern[found.end() :])]
 
 
 def stats_file(shard: Path) -> Path:
@@ -107,25 +93,25 @@ def stats_file(shard: Path) -> Path:
 
 
 def stated_size(shard: Path) -> int | None:
-    """The number of samples in a shard's stats file, None without one."""
+    """Return the number of samples in a shard's stats file, None without one."""
     if not stats_file(shard).is_file():
         return None
     successes = read_json(stats_file(shard)).get("successes")
     return successes if isinstance(successes, int) else None
 
 
-def read_shard(shard: Path, wanted: Wanted = everything) -> Iterator[Record]:
-    """The records of a tar file. A truncated one ends with a broken record.
+def read_shard(shard: Path, wanted: Wanted | None = None) -> Iterator[Record]:
+    """Yield the records of a tar file; a truncated one ends with a broken record.
 
     Its "lost" is the number of samples missing according to the stats file, 1 without one.
     """
     done = 0
     try:
         with tarfile.open(shard, "r:") as tar:
-            for key, members in groupby(_files(tar), key=_key):
+            for key, members in groupby(_files(tar), key=lambda member: _parts(member)[0]):
                 name = f"{shard.stem}/{key}"
-                if wanted(done, name):
-                    yield _record(name, {_suffix(member): member for member in members}, tar)
+                if wanted is None or wanted(done, name):
+                    yield _record(name, {_parts(member)[1]: member for member in members}, tar)
                 done += 1
         fault = None if _is_complete(shard) else "cut short"
     except (tarfile.TarError, OSError) as error:
@@ -142,14 +128,11 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _key(member: tarfile.TarInfo) -> str:
-    """The name up to the first dot of its last part."""
+def _parts(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Split a name at the first dot of its last part: the sample's key, and the suffix."""
     path = PurePosixPath(member.name)
-    return str(path.parent / path.name.partition(".")[0])
-
-
-def _suffix(member: tarfile.TarInfo) -> str:
-    return "." + PurePosixPath(member.name).name.partition(".")[2].lower()
+    stem, _, suffix = path.name.partition(".")
+    return str(path.parent / stem), f".{suffix.lower()}"
 
 
 def _is_complete(shard: Path) -> bool:
@@ -161,7 +144,7 @@ def _is_complete(shard: Path) -> bool:
 
 
 def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarFile) -> Record:
-    image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
+    image = next((member for suffix, member in members.items() if suffix in IMAGE_SUFFIXES), None)
     about: Any = {}
     if ".json" in members:
         try:
@@ -174,8 +157,7 @@ def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarF
     if not captions:
         has_text = ".txt" in members
         captions = _read(tar, members[".txt"]).decode("utf-8-sig", "replace") if has_text else about.get("caption")
-    questions = about.get("questions") or ()
-    return record_of(name, image and _read(tar, image), captions, questions)
+    return record_of(name, image and _read(tar, image), captions, about.get("questions") or ())
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -1,4 +1,4 @@
-"""From the name of a data source to a data set.
+"""Open a data source by its name:
 
     DIR                         a folder of images with a .txt beside each
     FILE.json                   a list of {"image", "caption"} (BLIP); COCO captions; Karpathy; Visual Genome's regions
@@ -15,38 +15,28 @@ import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from xformer_mllm.data.formats import ListSource, read_folder, read_json_lines_source, read_json_source
 from xformer_mllm.data.huggingface import PREFIX, find_on_hub, is_saved, read_saved
-from xformer_mllm.data.records import CaptionItems, Images, QuestionItems, Split, shorten, split_indices
+from xformer_mllm.data.records import CaptionItems, Field, Images, QuestionItems, Split, shorten, split_indices
 from xformer_mllm.data.shards import ShardSource, find_shards
-from xformer_mllm.data.streams import (
-    BUFFER,
-    InSplit,
-    ListPart,
-    ShardPart,
-    Stream,
-    StreamPart,
-    ValidationStream,
-    any_name,
-)
+from xformer_mllm.data.streams import BUFFER, ListPart, ShardPart, Stream, StreamPart, ValidationStream, in_split
 from xformer_mllm.data.transforms import Transform
 from xformer_mllm.files import read_json
 
 logger = logging.getLogger(__name__)
-
-Field = Literal["captions", "questions"]
 
 SOURCE_FORMS = "a folder, FILE.json, FILE.jsonl, FILE.tar, a pattern of .tar files, or hf:NAME"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several sources, drawn from in proportion to their weights; None weighs a source by its captions."""
+    """Several sources, drawn from in proportion to their weights; None: the number of the source's captions."""
 
     name: str
     sources: tuple[ListSource | ShardSource, ...]
@@ -69,8 +59,8 @@ def open_captions(
 
     Args:
         source: see above.
-        split: the source's own if it has a validation split, else chosen by a hash of the id: 1 % for validation (10 %
-            of a folder). A test split is never used.
+        split: the source's own if it has a validation split, else by a hash of the id: 1 % for validation (10 % of a
+            folder). A test split is never used.
         images: folder of the images of a list, or of the sources of a mixture, if not beside the file.
         transform: makes "image" uint8[3, S, S]; without it, it is a PIL image.
         seed: of captions, crops and the order of streams.
@@ -85,8 +75,7 @@ def open_captions(
     Raises FileNotFoundError or ValueError if the source does not exist, has an unknown format or no captions, or more
     than 1 % of it is broken.
     """
-    item = CaptionItems(transform, seed, cleaned)
-    return _open(source, split, item, "captions", images, rank, world, buffer)
+    return _open(source, split, CaptionItems(transform, seed, cleaned), images, rank, world, buffer)
 
 
 def open_questions(
@@ -105,12 +94,11 @@ def open_questions(
 
     questions_per_image: maximum per image, resampled each epoch; None for all. The rest is as in `open_captions`.
     """
-    item = QuestionItems(transform, seed, questions_per_image)
-    return _open(source, split, item, "questions", images, rank, world, buffer)
+    return _open(source, split, QuestionItems(transform, seed, questions_per_image), images, rank, world, buffer)
 
 
 def source_exists(source: str) -> bool:
-    """Whether the source is an existing file or folder; names of shards and of the Hub always pass."""
+    """Return whether the source is an existing file or folder; names of shards and of the Hub always pass."""
     return source.startswith(PREFIX) or _names_shards(source) or Path(source).exists()
 
 
@@ -121,7 +109,16 @@ def _names_shards(source: str) -> bool:
 def find_source(
     source: str, images: Path | None = None, allow_broken: bool = False
 ) -> ListSource | ShardSource | Mixture:
-    """The source of that name. Raises as `open_captions`; allow_broken accepts any share of broken records."""
+    """Find a source. Raises as `open_captions`. allow_broken: accept any share of broken records."""
+    found = _find(source, images)
+    if not allow_broken:
+        for one in found.sources if isinstance(found, Mixture) else (found,):
+            if isinstance(one, ListSource):
+                one.check()
+    return found
+
+
+def _find(source: str, images: Path | None) -> ListSource | ShardSource | Mixture:
     if source.startswith(PREFIX):
         return find_on_hub(source)
     path = Path(source)
@@ -130,20 +127,20 @@ def find_source(
     if not path.exists():
         raise FileNotFoundError(f"{source}: no such data source; expected {SOURCE_FORMS}")
     if path.suffix == ".jsonl":
-        return read_json_lines_source(path, images, allow_broken)
+        return read_json_lines_source(path, images)
     if path.suffix == ".json":
         content = read_json(path)
         if isinstance(content, dict) and "sources" in content:
-            return _read_mixture(path, content, images or path.parent, allow_broken)
-        return read_json_source(path, content, images, allow_broken)
+            return _read_mixture(path, content, images or path.parent)
+        return read_json_source(path, content, images)
     if not path.is_dir():
         raise ValueError(f"{source}: unknown format; expected {SOURCE_FORMS}")
     if is_saved(path):
-        return read_saved(path, allow_broken)
+        return read_saved(path)
     return find_shards(source) if any(path.glob("*.tar")) else read_folder(path)
 
 
-def _read_mixture(file: Path, content: Mapping[str, Any], base: Path, allow_broken: bool) -> Mixture:
+def _read_mixture(file: Path, content: Mapping[str, Any], base: Path) -> Mixture:
     """base: the folder of relative paths."""
     entries = content["sources"]
     if not isinstance(entries, list) or not entries:
@@ -160,7 +157,7 @@ def _read_mixture(file: Path, content: Mapping[str, Any], base: Path, allow_brok
             raise ValueError(f"{where}: the weight must be a positive number, not {weight!r}")
         name = entry["source"]
         images = base / entry["images"] if "images" in entry else None
-        one = find_source(name if name.startswith(PREFIX) else str(base / name), images, allow_broken)
+        one = _find(name if name.startswith(PREFIX) else str(base / name), images)
         if isinstance(one, Mixture):
             raise ValueError(f"{where}: is a mixture itself; list its sources here")
         found.append(one)
@@ -172,7 +169,6 @@ def _open(
     source: str,
     split: Split,
     item: CaptionItems | QuestionItems,
-    field: Field,
     images: Path | None,
     rank: int,
     world: int,
@@ -180,11 +176,11 @@ def _open(
 ) -> Dataset:
     found = find_source(source, images)
     if isinstance(found, ListSource):
-        part = list_part(found, split, field)
+        part = list_part(found, split, item.field)
         if split == "train":  # logged once
             _log_skipped(found)
         return Images(found.name, part.rows, item, part.indices, found.broken if split == "train" else None)
-    parts = _parts(found, split, field)
+    parts = _parts(found, split, item.field)
     if split == "train":
         return Stream(source, parts, item, item.seed, rank, world, buffer)
     return ValidationStream(parts, item)
@@ -194,7 +190,7 @@ def _log_skipped(found: ListSource) -> None:
     counts = {**found.skipped, "broken": len(found.broken)}
     parts = [f"{count:,} {reason}" for reason, count in counts.items() if count]
     if parts:
-        names = f": {shorten([f'{name} ({why})' for name, why in found.broken.items()])}" if found.broken else ""
+        names = f": {shorten(found.broken_names())}" if found.broken else ""
         logger.warning("%s: skipped %s%s", found.name, ", ".join(parts), names)
 
 
@@ -219,16 +215,16 @@ def _size(source: ShardSource, mixture: str) -> int:
 
 
 def list_part(source: ListSource, split: Split, field: Field, weight: float | None = None) -> ListPart:
-    """The rows of a split that have captions, or questions. weight: by default the number of them.
+    """Return the rows of a split with captions, or questions. weight: by default their number.
 
     Raises ValueError if there are none.
     """
     rows = source.rows[_name_of(source.name, source.rows, split)]
-    counts = rows.counts(field)
+    counts = rows.counts[field]
     indices: Sequence[int] = [index for index, count in enumerate(counts) if count]
     if not indices:
         other: Field = "captions" if field == "questions" else "questions"
-        hint = f"; it has {other} (--text {other})" if any(rows.counts(other)) else ""
+        hint = f"; it has {other} (--text {other})" if any(rows.counts[other]) else ""
         raise ValueError(f"{source.name}: no {field}{hint}")
     if "validation" not in source.rows:
         ids = rows.ids()
@@ -241,13 +237,13 @@ def list_part(source: ListSource, split: Split, field: Field, weight: float | No
 
 
 def shard_part(source: ShardSource, split: Split, weight: float = 1.0) -> ShardPart:
-    """The shards of a split; without a validation split, the samples that the hash of their id puts there."""
-    belongs = any_name if "validation" in source.shards else InSplit(split)
+    """Return the shards of a split; without a validation split, the samples that the hash of their id puts there."""
+    belongs = None if "validation" in source.shards else partial(in_split, split)
     return ShardPart(source.name, source, _name_of(source.name, source.shards, split), belongs, weight)
 
 
 def _name_of(source: str, splits: Mapping[str, Any], split: Split) -> str:
-    """The source's name for our split. Raises ValueError if it has only others (test)."""
+    """Return the source's name for a split. Raises ValueError if it has only a test split."""
     for name in (split, "train", ""):
         if name in splits:
             return name

@@ -1,7 +1,7 @@
-"""Endless streams of training items: shards and lists, one source or a mixture, split between processes.
+"""Endless streams of training items from shards and lists, one source or a mixture, split between processes.
 
-Every worker process of every training process is a *reader* with its own part of the data. A stream never ends: a
-reader that has finished its part of a source starts over in another order, so no process waits for another.
+Every worker process of every training process is a *reader* with its own part of the data. A reader that has finished its
+part of a source starts over in another order, so no process waits for another.
 
     stream = open_captions("cc12m", "train", transform=TrainTransform(224), rank=rank, world=world)
     loader = DataLoader(stream, batch_size, collate_fn=Positioned(collator, stream), num_workers=4)
@@ -10,14 +10,14 @@ reader that has finished its part of a source starts over in another order, so n
         stream.note(batch.pop("position"))      # after the training step
         saved = stream.state_dict()             # plain JSON, one per training process
 
-What a run that resumes with the same numbers of processes and workers repeats or loses:
+A run that resumes with the same numbers of processes and workers repeats nothing, and loses
 
-- lists (JSON, folders, data sets on disk) and the order in which sources are mixed: nothing; the same items follow.
-- shards: nothing is repeated. The contents of each reader's shuffle buffer are not seen in that epoch, at most
-  `buffer` - 1 samples per sharded source and reader, because `datasets` does not save them. The following samples come
-  in another order; captions and crops depend on the sample's name and stay the same.
+- of lists (JSON, folders, data sets on disk), and of the order in which sources are mixed: nothing.
+- of shards: for that epoch the contents of each reader's shuffle buffer, at most `buffer` - 1 samples per sharded source,
+  because `datasets` does not save them. The following samples come in another order; captions and crops depend on the
+  sample's name and stay the same.
 
-With other numbers of processes or workers, every source starts its next epoch: the rest of the current one is skipped.
+With other numbers of processes or workers, every source starts its next epoch.
 """
 
 import json
@@ -25,7 +25,6 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,27 +48,17 @@ logger = logging.getLogger(__name__)
 BUFFER = 2000  # samples in memory for each sharded source and reader; 100 MB at 50 kB each
 SHARDS_AT_ONCE = 10  # shards that feed the buffer
 GOLDEN = 0.6180339887498949  # its multiples are evenly spread modulo 1
-MIN_SHARDS_PER_READER = 4  # from which on one shard more or less makes readers unequal by little
+MIN_SHARDS_PER_READER = 4  # with fewer, one shard more or less makes readers too unequal
 
 
-def any_name(_name: str) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class InSplit:
-    """Whether the hash of a sample's id puts it in a split; for sources without splits."""
-
-    split: str
-    share: float = VALIDATION_SHARE
-
-    def __call__(self, name: str) -> bool:
-        return (hash_of(name) < self.share) == (self.split == "validation")
+def in_split(split: str, name: str, share: float = VALIDATION_SHARE) -> bool:
+    """Return whether the hash of a sample's id puts it in a split; for sources without splits."""
+    return (hash_of(name) < share) == (split == "validation")
 
 
 @dataclass(frozen=True)
 class ListPart:
-    """The rows at `indices`, drawn `weight` times as often as a part of weight 1."""
+    """The rows at `indices` of a list. weight: probability of drawing from it, relative to the other parts."""
 
     name: str
     rows: Rows
@@ -80,25 +69,25 @@ class ListPart:
         return ListOrder(self, seed, reader, readers, state)
 
     def records(self) -> Iterator[Record]:
-        """All records once, in order."""
+        """Yield all records once, in order."""
         return (self.rows[int(index)] for index in self.indices)
 
 
 @dataclass(frozen=True)
 class ShardPart:
-    """The samples in a split's shards whose name `belongs` accepts, drawn `weight` times as often as a part of 1."""
+    """The samples in a split's shards whose id `belongs` accepts, by default all. weight: as of `ListPart`."""
 
     name: str
     source: ShardSource
     split: str
-    belongs: Callable[[str], bool] = any_name
+    belongs: Callable[[str], bool] | None = None
     weight: float = 1.0
 
     def order(self, seed: str, reader: int, readers: int, buffer: int, state: dict | None) -> "ShardOrder":
         return ShardOrder(self, seed, reader, readers, buffer, state)
 
     def records(self) -> Iterator[Record]:
-        """All records once, in order."""
+        """Yield all records once, in order."""
         return _records(list(enumerate(self.source.shards[self.split])), self.source, self.belongs)
 
 
@@ -106,13 +95,13 @@ StreamPart = ListPart | ShardPart
 
 
 class ListOrder:
-    """A reader's endless order of a list, (record, epoch): every n-th row of one permutation per epoch."""
+    """A reader's endless order of a list, as (record, epoch): every n-th row of one permutation per epoch."""
 
     def __init__(self, part: ListPart, seed: str, reader: int, readers: int, state: dict | None):
         self._part, self._seed = part, seed
         self._first, self._step = reader % len(part.indices), readers  # with more readers than rows some share a row
-        self._epoch: int = state["epoch"] if state else 0
-        self._done: int = state.get("done", 0) if state else 0
+        state = state or {"epoch": 0}
+        self._epoch, self._done = state["epoch"], state.get("done", 0)
 
     def __iter__(self) -> Iterator[tuple[Record, int]]:
         rows, indices = self._part.rows, self._part.indices
@@ -129,7 +118,7 @@ class ListOrder:
 
 
 class ShardOrder:
-    """A reader's endless order of shards, (record, epoch): several shards at once feed a shuffle buffer.
+    """A reader's endless order of shards, as (record, epoch): several shards at once feed a shuffle buffer.
 
     Each reader has its own shards. If there are too few to share evenly, it takes every n-th sample of all shards.
     """
@@ -137,15 +126,15 @@ class ShardOrder:
     def __init__(self, part: ShardPart, seed: str, reader: int, readers: int, buffer: int, state: dict | None):
         self._part, self._shards = part, list(enumerate(part.source.shards[part.split]))
         self._seed, self._reader, self._readers, self._buffer = seed, reader, readers, buffer
-        self._epoch: int = state["epoch"] if state else 0
-        self._start = state.get("dataset") if state else None
+        state = state or {"epoch": 0}
+        self._epoch, self._start = state["epoch"], state.get("dataset")
         self._dataset: Any = None
 
     def __iter__(self) -> Iterator[tuple[Record, int]]:
         while True:
             self._dataset = self._open()
             is_empty = self._start is None
-            # `iter` because the data set's own iterator would split the shards between worker processes again.
+            # The data set's own iterator would split the shards between worker processes again.
             for batch in self._dataset.iter(batch_size=1):
                 is_empty = False
                 yield {name: values[0] for name, values in batch.items()}, self._epoch
@@ -166,14 +155,8 @@ class ShardOrder:
 
         own = len(self._shards) % self._readers == 0 or len(self._shards) >= MIN_SHARDS_PER_READER * self._readers
         first, step = (0, 1) if own else (self._reader, self._readers)
-        arguments = {
-            "shards": self._shards,
-            "source": self._part.source,
-            "belongs": self._part.belongs,
-            "first": first,
-            "step": step,
-        }
-        dataset = Streamed.from_generator(_records, gen_kwargs=arguments)
+        arguments = {"shards": self._shards, "source": self._part.source, "belongs": self._part.belongs}
+        dataset = Streamed.from_generator(_records, gen_kwargs={**arguments, "first": first, "step": step})
         seed = _integer(f"{self._seed}/{self._epoch}")
         dataset = dataset.shuffle(seed=seed, buffer_size=self._buffer, max_buffer_input_shards=SHARDS_AT_ONCE)
         if own:
@@ -188,24 +171,23 @@ class ShardOrder:
 def _records(
     shards: list[tuple[int, str]],
     source: ShardSource,
-    belongs: Callable[[str], bool],
+    belongs: Callable[[str], bool] | None,
     first: int = 0,
     step: int = 1,
 ) -> Iterator[Record]:
-    """Every `step`-th record of numbered shards, of those that belong to the split.
+    """Yield every `step`-th record of numbered shards, of those that belong to the split.
 
     The first one, `first`, is shifted from shard to shard, so that many readers of small shards get equally many.
     """
     for number, shard in shards:
-        shift = int(number * GOLDEN * step) % step
-        wanted = partial(_is_wanted, belongs, (first + shift) % step, step)
+        offset = (first + int(number * GOLDEN * step)) % step
+
+        def wanted(index: int, name: str, offset: int = offset) -> bool:
+            return index % step == offset and (belongs is None or belongs(name))
+
         for record in source.read(shard, wanted):
-            # All readers together lose what a shard has lost.
+            # What a shard has lost is shared by all its readers.
             yield {**record, "lost": -(-record["lost"] // step)} if "broken" in record else record
-
-
-def _is_wanted(belongs: Callable[[str], bool], first: int, step: int, index: int, name: str) -> bool:
-    return index % step == first and belongs(name)
 
 
 def _integer(seed: str) -> int:
@@ -213,14 +195,14 @@ def _integer(seed: str) -> int:
 
 
 class Stream(IterableDataset):
-    """Endless items of one part or of several mixed by their weights.
+    """Endless items of one part, or of several mixed by their weights.
 
     Broken samples are skipped and counted, the first ones named. Raises ValueError once more than 1 % of the samples a
     reader has seen are broken; ten are allowed among its first thousand.
 
     Args:
         name: of the source, for messages.
-        parts: each item is drawn from one of them, with a probability in proportion to its weight.
+        parts: each item is drawn from one of them.
         item: makes an item from a record.
         seed: of the orders and the mixture.
         rank, world: this training process and their number. Accelerate must not split the stream again.
@@ -239,12 +221,12 @@ class Stream(IterableDataset):
     ):
         self.name, self.parts, self.item, self.seed = name, list(parts), item, seed
         self.rank, self.world, self.buffer = rank, world, buffer
-        # begin: the start of readers without a state; next: the worker whose batch comes next.
+        # begin: the start of readers that have no state yet; next: the worker whose batch comes next.
         self._state: dict[str, Any] = {"world": world, "workers": 0, "begin": None, "next": 0, "readers": {}}
         self._reader: _Reader | None = None  # of this process
 
     def __iter__(self) -> Iterator[Any]:
-        """Start at the loaded state; in a worker process of a loader, with the part of that worker."""
+        """Start at the loaded state, with the part of this worker process."""
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         # A loader always starts with its worker 0, which takes the part of the worker that would be next.
@@ -264,7 +246,7 @@ class Stream(IterableDataset):
         return self._next_epoch()
 
     def _next_epoch(self) -> dict[str, Any] | None:
-        """The start of all readers after their number has changed."""
+        """Return the start of all readers after their number has changed."""
         readers = self._state["readers"].values()
         if not readers:
             return self._state["begin"]
@@ -272,7 +254,7 @@ class Stream(IterableDataset):
         return {"drawn": 0, "seen": 0, "broken": 0, "parts": [{"epoch": max(of_part) + 1} for of_part in epochs]}
 
     def position(self) -> str:
-        """The state of this process's reader, sent along with a batch (see `Positioned`)."""
+        """Return the state of this process's reader, which `Positioned` sends along with a batch."""
         assert self._reader is not None, "nothing has been read yet"
         info = get_worker_info()
         found = {"worker": self._reader.worker, "workers": info.num_workers if info else 1}
@@ -288,11 +270,11 @@ class Stream(IterableDataset):
         self._state["next"] = (found["worker"] + 1) % found["workers"]
 
     def broken(self) -> int:
-        """The number of broken samples this training process's readers have met, up to the last noted batch."""
+        """Count the broken samples of this training process's readers, up to the last noted batch."""
         return sum(reader["broken"] for reader in self._state["readers"].values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the last noted batch, as plain JSON. Each training process has its own."""
+        """Return the state after the last noted batch, as plain JSON. Each training process has its own."""
         return json.loads(json.dumps(self._state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -328,7 +310,6 @@ class _Reader:
             part.order(f"{stream.seed}/{number}", reader, readers, stream.buffer, state)
             for number, (part, state) in enumerate(zip(stream.parts, start["parts"], strict=True))
         ]
-        self._weights = [part.weight for part in stream.parts]
 
     def state(self) -> dict[str, Any]:
         counts = {"drawn": self._drawn, "seen": self._seen, "broken": self._broken}
@@ -336,9 +317,10 @@ class _Reader:
 
     def items(self) -> Iterator[Any]:
         iterators = [iter(order) for order in self._orders]
+        weights = [part.weight for part in self._stream.parts]
         while True:
             rng = random.Random(f"{self._stream.seed}/{self._reader}/{self._drawn}")
-            (chosen,) = rng.choices(iterators, self._weights)
+            (chosen,) = rng.choices(iterators, weights)
             self._drawn += 1
             record, epoch = next(chosen)
             self._seen += 1
@@ -361,7 +343,7 @@ class _Reader:
 
 
 class ValidationStream(IterableDataset):
-    """The items of all parts once, one from each part in turn, always the same. Broken samples are skipped."""
+    """The items of all parts once, one from each part in turn, in a fixed order. Broken samples are skipped."""
 
     def __init__(self, parts: Sequence[StreamPart], item: Item):
         self.parts, self.item = list(parts), item

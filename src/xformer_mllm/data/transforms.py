@@ -12,7 +12,7 @@ A flipped image no longer matches a caption that says left or right. BLIP-2 flip
 
 import math
 import random
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,15 +28,8 @@ SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and heig
 ORIENTATION = 0x0112  # in EXIF
 
 
-class Transform(Protocol):
-    """An image as opened by `Image.open`, not yet decoded -> uint8[3, S, S].
-
-    rng: the source of all randomness.
-    """
-
-    size: int
-
-    def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor: ...
+Transform = Callable[[Image.Image, random.Random], torch.Tensor]
+"""An image as opened by `Image.open`, not yet decoded, and the source of all randomness -> uint8[3, S, S]."""
 
 
 class TrainTransform:
@@ -44,21 +37,20 @@ class TrainTransform:
 
     A JPEG whose crop is at least four times as wide and high as `size` is decoded at a half, a quarter or an eighth
     of its size (Pillow's draft mode), which is still at least `REDUCING_GAP` times as large as the result.
+
+    size: side of the result, in pixels. scale: smallest and largest share of the image's area.
     """
 
     def __init__(self, size: int, scale: tuple[float, float] = SCALE, flip: bool = True):
-        """size: side of the result, in pixels. scale: smallest and largest share of the image's area.
-
-        Raises ValueError for an invalid value.
-        """
         if size < 1:
-            raise ValueError(f"an image's size must be at least 1 pixel, not {size}")
+            raise ValueError(f"the image size must be at least 1 pixel, not {size}")
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"a crop's share of the area must lie within 0 and 1, the smallest first, not {scale}")
+            raise ValueError(f"scale must be (smallest, largest) between 0 and 1, not {scale}")
         self.size, self.scale, self.flip = size, scale, flip
 
     def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
-        width, height = _upright_size(image)
+        sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+        width, height = (image.height, image.width) if sideways else image.size
         left, top, right, bottom = draw_crop(width, height, self.scale, rng)
         factor = min(right - left, bottom - top) / (self.size * REDUCING_GAP)
         if factor >= 2:
@@ -82,10 +74,10 @@ class EvalTransform:
 
 
 def draw_crop(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random crop, as torchvision's RandomResizedCrop draws it.
+    """Draw left, top, right and bottom of a random crop, as torchvision's RandomResizedCrop does.
 
-    The area is uniform in `scale` and the ratio log-uniform in `RATIO`; after ten that do not fit into the image, it is
-    the largest centred crop whose ratio is within `RATIO`.
+    The area is uniform in `scale` and the ratio log-uniform in `RATIO`. After ten that do not fit into the image, the
+    largest centred crop whose ratio is within `RATIO` is used.
     """
     for _ in range(TRIES):
         area = width * height * rng.uniform(*scale)
@@ -98,12 +90,6 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], rng: random.R
     down = min(height, max(1, round(width / RATIO[0])))
     left, top = (width - across) // 2, (height - down) // 2
     return left, top, left + across, top + down
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after applying the EXIF orientation."""
-    sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
-    return (image.height, image.width) if sideways else image.size
 
 
 def _tensor(image: Image.Image) -> torch.Tensor:

@@ -1,17 +1,15 @@
-"""`xformer export`: a model -> one self-contained folder, for the Hub and for use with transformers alone.
+"""`xformer export`: a model -> one self-contained folder, for the Hub and for plain transformers.
 
 In reading order:
 
     facts   the settings, the model's files, and what is known about it: its runs and evaluations
-    folder  weights, settings and code, as they are written
+    folder  settings and code, as they are written
     card    README.md: usage, contents, scores, data, licence, citation
 """
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from xformer_mllm.checkpoints import model_folder
+from xformer_mllm.checkpoints import model_folder, write_weights
 from xformer_mllm.export.card import model_card
 from xformer_mllm.export.facts import (
     ExportConfig,
@@ -24,8 +22,8 @@ from xformer_mllm.export.facts import (
     open_weights,
     title_of,
 )
-from xformer_mllm.export.folder import check_whole, dtype_of, new_config, write_code, write_settings, write_weights
-from xformer_mllm.files import atomic_path, write_whole
+from xformer_mllm.export.folder import check_whole, dtype_of, new_config, write_code, write_settings
+from xformer_mllm.files import atomic_path, check_new_folder, write_whole
 
 __all__ = ["ExportConfig", "export"]
 
@@ -37,8 +35,7 @@ def export(settings: ExportConfig) -> Path:
         ValueError, OSError: if there is no such model, if the output folder is not empty, or if the disk is full.
     """
     output = settings.output_dir
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: exists and is not empty; choose another --output-dir or remove it")
+    check_new_folder(output)
     folder = model_folder(settings.model)
     kind, tensors, processor = kind_of(folder), open_weights(folder), open_processor(folder)
     config = new_config(folder, kind)
@@ -52,16 +49,16 @@ def export(settings: ExportConfig) -> Path:
             write_settings(partial, folder, facts, processor)
             write_code(partial)
             write_whole(partial / "README.md", model_card(facts))
-            write_weights(partial, facts, tensors)
+            write_weights(partial, wanted, tensors.__getitem__, settings.max_shard_size)
             check_whole(partial, kind, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(f"{output}: could not be written, and nothing is left of it: {error}") from error
     print(summary(facts, left_out))
     return output
 
 
 def summary(facts: Facts, left_out: list[str]) -> str:
-    """Describe what was written, what the card does not state, and how to publish it."""
+    """Describe what was written, which scores are not in the card, and how to publish it."""
     output = facts.settings.output_dir
     named = ", ".join(map(title_of, facts.scores))
     lines = [

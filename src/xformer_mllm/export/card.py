@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from xformer_mllm import defaults
 from xformer_mllm.data.questions import QUESTION_PROMPT
-from xformer_mllm.export.facts import Facts, Metrics, benchmark_of, is_of_scenes, part_of, title_of, without_folders
+from xformer_mllm.export.facts import Facts, Metrics, benchmark_of, part_of, title_of, without_folders
 from xformer_mllm.model.modeling_xformer import FROZEN
 from xformer_mllm.report.benchmark import UNSCALED, decoding, number
 from xformer_mllm.report.contents import BLIND
@@ -18,22 +18,15 @@ from xformer_mllm.report.contents import BLIND
 
 def model_card(facts: Facts) -> str:
     """Return README.md: YAML for the Hub, then the text."""
-    sections = [
-        introduction(facts),
-        usage(facts),
-        contents(facts),
-        training(facts),
-        *(["## Scores", *map(scores_of, facts.scores)] if facts.scores else []),
-        licence(facts),
-        CITATION,
-    ]
+    scores = ["## Scores", *map(scores_of, facts.scores)] if facts.scores else []
+    sections = [introduction(facts), usage(facts), contents(facts), training(facts), *scores, licence(facts), CITATION]
     return f"---\n{hub_fields(facts)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def hub_fields(facts: Facts) -> str:
     """Return the card's YAML."""
     settings, task = facts.settings, facts.kind.task
-    data = ModelCardData(
+    return ModelCardData(
         license=settings.license,
         license_name=settings.license_name,
         license_link=settings.license_link,
@@ -44,13 +37,12 @@ def hub_fields(facts: Facts) -> str:
         tags=["x-former", "q-former", "custom_code"],
         model_name=facts.name.rpartition("/")[2],
         eval_results=[result for metrics in facts.scores for result in hub_results(metrics, task)] or None,
-    )
-    return data.to_yaml()
+    ).to_yaml()
 
 
 def hub_results(metrics: Metrics, task: str) -> list[EvalResult]:
-    """Return the overall scores; none on the embedded scenes, which the Hub would list as the benchmark's."""
-    if is_of_scenes(metrics):
+    """Return the overall scores, except on the embedded scenes: the Hub would list them as the benchmark's."""
+    if metrics.get("exported_scenes"):
         return []
     name, split = benchmark_of(metrics)
     return [
@@ -131,14 +123,14 @@ def tower(config: Any) -> str:
 
 
 def training(facts: Facts) -> str:
-    """State the data and all settings of the runs and conversions."""
+    """List the data and all settings of the runs and conversions."""
     parts = ["## Training"]
     if datasets := facts.settings.datasets:
         parts.append(f"Data: {', '.join(f'[{name}](https://huggingface.co/datasets/{name})' for name in datasets)}.")
     for run in facts.runs:
         shown = {key: without_folders(value) for key, value in run.items() if key != "command"}
         if run.get("data") in defaults.DATA:
-            shown.pop("augment", None)  # only images from elsewhere are augmented
+            shown.pop("augment", None)  # only external images are augmented
         data = f" on `{shown['data']}`" if "data" in shown else ""
         content = json.dumps(shown, indent=2, ensure_ascii=False)
         parts.append(f"`xformer {run['command']}`{data}, with these settings:\n\n```json\n{content}\n```")
@@ -148,7 +140,7 @@ def training(facts: Facts) -> str:
 
 
 def scores_of(metrics: Metrics) -> str:
-    """Show one benchmark: overall scores, how they were obtained, and the other groups, folded."""
+    """Format one benchmark: overall scores, how they were obtained, and the other groups, folded."""
     groups = metrics["scores"]
     columns = list(dict.fromkeys(metric for group in groups.values() for metric in group if metric != "ci95"))
     rows = [[name, *(number(metric, group.get(metric)) for metric in columns)] for name, group in groups.items()]
@@ -173,7 +165,7 @@ def scores_of(metrics: Metrics) -> str:
 
 
 def licence(facts: Facts) -> str:
-    """State the licence of the whole and of each base model, and what is not known."""
+    """State the licence of the whole and of each base model, and which are not known."""
     settings = facts.settings
     whole = settings.license_name or settings.license
     if settings.license_link:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from xformer_mllm.checkpoints import evaluation_folder, model_folder
@@ -21,16 +22,16 @@ from xformer_mllm.model.processing_xformer import XFormerProcessor
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export a model as a self-contained folder with a model card, for the Hub and for transformers alone."""
+    """Export a model as a self-contained folder with a model card, for the Hub and for plain transformers."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, or of its model."""
+    """Folder of a run or of a model."""
     output_dir: Path
-    """The new folder; must not exist yet, or be empty."""
+    """Folder to write; must be new or empty."""
     max_shard_size: str = "5GB"
-    """Largest size of one weight file (a larger tensor gets its own file)."""
+    """Maximum size of a weight file; a larger tensor gets its own file."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Dtype of the frozen parts; by default unchanged. Trainable parts always keep theirs."""
+    """Dtype of the frozen parts; by default unchanged. Trainable parts keep theirs."""
     repo_id: str | None = None
     """The model's name on the Hub (you/xformer-opt-2.7b), for the card; by default the new folder's name."""
     license: str = "other"
@@ -40,7 +41,7 @@ class ExportConfig:
     license_link: str | None = None
     """Link to the licence if --license is other."""
     base_models: tuple[str, ...] = ()
-    """The models it was made from, each with its licence: facebook/opt-2.7b=other facebook/vit-mae-huge=cc-by-nc-4.0.
+    """The models it contains, each with its licence: facebook/opt-2.7b=other facebook/vit-mae-huge=cc-by-nc-4.0.
     Names are detected from the run's files where possible; licences are not."""
     datasets: tuple[str, ...] = ()
     """Training data sets, by their Hub names."""
@@ -48,14 +49,13 @@ class ExportConfig:
     """Further metrics.json files; those that `xformer evaluate` wrote to the run's folder are found."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for invalid settings."""
         if self.repo_id is not None:
             validate_repo_id(self.repo_id)
         if self.license != "other" and (self.license_name or self.license_link):
-            raise ValueError(f"--license-name and --license-link belong to --license other, not to {self.license}")
+            raise ValueError(f"--license-name and --license-link require --license other, not {self.license}")
         for named in self.base_models:
             if not all(named.partition("=")[::2]):
-                raise ValueError(f"--base-models {named}: give each name with its licence: NAME=LICENCE")
+                raise ValueError(f"--base-models {named}: expected NAME=LICENCE")
 
 
 Tensors = Mapping[str, torch.Tensor]
@@ -63,7 +63,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A class that can be exported: the Auto class that loads it, its task on the Hub, its texts in the card."""
+    """A class that can be exported: the Auto class that loads it, its task on the Hub, its texts for the card."""
 
     model: type[PreTrainedModel]
     auto_class: str
@@ -121,12 +121,12 @@ def kind_of(folder: Path) -> Kind:
     """Return the kind of model in a folder. Raises ValueError if it cannot be exported."""
     name = next(iter(read_json(folder / "config.json").get("architectures") or []), "unknown")
     if name not in KINDS:
-        raise ValueError(f"{folder}: holds a model of kind {name}; what can be exported: {' or '.join(KINDS)}")
+        raise ValueError(f"{folder}: holds a model of kind {name}; expected {' or '.join(KINDS)}")
     return KINDS[name]
 
 
 def open_weights(folder: Path) -> Tensors:
-    """Return name -> tensor, mapped from its file and read when used. Raises OSError or ValueError."""
+    """Return the tensors, mapped from their files and read when used. Raises OSError or ValueError."""
     index = folder / "model.safetensors.index.json"
     files = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     tensors: dict[str, torch.Tensor] = {}
@@ -134,10 +134,9 @@ def open_weights(folder: Path) -> Tensors:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder}: the weight file {file} is missing")
         try:
-            opened = safe_open(folder / file, "pt")
+            tensors |= load_file(folder / file)
         except SafetensorError as error:
             raise ValueError(f"{folder / file}: damaged or cut short ({error}); copy it again") from error
-        tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return tensors
 
 
@@ -149,11 +148,11 @@ def open_processor(folder: Path) -> XFormerProcessor:
 
 
 def part_of(name: str) -> str:
-    """'xformer.mae_encoder.layers.0…' -> 'mae_encoder'."""
+    """Return the part of the model: 'xformer.mae_encoder.layers.0…' -> 'mae_encoder'."""
     return name.removeprefix("xformer.").split(".")[0]
 
 
-# Names of --llm that are not on the Hub -> what they are, their licence.
+# Names of --llm that are not on the Hub -> description, licence.
 KNOWN = {"opt": ("the tiny OPT of xformer-mllm", "apache-2.0"), "smollm2": (SMOLLM2_ON_HUB, "apache-2.0")}
 
 Metrics = Mapping[str, Any]  # content of an evaluation's metrics.json
@@ -163,8 +162,8 @@ Metrics = Mapping[str, Any]  # content of an evaluation's metrics.json
 class Facts:
     """Everything the card states.
 
-    name: the model's. wanted: its tensors on the meta device, in the dtype they are written in. runs: settings of the
-    runs and conversions that made it, the last one first. bases: what it was made from -> licence, None if unknown.
+    wanted: the model's tensors on the meta device, in the dtype they are written in. runs: settings of the runs and
+    conversions that made it, the last one first. bases: names of base models -> licence, None if unknown.
     """
 
     settings: ExportConfig
@@ -193,7 +192,7 @@ class Facts:
 def lineage(folder: Path) -> list[dict[str, Any]]:
     """Return the settings of the run or conversion that made the model, and of those it started from.
 
-    Folders that no longer exist are skipped. Each entry names its "command".
+    Folders that no longer exist are skipped. Each entry has its "command".
     """
     found = []
     run: dict[str, Any] = {}
@@ -210,7 +209,7 @@ def lineage(folder: Path) -> list[dict[str, Any]]:
 
 
 def made_from(runs: list[dict[str, Any]], given: tuple[str, ...]) -> dict[str, str | None]:
-    """Return what the model was made from -> its licence, None if unknown."""
+    """Return the names of the base models -> licence, None if unknown."""
     found: dict[str, str | None] = {}
     for run in runs:
         for name in filter(None, (run.get(key) for key in ("qformer", "clip", "mae", "llm"))):
@@ -226,7 +225,7 @@ def without_folders(value: Any) -> Any:
 
 
 def evaluations(folder: Path, named: Sequence[Path]) -> tuple[list[Metrics], list[str]]:
-    """Return the metrics of the model's evaluations, and a line with the reason for each one left out.
+    """Return the metrics of the model's evaluations, and a message for each one left out.
 
     Those in `named` are always included.
     """
@@ -246,7 +245,7 @@ def read_metrics(file: Path) -> Metrics:
     """Read a metrics.json. Raises OSError or ValueError if it is not one."""
     metrics = read_json(file)
     if not isinstance(metrics, dict) or "all" not in metrics.get("scores", {}):
-        raise ValueError(f"{file}: holds no scores; it should be the metrics.json of an evaluation")
+        raise ValueError(f"{file}: holds no scores; expected the metrics.json of an evaluation")
     return metrics
 
 
@@ -256,12 +255,7 @@ def benchmark_of(metrics: Metrics) -> tuple[str, str]:
     return metrics.get("benchmark") or config.get("data") or "unnamed", config.get("split") or ""
 
 
-def is_of_scenes(metrics: Metrics) -> bool:
-    """Return whether the scores are on the embedded scenes in a benchmark's format, not on the benchmark."""
-    return bool(metrics.get("exported_scenes"))
-
-
 def title_of(metrics: Metrics) -> str:
-    """Return a title such as 'vqav2 val', marked if the scores are on the embedded scenes."""
+    """Return a title such as 'vqav2 val', marked if the scores are on the embedded scenes in a benchmark's format."""
     title = " ".join(filter(None, benchmark_of(metrics)))
-    return f"{title}: the embedded scenes in its format" if is_of_scenes(metrics) else title
+    return f"{title}: the embedded scenes in its format" if metrics.get("exported_scenes") else title

@@ -1,8 +1,7 @@
-"""Weights, settings and code, as they are written into the new folder.
+"""The new folder's settings and code, and the check that it loads.
 
-Weights: safetensors shards, frozen parts included, tensor by tensor: never more than a shard in memory. Settings:
-configuration, processor, generation settings. Code: the modules of `model/` that the Auto classes need; transformers runs
-them with trust_remote_code=True.
+Settings: configuration, processor, generation settings. Code: the modules of `model/` that the Auto classes need;
+transformers runs them with trust_remote_code=True.
 """
 
 import json
@@ -12,11 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from transformers.utils import logging
 
-from xformer_mllm.export.facts import Facts, Kind, Tensors, part_of
+from xformer_mllm.export.facts import Facts, Kind, part_of
 from xformer_mllm.files import read_json, write_whole
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import FROZEN, LORA
@@ -32,25 +29,10 @@ def dtype_of(name: str, tensor: torch.Tensor, frozen: str | None) -> torch.dtype
     return getattr(torch, str(frozen)) if changes else tensor.dtype
 
 
-def write_weights(folder: Path, facts: Facts, tensors: Tensors) -> None:
-    """Write shards, and an index if there are several. Raises OSError, before writing if space is short."""
-    split = split_torch_state_dict_into_shards(dict(facts.wanted), max_shard_size=facts.settings.max_shard_size)
-    free = shutil.disk_usage(folder).free / 1e9
-    if facts.gigabytes > free:
-        raise OSError(f"the weights take {facts.gigabytes:,.3f} GB, and {free:,.3f} GB are free on that disk")
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].to(facts.wanted[name].dtype).contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it private to its owner
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
 def check_whole(folder: Path, kind: Kind, source: Path) -> None:
     """Load the new folder on the meta device. Raises ValueError if weights are missing or of another shape."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers' own report
+    logging.set_verbosity_error()  # no loading report
     try:
         _, report = kind.model.from_pretrained(
             folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
@@ -63,7 +45,7 @@ def check_whole(folder: Path, kind: Kind, source: Path) -> None:
 
 
 def new_config(source: Path, kind: Kind) -> XFormerConfig:
-    """Return the model's configuration, which names its code and no path of this machine."""
+    """Return the model's configuration, naming its code and without paths of this machine."""
     config = XFormerConfig.from_pretrained(source)
     config.auto_map = {
         "AutoConfig": "configuration_xformer.XFormerConfig",
@@ -96,7 +78,7 @@ def write_settings(folder: Path, source: Path, facts: Facts, processor: XFormerP
 
 
 def write_code(folder: Path) -> None:
-    """Write the modules that transformers asks for, and the siblings they import."""
+    """Write the modules that transformers loads, and the siblings they import."""
     todo, done = ["configuration_xformer", "modeling_xformer", "processing_xformer"], set()
     while todo:
         module = todo.pop()
@@ -109,9 +91,9 @@ def write_code(folder: Path) -> None:
 
 
 def followable(code: str) -> str:
-    """Repeat each module of `from . import a, b` in the form by which transformers finds the files to copy.
+    """Repeat each module of `from . import a, b` in the form `from .a import name`.
 
-    It matches lines such as `from .a import name` (dynamic_module_utils.py `get_relative_imports`).
+    transformers finds the files to copy by such lines (dynamic_module_utils.py `get_relative_imports`).
     """
 
     def add(line: re.Match) -> str:
