@@ -125,7 +125,7 @@ def run_part(part: str, tiny: bool) -> dict:
                 inputs["pixel_values"], prompt, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False
             )
         seconds["generation"] = time.process_time() - started
-        result["generated"] = list(tokens.shape)
+        result["generated"] = list(tokens[:, prompt.shape[1] :].shape)
     return {"seconds": seconds, **result, "peak_bytes": int(peak_of_this_process() * 2**20)}
 
 

@@ -15,7 +15,8 @@ folder = xformer_mllm.shipped_model("xformer")
 model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 questions = ["How many objects are there in the image?", "What colour is the triangle?"]
 inputs = processor(images=[image] * 2, text=[f"Question: {question} Answer:" for question in questions])
-answers = processor.batch_decode(model.generate(**inputs, max_new_tokens=5), skip_special_tokens=True)
+new = model.generate(**inputs, max_new_tokens=5)[:, inputs["input_ids"].shape[1] :]
+answers = processor.batch_decode(new, skip_special_tokens=True)
 for question, answer in zip(questions, answers, strict=True):
     print(f"{question} {answer.strip()}")
 

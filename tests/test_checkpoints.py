@@ -101,7 +101,7 @@ def test_instruction_aware_stage_2_reads_the_prompt(images, tmp_path):
         for prompt in ("Question: how many circles are there? Answer:", "Question: is it red? Answer:", ""):
             inputs = processor(images=[Image.fromarray(images[0].permute(1, 2, 0).numpy())], text=prompt)
             read = {name: inputs[name] for name in inputs if name.startswith("qformer")}
-            prompts.append(model.get_image_features(inputs["pixel_values"], **read))
+            prompts.append(model.get_image_features(inputs["pixel_values"], **read).pooler_output)
     assert not torch.allclose(prompts[0], prompts[1])
     assert not torch.allclose(prompts[0], prompts[2])
 
@@ -135,10 +135,12 @@ def test_batches_and_pipeline_equal_single_answers(images, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "stage2")
     images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     prompts = ["Question: how many circles are there? Answer:", "", "Question: what? Answer:"]
-    batch = model.generate(**processor(images=images, text=prompts), max_new_tokens=5)
+    inputs = processor(images=images, text=prompts)
+    batch = model.generate(**inputs, max_new_tokens=5)[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(batch, skip_special_tokens=True)
     for image, prompt, text in zip(images, prompts, texts, strict=True):
-        one = model.generate(**processor(images=image, text=prompt), max_new_tokens=5)
+        inputs = processor(images=image, text=prompt)
+        one = model.generate(**inputs, max_new_tokens=5)[:, inputs["input_ids"].shape[1] :]
         assert processor.batch_decode(one, skip_special_tokens=True)[0] == text
 
     pipe = pipeline("image-text-to-text", model=model, processor=processor)

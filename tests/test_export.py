@@ -128,7 +128,8 @@ from transformers import AutoConfig
 print(type(AutoConfig.from_pretrained(name, trust_remote_code=True)).__name__, type(model).__name__)
 print(type(processor).__name__, type(model).__module__.partition(".")[0])
 settings = {{"max_new_tokens": 6, "min_new_tokens": 6}}
-made = {{"ids": model.generate(**inputs, **settings), "prompt": model.get_image_features(inputs["pixel_values"])}}
+prompt = model.get_image_features(inputs["pixel_values"]).pooler_output
+made = {{"ids": model.generate(**inputs, **settings), "prompt": prompt}}
 save_file(made, "stage2-alone.safetensors")
 model.save_pretrained("again")
 processor.save_pretrained("again")
@@ -155,9 +156,10 @@ print({name: str(parameter.dtype) for name, parameter in model.named_parameters(
     model, processor = load_model(runs / "stage2", [XFormerForConditionalGeneration])
     inputs = processor(images=image, text=PROMPT)
     with torch.no_grad():
-        said = processor.batch_decode(model.generate(**inputs, max_new_tokens=20), skip_special_tokens=True)
+        new = model.generate(**inputs, max_new_tokens=20)[:, inputs["input_ids"].shape[1] :]
+        said = processor.batch_decode(new, skip_special_tokens=True)
         six = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)
-        soft_prompt = model.get_image_features(inputs["pixel_values"])
+        soft_prompt = model.get_image_features(inputs["pixel_values"]).pooler_output
     assert printed[0] == str(said)
     assert ast.literal_eval(printed[1])[0]["generated_text"].removeprefix(PROMPT).strip() == said[0].strip()
     assert printed[2] == "XFormerConfig XFormerForConditionalGeneration"

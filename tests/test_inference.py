@@ -106,8 +106,8 @@ def test_probability_is_that_of_the_answer(runs, monkeypatch):
     found = generate(model, processor, prompts, pixels, index, probabilities=True, max_new_tokens=4)
     for prompt, answer in zip(prompts, found, strict=True):
         text = processor(text=[prompt])
-        tokens = model.generate(pixels, **text, max_new_tokens=4, do_sample=False)
-        read = torch.cat([text["input_ids"], tokens], dim=1)
+        read = model.generate(pixels, **text, max_new_tokens=4, do_sample=False)
+        tokens = read[:, text["input_ids"].shape[1] :]
         logits = model(pixel_values=pixels, input_ids=read, attention_mask=torch.ones_like(read)).logits
         logs = logits[:, -tokens.shape[1] - 1 : -1].float().log_softmax(-1)
         expected = logs.gather(-1, tokens[..., None]).sum().exp().item()

@@ -245,5 +245,6 @@ def test_smollm2_takes_training_steps_and_generates(tmp_path, chat_template):
     model.eval()
     text = processor(text=["Question: How many objects are there? Answer:"] * 2)
     new = model.generate(batch["pixel_values"][:2], **text, max_new_tokens=5, do_sample=False)
+    new = new[:, text["input_ids"].shape[1] :]
     assert new.shape[0] == 2
     assert 1 <= new.shape[1] <= 5

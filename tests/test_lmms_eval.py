@@ -174,7 +174,7 @@ def test_batches_are_of_one_group_and_the_longest_first(adapter):
 
 def answer_alone(lm, text, document, **arguments):
     inputs = lm._processor(images=image(document), text=text)
-    tokens = lm._model.generate(**inputs, do_sample=False, **arguments)
+    tokens = lm._model.generate(**inputs, do_sample=False, **arguments)[:, inputs["input_ids"].shape[1] :]
     return lm._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
 
@@ -201,7 +201,7 @@ def test_every_prompt_stands_behind_its_own_image_and_a_image_is_read_once_a_bat
             text = lm._processor.tokenizer.decode(ids, skip_special_tokens=True)
             seen.append((text.strip(), pixel_values[place, :, 0, 0].tolist()))
         seen.append(len(pixel_values))
-        return input_ids[:, -1:]
+        return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
 
     monkeypatch.setattr(lm._model, "generate", generate)
     loads = []
@@ -259,7 +259,7 @@ def test_answer_ends_where_the_language_models_positions_do(lm, monkeypatch):
 
     def generate(input_ids, max_new_tokens, **_):
         lengths.append(input_ids.shape[1] + max_new_tokens)
-        return input_ids[:, -1:]
+        return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
 
     monkeypatch.setattr(lm._model, "generate", generate)
     lm.generate_until([asks("What?", {"max_new_tokens": 10 * positions}, 0)])
@@ -316,7 +316,7 @@ def test_loglikelihood_is_the_mean_loss_of_the_continuation(models, model):
 def test_what_greedy_decoding_says_is_greedy(lm):
     tokenizer, text = lm._processor.tokenizer, "Question: What? Answer:"
     inputs = lm._processor(images=image(0), text=text)
-    said = lm._model.generate(**inputs, max_new_tokens=3, do_sample=False)[0]
+    said = lm._model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     continuation = tokenizer.decode(said)
     assert tokenizer(continuation, add_special_tokens=False)["input_ids"] == said.tolist()
     requests = [asks("What?", continuation, 0), asks("What?", continuation + " red", 0)]

@@ -45,7 +45,7 @@ class Processor:
 class Model(torch.nn.Linear):
     """Answers with the image's number, so that an image given to the wrong question is seen."""
 
-    config = SimpleNamespace(text_config=SimpleNamespace())  # reads texts of any length
+    config = SimpleNamespace(text_config=SimpleNamespace(is_encoder_decoder=False))  # reads texts of any length
 
     def __init__(self, stop_after=None):
         super().__init__(1, 1)
@@ -58,7 +58,7 @@ class Model(torch.nn.Linear):
         self.batches += 1
         self.encoded += len(pixel_values)
         assert len(image_index) == len(input_ids)
-        return pixel_values[image_index].long()
+        return torch.cat([input_ids, pixel_values[image_index].long()], dim=1)
 
 
 class Images:

@@ -44,7 +44,8 @@ def test_shipped_models_answer_questions(name, least):
         image = defaults.scene(f"scene:validation:{index}")
         texts = [f"Question: {question.question} Answer:" for question in asked]
         inputs = processor(images=[image] * len(asked), text=texts)
-        answers = processor.batch_decode(model.generate(**inputs, max_new_tokens=5), skip_special_tokens=True)
+        new = model.generate(**inputs, max_new_tokens=5)[:, inputs["input_ids"].shape[1] :]
+        answers = processor.batch_decode(new, skip_special_tokens=True)
         right += [answer.strip() == question.answer for answer, question in zip(answers, asked, strict=True)]
     assert sum(right) / len(right) >= least
 

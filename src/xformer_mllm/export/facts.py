@@ -107,8 +107,8 @@ name = {name}
 model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 inputs = processor(images="image.png", text={prompt})
-ids = model.generate(**inputs, max_new_tokens=20)
-print(processor.batch_decode(ids, skip_special_tokens=True))
+answer = model.generate(**inputs, max_new_tokens=20)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(answer, skip_special_tokens=True))
 
 pipe = pipeline("image-text-to-text", model=name, trust_remote_code=True)
 print(pipe(images="image.png", text={prompt}, max_new_tokens=20))""",

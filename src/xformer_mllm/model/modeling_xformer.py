@@ -459,6 +459,10 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
 class TiedLinear(nn.Linear):
     """BERT's prediction of words, whose weight is the word embeddings'; the bias is the model's own parameter."""
 
+    def __init__(self, words: nn.Parameter):
+        super().__init__(words.shape[1], words.shape[0], bias=False, device="meta")
+        self.weight = words
+
     def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(states, self.weight, bias)
 
@@ -476,9 +480,8 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         if config.qformer_config.use_qformer_text_input is False:
             raise ValueError("stage 1 reads text: qformer_config.use_qformer_text_input must be True")
         self.itg_transform = BertPredictionHeadTransform(config.qformer_config)
-        width, words = config.qformer_config.hidden_size, config.qformer_config.vocab_size
-        self.itg_bias = nn.Parameter(torch.zeros(words))
-        self.itg_head = nn.utils.skip_init(TiedLinear, width, words, bias=False)
+        self.itg_bias = nn.Parameter(torch.zeros(config.qformer_config.vocab_size))
+        self.itg_head = TiedLinear(self.xformer.embeddings.word_embeddings.weight)
         self.temperature = nn.Parameter(torch.tensor(config.initial_temperature))
 
     def itg_logits(self, text_states: torch.Tensor) -> torch.Tensor:
@@ -490,8 +493,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Set ITG's head; new words start with a bias of 0."""
-        self.itg_head = nn.utils.skip_init(TiedLinear, value.in_features, value.out_features, bias=False)
-        self.itg_head.weight = value.weight
+        self.itg_head = TiedLinear(value.weight)
         bias = self.itg_bias.data[: value.out_features]
         self.itg_bias.data = nn.functional.pad(bias, (0, value.out_features - len(bias)))
 
