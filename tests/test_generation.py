@@ -303,7 +303,8 @@ def test_the_pipeline_speaks_by_the_chat_template_too(start, tmp_path):
     image = Image.fromarray(some_images(1)[0].permute(1, 2, 0).numpy())
     pipe = pipeline("image-text-to-text", model=str(tmp_path))
     settings = {"max_new_tokens": 5, "do_sample": False}
-    said = pipe(images=image, text="<image>" + PROMPTS[0], **settings, return_full_text=False)[0]["generated_text"]
+    asked = {"images": image, "text": "<image>" + PROMPTS[0]}
+    said = pipe(**asked, generate_kwargs=settings, return_full_text=False)[0]["generated_text"]
     inputs = processor(images=image, text=PROMPTS[0])
     tokens = pipe.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
     assert said.strip() == processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()

@@ -1,5 +1,10 @@
 """Images and texts through the processor, as each consumer needs them."""
 
+import base64
+import functools
+import http.server
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from xformer_mllm import XFormerConfig
+from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.embedded.start import WEIGHTS
 from xformer_mllm.model.processing_xformer import MAX_CAPTION_TOKENS, XFormerProcessor, image_processor
 from xformer_mllm.train.batches import Stage1Collator, Stage2Collator
@@ -133,10 +139,99 @@ def test_what_is_no_text_is_said(processor, name):
         processor(**{name: ["a circle", None]})
 
 
-@pytest.mark.parametrize("array", [np.zeros((48, 48, 3), np.uint8), torch.zeros(2, 3, 48, 48)])
-def test_an_array_is_told_how_to_become_a_image(processor, array):
-    with pytest.raises(TypeError, match=r"a PIL image, not (ndarray|Tensor); convert an array with Image.fromarray"):
-        processor(images=array)
+def test_images_come_as_transformers_processors_take_them(processor, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    encoded = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    expected = processor(images=image)["pixel_values"]
+    first = torch.from_numpy(pixels).permute(2, 0, 1)
+    for form in (
+        str(tmp_path / "a.png"),
+        encoded,
+        [[image]],
+        pixels,
+        first,
+        first.float() / 255,
+        first[None],
+        [pixels],
+    ):
+        assert torch.equal(processor(images=form)["pixel_values"], expected)
+    several = processor(images=[[image], [pixels, encoded], (image,)])["pixel_values"]
+    assert torch.equal(several, expected.expand(4, -1, -1, -1))
+    assert torch.equal(processor(images=torch.stack([first] * 2))["pixel_values"], expected.expand(2, -1, -1, -1))
+
+
+def test_images_of_an_address_are_fetched(processor, tmp_path):
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "a.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        fetched = processor(images=f"http://127.0.0.1:{server.server_port}/a.png")["pixel_values"]
+        server.shutdown()
+    assert torch.equal(fetched, processor(images=tmp_path / "a.png")["pixel_values"])
+
+
+PROMPTS = ["Question: one? Answer:", "Question: how many small red circles? Answer:"]
+
+
+def test_padding_and_truncation_are_obeyed(processor):
+    rows = processor(text=PROMPTS, padding=False, return_tensors=None)["input_ids"]
+    assert len(rows[0]) < len(rows[1])
+    longest = len(rows[1])
+    left, right = (processor(text=PROMPTS, padding_side=side) for side in ("left", "right"))
+    assert left["attention_mask"][0].tolist() == [0] * (longest - len(rows[0])) + [1] * len(rows[0])
+    assert right["attention_mask"][0].tolist() == [1] * len(rows[0]) + [0] * (longest - len(rows[0]))
+    assert right["input_ids"][0, : len(rows[0])].tolist() == rows[0]
+    assert processor(text=PROMPTS, pad_to_multiple_of=64)["input_ids"].shape[1] % 64 == 0
+    assert torch.equal(processor(text=PROMPTS, text_kwargs={"padding_side": "right"})["input_ids"], right["input_ids"])
+    assert processor(text=PROMPTS, max_length=3, truncation=False)["input_ids"].shape[1] == longest
+    assert processor(text=PROMPTS, max_length=3)["input_ids"].shape[1] < longest
+    many = "circle " * 40
+    short, whole = (processor(qformer_text=many, truncation=cut)["qformer_input_ids"] for cut in (None, False))
+    assert short.shape[1] == 32 < whole.shape[1]
+    assert isinstance(processor(text=PROMPTS, return_tensors="np")["input_ids"], np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"paddding": True}, TypeError, "paddding"),
+        ({"text_kwargs": {"paddding": True}}, TypeError, "paddding"),
+        ({"padding": "longer"}, ValueError, "padding must be True"),
+        ({"padding_side": "top"}, ValueError, "padding_side must be"),
+        ({"truncation": True}, ValueError, "pass max_length"),
+        ({"padding": "max_length"}, ValueError, "pass max_length"),
+        ({"videos": [1]}, ValueError, "no videos"),
+    ],
+)
+def test_unknown_settings_of_the_processor_are_refused(processor, wrong, error, message):
+    with pytest.raises(error, match=message):
+        processor(text=PROMPTS, **wrong)
+
+
+def messages(*parts, role="user"):
+    return [{"role": role, "content": list(parts)}]
+
+
+def test_a_chat_template_gives_the_prompt_of_training(processor, tmp_path):
+    image = Image.new("RGB", (48, 48), "red")
+    asked = messages({"type": "image", "image": image}, {"type": "text", "text": "How many?"})
+    prompt = QUESTION_PROMPT.format(question="How many?")
+    assert processor.apply_chat_template(asked) == prompt
+    assert processor.apply_chat_template([{"role": "user", "content": "How many?"}]) == prompt
+    assert processor.apply_chat_template(messages({"type": "image", "image": image})) == ""
+    inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True)
+    expected = processor(images=image, text=prompt)
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    for refused in ([*asked, *asked], messages({"type": "text", "text": "hi"}, role="system")):
+        with pytest.raises(Exception, match="one question about one image"):
+            processor.apply_chat_template(refused)
+    processor.chat_template = "{{ messages[0].content[-1].text }}"
+    processor.save_pretrained(tmp_path)
+    XFormerConfig().save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).apply_chat_template(asked) == "How many?"
 
 
 def test_a_missing_image_is_named(processor, tmp_path):

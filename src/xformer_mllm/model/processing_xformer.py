@@ -11,11 +11,16 @@ number of queries):
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image as fetch_image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.tokenization_utils_base import AddedToken
 
@@ -26,7 +31,21 @@ logger = logging.getLogger(__name__)
 IMAGE_TOKEN = "<image>"
 MAX_CAPTION_TOKENS = 32  # of the Q-Former's tokenizer: LAVIS max_txt_len
 
-ImageInput = str | os.PathLike | Image.Image
+# One question about one image is what training has; the rest of the prompt is added with the placeholders.
+CHAT_TEMPLATE = """\
+{%- set said = namespace(text='') -%}
+{%- if messages | length != 1 or messages[0].role != 'user' -%}
+{{ raise_exception('X-Former answers one question about one image: pass a single user message') }}
+{%- endif -%}
+{%- if messages[0].content is string -%}
+{%- set said.text = messages[0].content -%}
+{%- else -%}
+{%- for part in messages[0].content if part.type == 'text' -%}{%- set said.text = said.text + part.text -%}{%- endfor -%}
+{%- endif -%}
+{{- 'Question: ' + said.text + ' Answer:' if said.text else '' -}}
+"""
+
+ImageInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
 
 def image_processor(image_size: int) -> BlipImageProcessorPil:
@@ -46,8 +65,9 @@ class XFormerProcessor(ProcessorMixin):
         num_query_tokens: number of image placeholders in each text for the language model.
         instruction_aware: also tokenize the text for the Q-Former, for a model with `config.instruction_aware`.
         encoder_decoder: the language model is an encoder-decoder; its texts are padded on the right.
-        turn: the chat template's text [before the image, after the prompt, before the answer]; None for plain prompts. It is
-            kept as text because a template may contain the current date.
+        turn: the language model's chat template as text [before the image, after the prompt, before the answer]; None for
+            plain prompts. It is kept as text because a template may contain the current date.
+        chat_template: Jinja template from messages to a prompt; by default `CHAT_TEMPLATE` where there is a language model.
     """
 
     def __init__(
@@ -59,7 +79,7 @@ class XFormerProcessor(ProcessorMixin):
         instruction_aware: bool = False,
         encoder_decoder: bool = False,
         turn: Sequence[str] | None = None,
-        **kwargs,
+        chat_template: str | None = None,
     ):
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
@@ -67,7 +87,9 @@ class XFormerProcessor(ProcessorMixin):
         self.instruction_aware = instruction_aware
         self.encoder_decoder = encoder_decoder
         self.turn = None if turn is None else list(turn)
-        super().__init__(image_processor, tokenizer, qformer_tokenizer, **kwargs)
+        if chat_template is None and num_query_tokens is not None:
+            chat_template = CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, qformer_tokenizer, chat_template=chat_template)
 
     @property
     def image_token_id(self) -> int:
@@ -76,55 +98,74 @@ class XFormerProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageInput | list[ImageInput] | None = None,
+        images: ImageInput | Sequence | None = None,
         text: str | list[str] | None = None,
         qformer_text: str | list[str] | None = None,
         padding: bool | str = True,
+        truncation: bool | None = None,
         max_length: int | None = None,
-        return_tensors: str = "pt",
-        **_,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+        text_kwargs: dict | None = None,
+        videos: None = None,
+        audio: None = None,
     ) -> BatchFeature:
         """Prepare images, prompts, or texts for the Q-Former; lists make a batch.
 
         Args:
-            images: paths or PIL images, any mode or size -> pixel_values, uint8[B, 3, S, S].
+            images: paths, URLs, `data:` URLs, PIL images, or arrays and tensors (uint8, or float in [0, 1]; [H, W, 3] or
+                [3, H, W], also with a batch dimension); nested lists are flattened -> pixel_values, uint8[B, 3, S, S].
             text: prompts for the language model -> input_ids, attention_mask, int64[B, T], with image placeholders (and the
-                chat template). Padded on the left, as generation requires; for an encoder-decoder on the right.
+                chat template).
             qformer_text: for the Q-Former (stage 1, retrieval) -> qformer_input_ids, qformer_attention_mask, int64[B, T],
-                truncated to `MAX_CAPTION_TOKENS` tokens.
-            padding: to the longest (True) or to `max_length` ("max_length").
-            max_length: maximum number of tokens, not counting image placeholders; longer prompts are truncated.
+                truncated to `MAX_CAPTION_TOKENS` tokens unless `truncation` is False.
+            padding: to the longest (True, "longest"), to `max_length` ("max_length"), or none (False, "do_not_pad").
+            truncation: whether to truncate prompts to `max_length`; by default if that is given.
+            max_length: number of tokens, not counting image placeholders.
+            padding_side: of prompts; by default left, as generation requires, and right for an encoder-decoder.
+            pad_to_multiple_of: round the padded length of prompts up to a multiple.
+            return_tensors: "pt", "np", or None for lists.
+            text_kwargs: any of the previous six, as other processors take them.
+            videos, audio: not supported.
 
         Raises:
             ValueError, FileNotFoundError, TypeError: for an unreadable image, an empty text or list, or another type.
         """
+        if videos is not None or audio is not None:
+            raise ValueError("X-Former reads images and text; it takes no videos or audio")
+        if text_kwargs:
+            return self(images, text, qformer_text, **({"return_tensors": return_tensors} | text_kwargs))
+        layout = _Layout(padding, truncation, max_length, padding_side, pad_to_multiple_of)
         data = {}
         if images is not None:
-            loaded = [load_image(image) for image in _as_list(images, "images")]
+            loaded = [load_image(image) for image in _flat(images)]
+            if not loaded:
+                raise ValueError("images is empty; pass at least one, or omit it")
             data["pixel_values"] = self.image_processor(loaded, return_tensors="pt")["pixel_values"]
         if text is not None:
-            data |= self._llm_text(_texts(text, "text"), padding, max_length)
+            data |= self._llm_text(_texts(text, "text"), layout)
             if self.instruction_aware:
-                data |= self.qformer_inputs(_texts(text, "text"), padding)
+                data |= self._qformer_text(_texts(text, "text"), layout)
         if qformer_text is not None:
             for caption in _texts(qformer_text, "qformer_text"):
                 if not caption.strip():
                     raise ValueError("a text for the Q-Former is empty; remove the pair or give it a caption")
-            data |= self.qformer_inputs(_texts(qformer_text, "qformer_text"), padding)
+            data |= self._qformer_text(_texts(qformer_text, "qformer_text"), layout)
         if not data:
             raise ValueError("pass images, text or qformer_text")
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _llm_text(self, texts: list[str], padding: bool | str, max_length: int | None) -> dict:
+    def _llm_text(self, texts: list[str], layout: "_Layout") -> dict:
         rows = self.prompt_ids(texts)
-        room = None if max_length is None else max_length + (self.num_query_tokens or 0)
-        if room is not None and max(map(len, rows)) > room:
+        room = None if layout.max_length is None else layout.max_length + (self.num_query_tokens or 0)
+        if layout.truncation and room is not None and max(map(len, rows)) > room:
             logger.warning("a text of %d tokens was truncated to %d", max(map(len, rows)), room)
             rows = self.prompt_ids([self._cut(text, len(row) - room) for text, row in zip(texts, rows, strict=True)])
-        length = max(map(len, rows)) if padding is True or room is None else room
+        side = layout.padding_side or ("right" if self.encoder_decoder else "left")
         return {
-            "input_ids": self._pad(rows, length, self.tokenizer.pad_token_id),
-            "attention_mask": self._pad([[1] * len(row) for row in rows], length, 0),
+            "input_ids": layout.pad(rows, room, self.tokenizer.pad_token_id, side),
+            "attention_mask": layout.pad([[1] * len(row) for row in rows], room, 0, side),
         }
 
     def _cut(self, text: str, surplus: int) -> str:
@@ -132,11 +173,6 @@ class XFormerProcessor(ProcessorMixin):
         if surplus <= 0:
             return text
         return self.tokenizer.decode(self.tokenizer(text, add_special_tokens=False)["input_ids"][:-surplus])
-
-    def _pad(self, rows: list[list[int]], length: int, value: int) -> torch.Tensor:
-        padding = [[value] * (length - len(row)) for row in rows]
-        pairs = zip(rows, padding, strict=True)
-        return torch.tensor([row + pad if self.encoder_decoder else pad + row for row, pad in pairs])
 
     def prompt_ids(self, prompts: list[str]) -> list[list[int]]:
         """Tokens of each prompt, with image placeholders, start token and chat template."""
@@ -174,9 +210,14 @@ class XFormerProcessor(ProcessorMixin):
         """Tokenize; a chat template has the start token in it."""
         return self.tokenizer(list(texts), add_special_tokens=self.turn is None, verbose=False)["input_ids"]
 
-    def qformer_inputs(self, texts: list[str], padding: bool | str = True) -> dict:
+    def qformer_inputs(self, texts: list[str]) -> dict:
         """Texts -> qformer_input_ids, qformer_attention_mask, int64[B, T], truncated to `MAX_CAPTION_TOKENS` tokens."""
-        encoded = encode(self.qformer_tokenizer, texts, padding, MAX_CAPTION_TOKENS, padding_side="right")
+        return {name: torch.tensor(rows) for name, rows in self._qformer_text(texts, _Layout()).items()}
+
+    def _qformer_text(self, texts: list[str], layout: "_Layout") -> dict:
+        longest = None if layout.truncation is False else MAX_CAPTION_TOKENS
+        padding = "longest" if layout.padding == "max_length" and longest is None else layout.padding
+        encoded = encode(self.qformer_tokenizer, texts, padding, longest, padding_side="right", return_tensors=None)
         return {
             "qformer_input_ids": encoded["input_ids"],
             "qformer_attention_mask": encoded["attention_mask"],
@@ -187,12 +228,45 @@ class XFormerProcessor(ProcessorMixin):
         return ["pixel_values", "input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask"]
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How rows of tokens are truncated and padded; the arguments of `XFormerProcessor`."""
+
+    padding: bool | str = True
+    truncation: bool | None = None
+    max_length: int | None = None
+    padding_side: str | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise ValueError(
+                f"padding must be True, False, 'longest', 'max_length' or 'do_not_pad', not {self.padding!r}"
+            )
+        if self.padding_side not in (None, "left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', not {self.padding_side!r}")
+        if self.max_length is None and (self.truncation or self.padding == "max_length"):
+            raise ValueError("pass max_length to truncate or pad to")
+        if self.truncation is None:
+            object.__setattr__(self, "truncation", None if self.max_length is None else True)
+
+    def pad(self, rows: list[list[int]], room: int | None, value: int, side: str) -> list[list[int]]:
+        """Pad rows to the longest, or to `room` with padding "max_length"."""
+        if self.padding in (False, "do_not_pad"):
+            return rows
+        length = max(max(map(len, rows)), room or 0 if self.padding == "max_length" else 0)
+        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of if self.pad_to_multiple_of else length
+        padded = [(row, [value] * (length - len(row))) for row in rows]
+        return [row + padding if side == "right" else padding + row for row, padding in padded]
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     padding: bool | str,
     max_length: int | None,
     padding_side: str,
+    return_tensors: str | None = "pt",
 ) -> dict[str, torch.Tensor]:
     """Texts -> input_ids and attention_mask, int64[B, T]. Truncation is logged."""
     texts = list(map(without_placeholders, texts))
@@ -207,7 +281,7 @@ def encode(
         max_length=max_length,
         padding_side=padding_side,
         return_token_type_ids=False,
-        return_tensors="pt",
+        return_tensors=return_tensors,
     )
 
 
@@ -220,19 +294,30 @@ def without_placeholders(text: str) -> str:
     return text.replace(IMAGE_TOKEN, "")
 
 
-def _as_list(value, name: str) -> list:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    if not values:
-        raise ValueError(f"{name} is empty; pass at least one, or omit it")
-    return values
+def _flat(images: Any) -> Iterator[Any]:
+    """Every image of nested lists and batches, as a path or a PIL image."""
+    if isinstance(images, list | tuple):
+        for image in images:
+            yield from _flat(image)
+    elif isinstance(images, np.ndarray | torch.Tensor):
+        if images.ndim == 4:
+            yield from map(to_pil_image, images)
+        else:
+            yield to_pil_image(images)
+    elif isinstance(images, str) and images.startswith(("http://", "https://", "data:")):
+        yield fetch_image(images)
+    else:
+        yield images
 
 
 def _texts(value, name: str) -> list[str]:
-    texts = _as_list(value, name)
+    texts = list(value) if isinstance(value, list | tuple) else [value]
+    if not texts:
+        raise ValueError(f"{name} is empty; pass at least one, or omit it")
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a str or a list of str; it contains a {type(text).__name__}")
     return texts
 
 
-__all__ = ["IMAGE_TOKEN", "XFormerProcessor", "encode", "image_processor", "without_placeholders"]
+__all__ = ["CHAT_TEMPLATE", "IMAGE_TOKEN", "XFormerProcessor", "encode", "image_processor", "without_placeholders"]

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -119,9 +120,10 @@ class ClipEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Encode normalised pixels [B, 3, H, W] -> [B, N, D] for each requested layer, CLS first if the tower has one."""
-        states = self.tower.embeddings(pixels)
-        if hasattr(self.tower, "pre_layrnorm"):  # CLIP's, as transformers spells it
-            states = self.tower.pre_layrnorm(states)
+        tower: Any = self.tower
+        states = tower.embeddings(pixels)
+        if hasattr(tower, "pre_layrnorm"):  # CLIP's, as transformers spells it
+            states = tower.pre_layrnorm(states)
         read = {}
         for index, layer in enumerate(self._stack(max(self.read_layers) + 1)):
             states = layer(states, **self.layer_arguments)
