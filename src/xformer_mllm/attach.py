@@ -61,7 +61,8 @@ class AttachedXFormer(XFormerPreTrainedModel):
     def encode(self, _vision_model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Hook: the model's pixels, float[B, 3, H, W], back to [0, 1] -> M, an attribute of C."""
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        pixels = pixels.to(self.device, torch.float32)
+        device = pixels.device if self.device.type == "meta" else self.device  # meta: offloaded
+        pixels = pixels.to(device, torch.float32)
         mean, std = (pixels.new_tensor(s).view(1, 3, 1, 1) for s in (self.config.clip_mean, self.config.clip_std))
         output[0].mae_tokens = encode_second(self.mae_encoder, self.config, pixels * std + mean)[0].tokens
 

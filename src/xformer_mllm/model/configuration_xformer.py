@@ -82,7 +82,16 @@ class XFormerConfig(PreTrainedConfig):
     """
 
     model_type = "xformer"
-    keys_to_ignore_at_inference = ["xformer_output", "past_key_values"]
+    # Trainer's predictions are the other outputs: logits.
+    keys_to_ignore_at_inference = [
+        "xformer_output",
+        "lm_loss",
+        "reconstruction_loss",
+        "itc_loss",
+        "itm_loss",
+        "itg_loss",
+    ]
+    keys_to_ignore_at_inference += ["itc_accuracy", "itm_accuracy"]
     sub_configs = {
         "clip_config": AutoConfig,
         "mae_config": AutoConfig,

@@ -6,6 +6,7 @@ Read top down, in the order of the paper's figure: `XFormerModel` (encoders, Q-F
 `B` batch, `Q` queries, `T` text tokens, `N` CLIP tokens, `L` MAE patches, `D` Q-Former width, `E` LLM width.
 """
 
+import copy
 import importlib
 from typing import Any
 
@@ -300,6 +301,18 @@ class XFormerModel(XFormerPreTrainedModel):
             return_dict=True,
         )
 
+    def _self_attentions(self, maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The Q-Former's self-attention maps; transformers (5.23) records a layer's cross-attention after its own."""
+        layers, found = self.qformer.encoder.layer, iter(maps)
+        if len(maps) == len(layers):
+            return maps
+        kept = []
+        for layer in layers:
+            kept.append(next(found))
+            if layer.has_cross_attention:
+                next(found)
+        return tuple(kept)
+
     def _embed(self, input_ids: torch.Tensor, query_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Embed int64[B, T] after the queries.
 
@@ -384,7 +397,7 @@ class XFormerModel(XFormerPreTrainedModel):
             ids_restore=None if image.mae is None else image.mae.ids_restore,
             clip_attentions=qformer_output.cross_attentions if output_attentions else None,
             mae_attentions=fused.attentions if output_attentions else None,
-            attentions=qformer_output.attentions if output_attentions else None,
+            attentions=self._self_attentions(qformer_output.attentions) if output_attentions else None,
             hidden_states=qformer_output.hidden_states if output_hidden_states else None,
         )
 
@@ -835,11 +848,13 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         if generate_kwargs.get("assistant_model") is not None or generate_kwargs.get("prompt_lookup_num_tokens"):
             raise ValueError("assisted generation needs a prompt of tokens, and an image is none; omit the assistant")
+        settings = copy.deepcopy(generate_kwargs.pop("generation_config", None) or self.generation_config)
+        others = settings.update(**generate_kwargs)  # streamer, logits_processor, ...
         output = self.language_model.generate(
             inputs_embeds=self._with_soft_prompt(input_ids, soft_prompt),
             attention_mask=attention_mask,
-            generation_config=generate_kwargs.pop("generation_config", None) or self.generation_config,
-            **generate_kwargs,
+            generation_config=settings,
+            **others,
         )
         if self.config.text_config.is_encoder_decoder:
             return output
