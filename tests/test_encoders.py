@@ -154,7 +154,7 @@ def test_lm_training_learns_and_is_reproducible(tmp_path):
         losses.append(loss.item())
         return loss
 
-    config = LmConfig(tmp_path, steps=12, batch_size=4, width=32, layers=1)
+    config = LmConfig(output=tmp_path, steps=12, batch_size=4, width=32, layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoders.nn.functional, "cross_entropy", record)
         patch.setattr(encoders, "lm_accuracy", lambda *_: {"accuracy": 0.0})

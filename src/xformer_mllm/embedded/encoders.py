@@ -1,7 +1,7 @@
-"""Train the models the package ships: the tiny CLIP, the tiny MAE with its decoder, the tiny OPT, two tokenizers.
+"""Train the models that ship with the package: tiny CLIP, MAE (with its decoder) and OPT, and two tokenizers.
 
-Each training sees every training scene once, in order, so nothing can be memorised. All are transformers' classes;
-`recipe.json` beside the weights holds the settings and the validation metrics.
+Each training sees every training scene once, in order, so nothing can be memorised. All models are transformers'
+classes; `recipe.json`, saved with the weights, holds the settings and the validation metrics.
 
 Legend: B batch, H height, W width, T text tokens.
 """
@@ -11,11 +11,12 @@ import math
 import platform
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,61 +39,21 @@ from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.embedded.scene_questions import ask
 from xformer_mllm.embedded.scenes import caption, description
 from xformer_mllm.embedded.tokenizers import lm_tokenizer, qformer_tokenizer
-from xformer_mllm.embedded.world import IMAGE_SIZE, draw_scene, render
+from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 from xformer_mllm.files import atomic_path
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import scaled
 
 
-@dataclass
-class ClipConfig:
-    """Training of CLIP."""
+@dataclass(kw_only=True)
+class Training:
+    """Settings of one training."""
 
-    steps: int = 2500
-    """Training steps."""
-    batch_size: int = 128
-    """Image-caption pairs per step."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    width: int = 128
-    """Hidden size of both towers."""
-    layers: int = 5
-    """Layers of the vision tower. X-Former reads the penultimate one."""
-    seed: int = 0
-    """Seed of the initial weights."""
-
-
-@dataclass
-class MaeConfig:
-    """Training of MAE. The decoder has 3 layers of width 96."""
+    command: ClassVar[str] = "xformer train encoders"
 
     steps: int = 4000
     """Training steps."""
     batch_size: int = 128
-    """Images per step."""
-    learning_rate: float = 2e-3
-    """Peak learning rate."""
-    width: int = 128
-    """Hidden size of the encoder."""
-    layers: int = 4
-    """Layers of the encoder."""
-    mask_ratio: float = 0.5
-    """Fraction of masked patches."""
-    norm_pix_loss: bool = False
-    """Normalise the target pixels of each patch."""
-    seed: int = 0
-    """Seed of the initial weights and the masks."""
-
-
-@dataclass
-class LmConfig:
-    """Train the tiny language model on descriptions of scenes, each followed by questions and a caption."""
-
-    output: Path = Path("weights")
-    """Folder in which opt/ is written."""
-    steps: int = 4000
-    """Training steps."""
-    batch_size: int = 32
     """Scenes per step."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
@@ -100,10 +61,40 @@ class LmConfig:
     """Hidden size."""
     layers: int = 4
     """Number of layers."""
+    seed: int = 0
+    """Random seed."""
+
+
+@dataclass(kw_only=True)
+class ClipConfig(Training):
+    """Training of CLIP. `layers` are those of the vision tower, of which X-Former reads the penultimate one."""
+
+    steps: int = 2500
+    learning_rate: float = 1e-3
+    layers: int = 5
+
+
+@dataclass(kw_only=True)
+class MaeConfig(Training):
+    """Training of MAE. The decoder has 3 layers of width 96."""
+
+    mask_ratio: float = 0.5
+    """Fraction of masked patches."""
+    norm_pix_loss: bool = False
+    """Normalise the target pixels of each patch."""
+
+
+@dataclass(kw_only=True)
+class LmConfig(Training):
+    """Train the tiny language model on descriptions of scenes, each followed by questions and a caption."""
+
+    command: ClassVar[str] = "xformer train lm"
+
+    output: Path = Path("weights")
+    """Folder in which opt/ is written."""
+    batch_size: int = 32
     questions_per_scene: int = 8
     """Questions after each description."""
-    seed: int = 0
-    """Seed of the initial weights and the descriptions."""
 
 
 @dataclass
@@ -149,39 +140,32 @@ def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPMode
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(config.seed)
-    model_config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
-    return CLIPModel(model_config)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
 def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
     """Contrastive training on scenes and captions; write clip/ and return its retrieval metrics on validation."""
-    torch.set_num_threads(1)
-    started = time.time()
     tokenizer = qformer_tokenizer()
     model = new_clip(config, tokenizer)
 
     def loss(step: int) -> Tensor:
-        images, captions = _pairs("train", step * config.batch_size, config.batch_size)
-        logits = _clip_logits(model, tokenizer, images, captions)
+        logits = _clip_logits(model, tokenizer, _scenes("train", step * config.batch_size, config.batch_size))
         target = torch.arange(len(logits))
         return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
-    _optimise(model, loss, config.steps, config.learning_rate, "clip")
-    metrics = clip_retrieval(model, tokenizer)
-    recipe = _recipe("encoders", config, metrics, started, "scenes and captions, train split, each seen once")
+    recipe = _train(model, loss, config, "clip", lambda: clip_retrieval(model, tokenizer))
+    recipe["data"] = "scenes and captions, train split, each seen once"
     recipe["pixels"] = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "scale": 1 / 255}
     _write(model.vision_model.save_pretrained, output / "clip", recipe)
-    return metrics
+    return recipe["metrics"]
 
 
-def _clip_logits(
-    model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: np.ndarray, captions: list[str]
-) -> Tensor:
+def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene]) -> Tensor:
     """Similarities images x captions, float[B, B]; the learned scale is at most 50."""
-    text = tokenizer(captions, padding=True, return_tensors="pt")
+    text = tokenizer([caption(scene) for scene in scenes], padding=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(
-            pixel_values=_pixels(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+            pixel_values=normalised(_images(scenes), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
             input_ids=text["input_ids"],
             attention_mask=text["attention_mask"],
         )
@@ -190,12 +174,12 @@ def _clip_logits(
 
 
 @torch.no_grad()
-def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, rounds: int = 10) -> dict[str, float]:
-    """Recall at 1 among 100 validation scenes, both directions, mean over `rounds` (equal captions count as misses)."""
+def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Recall at 1 among 100 validation scenes, both directions, mean of 10 rounds (equal captions count as misses)."""
     model.eval()
     text, image = [], []
-    for number in range(rounds):
-        logits = _clip_logits(model, tokenizer, *_pairs("validation", number * 100, 100))
+    for first in range(0, 1000, 100):
+        logits = _clip_logits(model, tokenizer, _scenes("validation", first, 100))
         target = torch.arange(100)
         text.append((logits.argmax(1) == target).float().mean().item())
         image.append((logits.argmax(0) == target).float().mean().item())
@@ -229,31 +213,28 @@ def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
 
 def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
     """Masked autoencoding of scenes; write mae/ (encoder and decoder) and return its loss on validation."""
-    torch.set_num_threads(1)
-    started = time.time()
     model = new_mae(config)
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss(step: int) -> Tensor:
-        images = _pixels(_images("train", step * config.batch_size, config.batch_size), IMAGENET_MEAN, IMAGENET_STD)
-        noise = torch.rand(len(images), 36, generator=generator)
+        scenes = _scenes("train", step * config.batch_size, config.batch_size)
+        noise = torch.rand(len(scenes), 36, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            return model(images, noise=noise).loss
+            return model(normalised(_images(scenes), IMAGENET_MEAN, IMAGENET_STD), noise=noise).loss
 
-    _optimise(model, loss, config.steps, config.learning_rate, "mae")
-    metrics = mae_loss(model)
-    recipe = _recipe("encoders", config, metrics, started, "scenes, train split, each seen once")
+    recipe = _train(model, loss, config, "mae", lambda: mae_loss(model))
+    recipe["data"] = "scenes, train split, each seen once"
     recipe["pixels"] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "scale": 1 / 255}
     _write(model.save_pretrained, output / "mae", recipe)
-    return metrics
+    return recipe["metrics"]
 
 
 @torch.no_grad()
-def mae_loss(model: ViTMAEForPreTraining, size: int = 512) -> dict[str, float]:
-    """Reconstruction loss on validation scenes with fixed masks, and the variance (the loss of the mean image)."""
+def mae_loss(model: ViTMAEForPreTraining) -> dict[str, float]:
+    """Reconstruction loss on 512 validation scenes with fixed masks, and their variance (the mean image's loss)."""
     model.eval()
-    images = _pixels(_images("validation", 0, size), IMAGENET_MEAN, IMAGENET_STD)
-    noise = torch.rand(size, 36, generator=torch.Generator().manual_seed(0))
+    images = normalised(_images(_scenes("validation", 0, 512)), IMAGENET_MEAN, IMAGENET_STD)
+    noise = torch.rand(512, 36, generator=torch.Generator().manual_seed(0))
     return {
         "reconstruction_loss": model(images, noise=noise).loss.item(),
         "variance": images.var(dim=(0, 2, 3)).mean().item(),
@@ -262,6 +243,7 @@ def mae_loss(model: ViTMAEForPreTraining, size: int = 512) -> dict[str, float]:
 
 def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
     """An untrained OPT of the configured size; generation stops at the tokenizer's end token."""
+    tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     torch.manual_seed(config.seed)
     model = OPTForCausalLM(
         OPTConfig(
@@ -273,14 +255,10 @@ def new_lm(config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> OPTForCausal
             num_attention_heads=4,
             max_position_embeddings=256,
             dropout=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            **tokens,
         )
     )
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    model.generation_config = GenerationConfig(**tokens)
     return model
 
 
@@ -292,8 +270,6 @@ def train_lm(config: LmConfig) -> dict[str, float]:
     [description][</s> text <end>], the layout of stage 2, where soft prompts replace the description. The loss is on
     captions and answers only: descriptions and questions are random, with little to learn.
     """
-    torch.set_num_threads(1)
-    started = time.time()
     tokenizer = lm_tokenizer()
     model = new_lm(config, tokenizer)
 
@@ -305,17 +281,16 @@ def train_lm(config: LmConfig) -> dict[str, float]:
             logits = model(**batch, use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
-    _optimise(model, loss, config.steps, config.learning_rate, "lm")
-    metrics = lm_accuracy(model, tokenizer)
-    recipe = _recipe("lm", config, metrics, started, "descriptions, captions and questions of the scenes, train split")
+    recipe = _train(model, loss, config, "lm", lambda: lm_accuracy(model, tokenizer))
+    recipe["data"] = "descriptions, captions and questions of the scenes, train split"
     recipe["format"] = "[description] </s> Question: ... Answer: ... <end>; stage 2 puts soft prompts in its place"
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
-        lm_tokenizer().save_pretrained(folder)
+        lm_tokenizer().save_pretrained(folder)  # `tokenizer` keeps the padding of its last call
 
     _write(save, config.output / "opt", recipe)
-    return metrics
+    return recipe["metrics"]
 
 
 def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
@@ -325,13 +300,12 @@ def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast
     words = description(scene, rng).split()
     if rng.random() < 0.1:  # soft prompts are incomplete, too
         words = [word for word in words if rng.random() > 0.1]
-    pairs = [
-        (QUESTION_PROMPT.format(question=q.question), str(q.answer)) for q in ask(scene, config.questions_per_scene)
-    ]
+    asked = ask(scene, config.questions_per_scene)
+    pairs = [(QUESTION_PROMPT.format(question=question.question), str(question.answer)) for question in asked]
     pairs.append((CAPTION_PROMPT, caption(scene)))
 
     def encoded(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     segments = [(encoded(" ".join(words)), 0)]
     for prompt, text in pairs:
@@ -378,7 +352,7 @@ def pack(scenes: list[list[tuple[list[int], int]]], tokenizer: PreTrainedTokeniz
 def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: int = 300) -> dict[str, float]:
     """Fraction of validation questions answered from the full description by generation: overall and by type."""
     model.eval()
-    questions = [(scene, q) for scene in (draw_scene("validation", i) for i in range(scenes)) for q in ask(scene, 4)]
+    questions = [(scene, question) for scene in _scenes("validation", 0, scenes) for question in ask(scene, 4)]
     right: dict[str, list[bool]] = {}
     for first in range(0, len(questions), 200):
         batch = questions[first : first + 200]
@@ -393,21 +367,44 @@ def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scene
     return metrics | {f"accuracy_{kind}": float(np.mean(rs)) for kind, rs in sorted(right.items())}
 
 
-def _pixels(images: np.ndarray, mean: list[float], std: list[float]) -> Tensor:
+def normalised(images: np.ndarray, mean: list[float], std: list[float]) -> Tensor:
     """uint8[B, H, W, 3] -> float32[B, 3, H, W] normalised with an encoder's mean and standard deviation."""
     return scaled(torch.from_numpy(images).permute(0, 3, 1, 2), IMAGE_SIZE, mean, std, torch.float32)
 
 
-def _images(split: str, first: int, count: int) -> np.ndarray:
-    return np.stack([render(draw_scene(split, index)) for index in range(first, first + count)])
+def _scenes(split: str, first: int, count: int) -> list[Scene]:
+    return [draw_scene(split, index) for index in range(first, first + count)]
 
 
-def _pairs(split: str, first: int, count: int) -> tuple[np.ndarray, list[str]]:
-    scenes = [draw_scene(split, index) for index in range(first, first + count)]
-    return np.stack([render(scene) for scene in scenes]), [caption(scene) for scene in scenes]
+def _images(scenes: list[Scene]) -> np.ndarray:
+    return np.stack([render(scene) for scene in scenes])
 
 
-def _optimise(model: PreTrainedModel, loss_at: Any, steps: int, learning_rate: float, label: str) -> None:
+def _train(
+    model: PreTrainedModel,
+    loss_at: Callable[[int], Tensor],
+    config: Training,
+    label: str,
+    evaluate: Callable[[], dict[str, float]],
+) -> dict[str, Any]:
+    """Train on one thread and evaluate; return the recipe, to which the caller adds the data."""
+    torch.set_num_threads(1)
+    started = time.time()
+    _optimise(model, loss_at, config.steps, config.learning_rate, label)
+    return {
+        "command": config.command,
+        "seed": config.seed,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "config": {key: value for key, value in asdict(config).items() if key != "output"},
+        "metrics": evaluate(),
+        **provenance(started),
+    }
+
+
+def _optimise(
+    model: PreTrainedModel, loss_at: Callable[[int], Tensor], steps: int, learning_rate: float, label: str
+) -> None:
     """AdamW, warmup, cosine to zero, gradients clipped at 1. Raises FloatingPointError if a loss is not finite."""
     model.set_attn_implementation("eager")  # on a CPU in bf16, sdpa's backward pass takes several times as long
     model.train()
@@ -435,23 +432,17 @@ def _optimise(model: PreTrainedModel, loss_at: Any, steps: int, learning_rate: f
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def _recipe(command: str, config: Any, metrics: dict[str, float], started: float, data: str) -> dict[str, Any]:
+def provenance(started: float) -> dict[str, Any]:
+    """Seconds since `started` (as of `time.time()`), machine and versions."""
     return {
-        "command": f"xformer train {command}",
-        "seed": config.seed,
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "config": {key: value for key, value in asdict(config).items() if key != "output"},
-        "metrics": metrics,
         "seconds": round(time.time() - started),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "data": data,
     }
 
 
-def _write(save: Any, folder: Path, recipe: dict[str, Any]) -> None:
+def _write(save: Callable[[Path], Any], folder: Path, recipe: dict[str, Any]) -> None:
     """Write a model and its recipe to `folder`, atomically."""
     with atomic_path(folder) as partial:
         partial.mkdir()

@@ -1,15 +1,14 @@
-"""What can be read from frozen encoders: an attentive probe per attribute, on the questions of the embedded world.
+"""Probe frozen encoders: one attentive probe per attribute, trained on the questions of the embedded world.
 
-The paper's premise is that CLIP's tokens leave fine detail out and MAE's keep it. Here it is measured, beside two
-controls: a ViT that was never trained, and both encoders together. A probe is one cross-attention from the question's
-words (a bag: their order is lost) to the tokens, a small MLP and a linear read-out; its epoch is chosen on validation
-and its accuracy reported on test.
+The paper's premise is that CLIP's tokens leave out fine detail that MAE's keep. The probes measure it, with two
+controls: an untrained ViT, and both encoders together. A probe is one cross-attention from the question's words (a bag
+of words) to the tokens, a small MLP and a linear classifier. The epoch is chosen on validation; accuracy is reported
+on test.
 
 Legend: B batch, N tokens of an encoder, D their width, H heads.
 """
 
 import json
-import platform
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -19,16 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel, ViTMAEConfig, ViTMAEForPreTraining
 
+from xformer_mllm.embedded.encoders import normalised, provenance
 from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
-from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
+from xformer_mllm.embedded.start import WEIGHTS
+from xformer_mllm.embedded.world import Scene, draw_scene, render
 from xformer_mllm.files import write_whole
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from xformer_mllm.model.vision_encoders import encode_mae, scaled, without_masking
+from xformer_mllm.model.vision_encoders import encode_mae, without_masking
 
 ATTRIBUTES = ("texture", "count_texture", "ground", "size", "colour", "count")
 TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("clip", "mae")}
@@ -38,7 +38,7 @@ TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("c
 class ProbeConfig:
     """Probe the frozen encoders: which attributes of scenes can be read from their tokens."""
 
-    weights: Path = Path(__file__).parent / "weights"
+    weights: Path = WEIGHTS
     """Folder with the encoders clip/ and mae/. Default: the shipped ones."""
     train: int = 8000
     """Number of training scenes."""
@@ -59,10 +59,10 @@ class ProbeConfig:
 
 
 class AttentiveProbe(nn.Module):
-    """Question words ask the tokens: one cross-attention of H heads, one MLP, one linear read-out.
+    """One cross-attention of H heads from the question's words to the tokens, one MLP, one linear classifier.
 
-    With one query an image, keys and values need not be made for every token: the query goes through the key matrix
-    and the attended mean through the value matrix. The result is the same and the cost a fraction.
+    With one query per image, no key or value is computed per token: the key matrix is applied to the query and the
+    value matrix to the attended mean. The result is the same at a fraction of the cost.
     """
 
     def __init__(self, words: int, answers: int, token_widths: list[int], width: int, heads: int = 4):
@@ -95,7 +95,7 @@ class AttentiveProbe(nn.Module):
 
 
 def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
-    """Attribute -> {"n", "majority", accuracy per entry of TOKENS} on test; on validation under "validation"."""
+    """Attribute -> {"n", "majority", accuracy of each of TOKENS} on test, and the same on validation."""
     torch.set_num_threads(1)
     sizes = {"train": config.train, "validation": config.validation, "test": config.test}
     scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}
@@ -122,17 +122,13 @@ def _encoders(config: ProbeConfig) -> dict[str, Any]:
     untrained.vit.embeddings.initialize_weights()
 
     def clip_tokens(images: np.ndarray) -> Tensor:
-        pixels = _pixels(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        pixels = normalised(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         return clip(pixels, output_hidden_states=True).hidden_states[-2]
 
     def mae_tokens(model: ViTMAEForPreTraining, images: np.ndarray) -> Tensor:
-        return encode_mae(without_masking(model.vit), _pixels(images, IMAGENET_MEAN, IMAGENET_STD)).tokens
+        return encode_mae(without_masking(model.vit), normalised(images, IMAGENET_MEAN, IMAGENET_STD)).tokens
 
     return {"random": partial(mae_tokens, untrained), "clip": clip_tokens, "mae": partial(mae_tokens, mae)}
-
-
-def _pixels(images: np.ndarray, mean: list[float], std: list[float]) -> Tensor:
-    return scaled(torch.from_numpy(images).permute(0, 3, 1, 2), IMAGE_SIZE, mean, std, torch.float32)
 
 
 @torch.no_grad()
@@ -161,7 +157,7 @@ def _questions(attribute: str, scenes: list[Scene]) -> list[tuple[int, str, str]
 
 
 def _majority(asked: dict[str, list[tuple[int, str, str]]]) -> dict[str, Any]:
-    """How far the answer that is most frequent in training goes without tokens."""
+    """Accuracy of always giving the most frequent training answer."""
     train = [answer for _, _, answer in asked["train"]]
     most = max(sorted(set(train)), key=train.count)
     share = {split: float(np.mean([a == most for _, _, a in some])) for split, some in asked.items()}
@@ -175,7 +171,7 @@ def _majority(asked: dict[str, list[tuple[int, str, str]]]) -> dict[str, Any]:
 def _fit(
     asked: dict[str, list[tuple[int, str, str]]], features: list[dict[str, Tensor]], config: ProbeConfig
 ) -> tuple[float, float]:
-    """Trains one probe; accuracy on validation at its best epoch there, and on test at that epoch."""
+    """Train one probe; returns its accuracy on validation at the best epoch, and on test at that epoch."""
     torch.manual_seed(config.seed)
     answers = sorted({answer for _, _, answer in asked["train"]})
     vocabulary = sorted({word for _, question, _ in asked["train"] for word in question.split()})
@@ -222,27 +218,23 @@ def _accuracy(model: AttentiveProbe, data: tuple[Tensor, Tensor, Tensor], featur
 
 
 def run_probe(config: ProbeConfig, output: Path = Path("docs/results")) -> dict[str, Any]:
-    """Probes, writes probe.json and probe.md under `output`, and returns the JSON's content."""
+    """Run the probes, write probe.json and probe.md to `output`, and return the content of probe.json."""
     started = time.time()
     results = probe(config)
     record = {
         "command": "xformer data probe",
         "seed": config.seed,
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread",
-        "seconds": round(time.time() - started),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "config": {k: v for k, v in asdict(config).items() if k != "weights"},
+        **provenance(started),
+        "config": {key: value for key, value in asdict(config).items() if key != "weights"},
         "results": results,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in (("probe.json", json.dumps(record, indent=2) + "\n"), ("probe.md", markdown(record))):
-        write_whole(output / name, text)
+    write_whole(output / "probe.json", json.dumps(record, indent=2) + "\n")
+    write_whole(output / "probe.md", markdown(record))
     return record
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The record as a page: what was run, the table on test, and what it says about the paper's premise."""
+    """The record as a page: the command, the accuracies on test, and whether the paper's premise holds."""
     results: dict[str, dict[str, Any]] = record["results"]
     rows = [
         f"| {name} | {r['majority']:.3f} | {r['random']:.3f} | {r['clip']:.3f} | {r['mae']:.3f} | {r['both']:.3f} "
