@@ -42,16 +42,16 @@ def main() -> None:
         rows.append(f"| {name} | {nothing:.2f} | {right:.2f} |")
         examples.append(said[:4])
     lines = [
-        f"# {arguments.llm}, asked in plain text and by its chat template",
+        f"# {arguments.llm}, prompted in plain text and with its chat template",
         "",
         f"{len(asked)} questions on the full text of {len(scenes)} scenes, no image and no training; greedy, at most "
         f"{TOKENS} tokens.",
         "",
-        "| asked in | says nothing | the right word is in what it says |",
+        "| prompt | empty answer | contains the correct word |",
         "|---|---|---|",
         *rows,
         "",
-        "| question | answer | in plain text | by the chat template |",
+        "| question | answer | plain text | chat template |",
         "|---|---|---|---|",
         *(
             f"| {question.question} | {question.answer} | {plain} | {chat} |".replace("\n", " ")

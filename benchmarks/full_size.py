@@ -145,9 +145,9 @@ def page(results: dict[str, dict], tiny: bool) -> str:
     lines = [
         "# The paper's sizes on a CPU",
         "",
-        f"Random weights ({sizes}), frozen parts in bf16, batch {BATCH}, texts of {TEXT} tokens: the whole model fits",
-        "together, a step of each stage trains every part that it should, and a generation comes to its end. The losses are",
-        "those of chance. Each stage in a process of its own; peak: the largest resident size of that process.",
+        f"Random weights ({sizes}), frozen parts in bf16, batch {BATCH}, texts of {TEXT} tokens. The whole model fits",
+        "in memory, a step of each stage trains every trainable part, and generation completes. Losses are at chance level.",
+        "Each stage runs in its own process; peak memory is the maximum resident size of that process.",
         "",
         "| | " + " | ".join(results) + " |",
         "|---|" + "---|" * len(results),
@@ -166,8 +166,8 @@ def page(results: dict[str, dict], tiny: bool) -> str:
     command = "python benchmarks/full_size.py" + (" --tiny" if tiny else "")
     lines += [
         "",
-        "At step 0 the fusion's inner weights have no gradient, for its output projections start at zero: it is these that",
-        f"are missing. The generation is {NEW_TOKENS} tokens for each of {BATCH} images.",
+        "The tensors without a gradient are the inner weights of the fusion, whose output projections are zero at step 0.",
+        f"The generation is {NEW_TOKENS} tokens for each of {BATCH} images.",
         "",
         f"`OMP_NUM_THREADS={torch.get_num_threads()} {command}`, {machine()}, torch {torch.__version__}.",
     ]

@@ -72,7 +72,7 @@ def main() -> None:
     pages = [f"# {arguments.title}\n"]
     for name, heading in (
         ("metrics.json", "Stage 2 with questions and answers"),
-        ("metrics_zero_shot.json", "Stage 2 on captions alone: zero-shot questions, the paper's setting"),
+        ("metrics_zero_shot.json", "Stage 2 on captions only: zero-shot questions, the paper's setting"),
     ):
         scores = [json.loads((folder / name).read_text()) for folder in folders if (folder / name).exists()]
         if scores:
@@ -88,8 +88,8 @@ def main() -> None:
     ]
     made_by += [*map(str, arguments.seeds), "--", *arguments.demo]
     pages.append(
-        "Accuracy: mean over the seeds, in brackets the lowest and the highest. `majority`: the most frequent training "
-        "answer to the type of question; `question_only`: to the very words.\n\n"
+        "Accuracy: mean over the seeds (lowest–highest). `majority`: the most frequent training answer to the question "
+        "type; `question_only`: to the exact question.\n\n"
         f"Made by `{shlex.join(made_by)}`. The slowest variant of the slowest seed took "
         f"{max(map(minutes, folders)):.1f} minutes: x86_64, 2 CPU cores, one thread for each variant, "
         f"torch {torch.__version__}, transformers {transformers.__version__}.\n"
