@@ -24,7 +24,7 @@ lint: .venv/dev.stamp
 	$(BIN)/lint-imports
 
 docs: .venv/dev.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/step.py

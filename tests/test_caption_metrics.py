@@ -99,7 +99,7 @@ def test_ptb_tokens_equal_the_official_ones(java, kind):
     assert dict(zip(tokens, ptb_tokens(list(tokens)), strict=True)) == tokens
 
 
-def test_without_java_plain_captions_score_the_same_and_the_names_say_how(monkeypatch, tmp_path):
+def test_without_java_plain_captions_score_the_same(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     references, candidates, groups = recorded("plain")
     found = score_captions(references, candidates, groups)
@@ -138,7 +138,7 @@ def test_ptb_tokens_of_the_same(java):
 # ------------------------------------------------------------------------------------------------------------ odd input
 
 
-def test_captions_with_line_breaks_and_half_characters_stay_one_caption(java):
+def test_captions_with_line_breaks_stay_one_caption(java):
     odd = ["a\nb", "a\r\nb", "a\u2028b", "a\x0bb\x0cc", "", "a ||| b", "a \ud800 b", " "]
     tokens = ptb_tokens([*odd, "the end"])
     assert len(tokens) == len(odd) + 1
@@ -184,7 +184,7 @@ def test_only_what_has_a_candidate_is_scored(no_meteor):
         ("cat | head -n 2", "0 lines for 2 captions"),
     ],
 )
-def test_a_java_that_fails_gives_one_line_and_the_plain_tokenizer(fake_java, tmp_path, script, reason):
+def test_a_failing_java_gives_the_plain_tokenizer(fake_java, tmp_path, script, reason):
     fake_java(script)
     start = time.monotonic()
     found = score_captions(*ONE)

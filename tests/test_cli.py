@@ -2,6 +2,7 @@
 
 import dataclasses
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -44,15 +45,25 @@ def test_every_command_has_help_with_its_defaults(name, capsys):
     with pytest.raises(SystemExit) as exited:
         cli.main([*name.split(), "--help"])
     assert exited.value.code == 0
-    shown = capsys.readouterr().out
+    options = re.sub(r"(?m)^[│ ]{1,3}--", "¦--", capsys.readouterr().out)
+    shown = " ".join(options.replace("│", " ").split())
     assert f"xformer {name}" in shown
-    assert "--" in shown
+    kind = pkgutil.resolve_name(f"xformer_mllm.{cli.COMMANDS[name].config}")
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        after = re.split(rf"¦{flag}[ ,]", shown)[-1]
+        values = field.default if isinstance(field.default, tuple) else [field.default]
+        words = [str(getattr(value, "value", value)) for value in values]
+        assert after.partition("(default:")[2].partition(")")[0].split() == words, flag
 
 
 def test_training_help_shows_every_field_explained(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "stage2", "--help"])
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    options = re.sub(r"(?m)^[│ ]{1,3}--", "¦--", capsys.readouterr().out)
+    shown = " ".join(options.replace("│", " ").split())
     assert "--config FILE takes the settings of a run's config.json" in shown
     assert (
         "--max-grad-norm FLOAT Maximum gradient norm for gradient clipping; 0 disables clipping. (default: 1.0)"
@@ -66,7 +77,8 @@ def test_training_help_shows_every_field_explained(capsys):
 def test_training_help_names_every_variant(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "stage1", "--help"])
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    options = re.sub(r"(?m)^[│ ]{1,3}--", "¦--", capsys.readouterr().out)
+    shown = " ".join(options.replace("│", " ").split())
     listed = shown.partition("Model variant: ")[2].partition(" (variants.py")[0]
     names = listed.replace("(rows of the paper's tables)", "").replace(" ", "").split(",")
     assert names == list(VARIANTS)
@@ -75,7 +87,8 @@ def test_training_help_names_every_variant(capsys):
 def test_probe_help_explains_every_field(capsys):
     with pytest.raises(SystemExit):
         cli.main(["data", "probe", "--help"])
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    options = re.sub(r"(?m)^[│ ]{1,3}--", "¦--", capsys.readouterr().out)
+    shown = " ".join(options.replace("│", " ").split())
     for field in dataclasses.fields(ProbeConfig):
         flag = f"--{field.name.replace('_', '-')} "
         assert shown.partition(flag)[2].partition("(default:")[0].split(maxsplit=1)[1:], flag
@@ -107,7 +120,7 @@ def test_unknown_data_and_impossible_numbers_are_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as exited:  # tyro's own words around ours
         cli.main(["train", "stage1", "--steps", "0", *output])
     assert exited.value.code == 2
-    assert "steps must be at least 1, not 0" in capsys.readouterr().err
+    assert "--steps must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_a_wrong_configuration_file_is_one_line(capsys, tmp_path):

@@ -38,7 +38,7 @@ def test_zero_shot_adds_a_second_stage_on_captions_alone():
     assert str(jobs[3].folder) in jobs[4].arguments
 
 
-def test_a_large_language_model_gets_fewer_steps_unless_told_otherwise():
+def test_a_large_language_model_gets_fewer_steps():
     def steps(**settings):
         return jobs_of(DemoConfig(**settings), "xformer")[1].steps
 

@@ -140,7 +140,7 @@ def test_flops_of_a_tower_without_class_token():
     assert counted.forward == pytest.approx(measured.forward, rel=0.02)
 
 
-def test_flops_are_exact_where_the_queries_read_several_questions():
+def test_flops_are_exact_with_several_questions():
     config = stage2_config(variant_config("xformer", tiny_config()), aware=True)
     assert_flops_exact(config, Work(2, 3, 2, texts=4, prompt_tokens=TEXT, instruction_aware=True))
 
@@ -150,7 +150,7 @@ def llama() -> LlamaConfig:
     return LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, **heads)
 
 
-def test_flops_are_exact_with_a_gated_language_model_of_shared_keys():
+def test_flops_are_exact_with_gates_and_shared_keys():
     assert_flops_exact(stage2_config(tiny_config(), llama()), Work(2, 3, TEXT))
 
 
@@ -266,7 +266,7 @@ FULL_SIZE = [
 
 
 @pytest.mark.parametrize(("stage", "variant"), FULL_SIZE)
-def test_full_size_flops_are_exact_and_kept_bytes_within_one_per_cent(stage, variant, shapes_alone):
+def test_full_size_flops_are_exact_and_bytes_within_1_percent(stage, variant, shapes_alone):
     config = variant_config(variant, XFormerConfig.paper())
     config.qformer_config.hidden_dropout_prob = 0.0  # a CPU keeps two bytes where a GPU keeps one
     config.qformer_config.attention_probs_dropout_prob = 0.0  # and leaves its attention kernel
@@ -344,7 +344,7 @@ BLIP2_GPUS = 16  # A100 of 40 GB, "less than 6 days for the first stage": BLIP-2
 BLIP2_STEPS, BLIP2_BATCH = 250_000, 1680
 
 
-def test_blip2_fits_where_it_was_trained_and_in_the_time_it_took():
+def test_blip2_fits_where_and_in_the_time_it_was_trained():
     """And the batch of twice the size would not fit."""
     config, gpu = variant_config("qformer", XFormerConfig.paper()), GPUS["A100-40"]
     sizes, each = sizes_of(empty_model(config, 1)), BLIP2_BATCH // BLIP2_GPUS
@@ -457,7 +457,7 @@ def test_missing_files(tmp_path):
         estimate(EstimateConfig(recipe=tmp_path))
 
 
-def test_the_folder_of_a_run_is_a_recipe_and_no_model_before_it_is_finished(tmp_path):
+def test_an_unfinished_run_is_a_recipe_but_no_model(tmp_path):
     recipe_file(tmp_path).rename(tmp_path / "config.json")
     assert read_recipe(tmp_path)["batch_size"] == 16
     with pytest.raises(FileNotFoundError, match=r"config\.json is not that of an X-Former") as error:

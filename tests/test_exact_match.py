@@ -42,7 +42,7 @@ def test_scores_by_group():
     assert scores["semantic:attribute"]["n"] == 1
 
 
-def test_the_blind_baselines_are_learned_from_training_questions_alone():
+def test_blind_baselines_only_learn_training_questions():
     training = [Question(str(n), "p", "how many?", answer, "count") for n, answer in enumerate("1122233")]
     training += [Question("x", "p", "how many reds?", "3", "count"), Question("y", "p", "which?", "red", "colour")]
     blind = Blind.learn(training)

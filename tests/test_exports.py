@@ -77,7 +77,7 @@ def test_every_format_belongs_to_a_benchmark():
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
-def test_a_benchmark_reads_its_export_and_finds_the_scenes_images(exported, name, split):
+def test_a_benchmark_reads_its_export_and_its_images(exported, name, split):
     benchmark = BENCHMARKS[name](exported[name], split)
     images = dict.fromkeys(record.image_id for record in benchmark.records)
     assert len(images) == SIZE
@@ -348,7 +348,7 @@ def test_karpathys_files_have_their_form(exported):
     assert coco == content(exported["coco-retrieval"], "dataset_coco.json")
 
 
-def test_nocaps_has_the_official_form_and_its_domains_are_the_held_out_combinations(exported):
+def test_nocaps_domains_are_the_held_out_combinations(exported):
     file = content(exported["nocaps"], "nocaps_val_4500_captions.json")
     assert list(file) == ["licenses", "info", "images", "annotations"]
     assert kinds(file["images"])[0] == {
@@ -406,7 +406,7 @@ def test_seed_split_and_size_make_an_export_and_nothing_else(tmp_path):
     assert make("a") != make("d", split="validation")
 
 
-def test_the_same_export_again_is_left_alone_and_anything_else_refused(tmp_path, capsys):
+def test_the_same_export_is_kept_another_one_refused(tmp_path, capsys):
     config = SceneExportConfig(name="gvt-counting", output_dir=tmp_path / "gvt", size=1)
     before = {path: path.stat().st_mtime_ns for path in export(config).rglob("*")}
     export(config)

@@ -130,7 +130,7 @@ def test_what_an_interrupted_filling_wrote_is_not_encoded_again(model, tmp_path,
     assert torch.equal(again.read(["2"])["clip"], cache.read(["2"])["clip"])
 
 
-def test_other_encoders_sizes_sources_and_precisions_have_another_folder(model, tmp_path):
+def test_another_encoder_or_source_has_another_folder(model, tmp_path):
     first = cache_of(tmp_path, model)
     other = XFormerForPreTraining(tiny_config()).eval()
     other.freeze()
@@ -172,7 +172,7 @@ def test_stage_1_has_the_same_losses_from_cached_clip_tokens(stage1, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["captions", "questions"])
-def test_stage_2_has_the_same_losses_without_a_look_at_the_images(stage1, folder, tmp_path, monkeypatch, capsys, text):
+def test_stage_2_has_the_same_losses_without_images(stage1, folder, tmp_path, monkeypatch, capsys, text):
     data = (
         ["--data", "scenes", "--train-size", "8"]
         if text == "questions"

@@ -26,7 +26,7 @@ def test_fresh_early_cross_attention_is_the_qformer(images):
         assert torch.equal(early(images).fused_queries, plain(images).fused_queries)
 
 
-def test_queries_see_the_mae_tokens_in_every_fusion_but_the_qformer(images):
+def test_queries_see_m_in_every_variant_but_the_qformer(images):
     for name in VARIANTS:
         model = randomise(model_of(name))
         with torch.no_grad():
@@ -38,7 +38,7 @@ def test_queries_see_the_mae_tokens_in_every_fusion_but_the_qformer(images):
         assert torch.equal(before, after) == (name == "qformer"), name
 
 
-def test_mae_tokens_read_the_queries_in_the_dual_cross_attention_alone(images):
+def test_only_in_dual_cross_attention_m_reads_the_queries(images):
     for name in VARIANTS:
         model = randomise(model_of(name))
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_attention_maps_on_request_sum_to_one(images):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_standardised_norms_give_channels_of_mean_0_and_deviation_1_and_change_no_step_0(images, name):
+def test_standardised_norms_give_mean_0_and_deviation_1(images, name):
     model = model_of(name)
     randomise(model.clip_encoder)
     batch = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)

@@ -218,7 +218,7 @@ def test_batched_generation_equals_one_by_one(start, name, chat, beams):
 
 
 @pytest.mark.parametrize(("name", "chat"), [kind for kind in KINDS if kind[0] != "t5"])
-def test_what_is_learned_in_training_is_what_is_asked_for_in_use(start, name, chat):
+def test_training_and_inference_have_the_same_prompt(start, name, chat):
     """Labels are the target and the end alone; the loss is that of the logits behind the very prompt of inference."""
     model, processor = start(name, chat)
     tokenizer, end = processor.tokenizer, end_of(model)
@@ -345,7 +345,7 @@ def t5_config(config):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_blip2_with_t5_in_our_model_gives_the_same_logits_loss_and_ids(attention):
+def test_blip2_with_t5_in_our_model_gives_the_same_results(attention):
     config = t5_config(tiny_config("blip2"))
     config._attn_implementation = attention
     blip2 = randomise(Blip2ForConditionalGeneration(blip2_config(config, False))).eval()
@@ -438,7 +438,7 @@ def test_adapters_change_nothing_until_they_are_trained(start, name):
 
 @needs_peft
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_only_adapters_and_the_rest_of_stage_2_are_trained_and_come_back(start, name, tmp_path):
+def test_adapters_are_trained_and_saved_with_stage_2(start, name, tmp_path):
     model, processor = start(name, lora_rank=2)
     before = {n: p.clone() for n, p in model.named_parameters()}
     train(model, batch_of(model, processor), steps=3)

@@ -77,7 +77,7 @@ def test_laviss_normalisation_is_a_score_of_its_own(data):
     assert (right["all"]["accuracy"], right["lavis normalisation"]["accuracy"]) == (0.0, 1.0)
 
 
-def test_without_entailed_questions_and_choices_their_scores_are_named_as_not_computed(data):
+def test_missing_files_of_gqa_are_named_with_the_scores(data):
     testdev, val, everything = (Gqa(data, split) for split in ("testdev", "val", "val-all"))
     assert set(testdev.not_computed) == {"consistency", "validity", "plausibility"}
     assert "testdev-all" in testdev.not_computed["consistency"]
@@ -109,7 +109,7 @@ def chain():
     return chain
 
 
-def test_consistency_counts_answered_entailed_questions_of_right_answers():
+def test_consistency_counts_entailed_questions():
     consistent = [
         gqa_scores(chain(), answers, consistency=True)["all"]["consistency"]
         for answers in (

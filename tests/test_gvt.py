@@ -204,7 +204,7 @@ def test_records_and_images_of_both_sets(data):
     assert elsewhere.image_file(coco.records[0]).parent == data / "elsewhere"
 
 
-def test_the_wording_that_gives_answers_away_is_kept_and_counted(data):
+def test_wording_that_gives_answers_away_is_counted(data):
     benchmark = GvtIdentification(data, "vcr")
     assert {record.question for record in benchmark.records if record.answer == "No."} == {
         "Does dog exis in the image?"
@@ -249,7 +249,7 @@ def test_the_results_file_is_upstreams_and_comes_back(data, kind, split, part):
     assert benchmark.read_official(official[:1] * 2) == [("0", answers["0"])] * 2
 
 
-def test_answers_without_an_index_must_be_all_in_the_questions_order(data):
+def test_answers_without_an_index_follow_the_questions(data):
     benchmark = GvtCounting(data, "coco")
     rows = [{key: row[key] for key in row if key != "index"} for row in benchmark.official(answers_of(COUNTING))]
     with pytest.raises(ValueError, match='59 answers to 60 questions: each needs the "index"'):

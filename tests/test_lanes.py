@@ -70,7 +70,7 @@ def test_parts_run_in_order_with_one_thread_each(tmp_path):
 
 
 @with_stand_in
-def test_lanes_run_side_by_side_but_no_more_than_there_are_cores(tmp_path, monkeypatch):
+def test_lanes_run_side_by_side_one_per_core(tmp_path, monkeypatch):
     most = []
     three = [Lane(name, [job(tmp_path / name / "one")]) for name in ("a", "b", "c")]
     monkeypatch.setattr(lanes, "cores", lambda: 2)
@@ -97,7 +97,7 @@ def test_what_is_finished_is_not_run_again_and_says_so(tmp_path, capsys):
 
 
 @with_stand_in
-def test_another_configuration_runs_again_with_all_that_builds_on_it(tmp_path):
+def test_a_changed_configuration_reruns_what_builds_on_it(tmp_path):
     run_lanes([Lane("a", [job(tmp_path / "one"), job(tmp_path / "two")])])
     (tmp_path / "one" / "left over").write_text("from before")
     changed = replace(job(tmp_path / "one"), arguments=("log", "--steps", "5", str(tmp_path / "one")))
@@ -167,7 +167,7 @@ def pids(folder: Path) -> list[int]:
 
 
 @with_stand_in
-def test_a_failure_shows_its_last_lines_names_its_log_and_stops_the_others(tmp_path, capsys):
+def test_a_failure_shows_its_log_and_stops_the_others(tmp_path, capsys):
     hanging, failing = (
         Lane("a", [job(tmp_path / "a" / "one", "hang")]),
         Lane("b", [job(tmp_path / "b" / "one", "fail")]),

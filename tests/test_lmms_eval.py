@@ -179,7 +179,7 @@ def answer_alone(lm, text, document, **arguments):
 
 
 @pytest.mark.parametrize("model", ["lm", "aware"])
-def test_answers_are_those_of_each_request_alone_in_the_requests_order(models, model):
+def test_answers_are_those_of_each_request_alone(models, model):
     lm = models[model]
     asked = [(question, 2 if n % 3 == 0 else 8, n % 3) for n, question in enumerate(QUESTIONS)]
     expected = [
@@ -193,7 +193,7 @@ def test_answers_are_those_of_each_request_alone_in_the_requests_order(models, m
     assert [r.args[1] for r in requests] == kwargs  # lmms-eval's response cache reads them afterwards
 
 
-def test_every_prompt_stands_behind_its_own_image_and_a_image_is_read_once_a_batch(lm, monkeypatch):
+def test_every_prompt_follows_its_image_which_is_read_once(lm, monkeypatch):
     seen = []
 
     def generate(pixel_values, input_ids, attention_mask, image_index, **_):
@@ -433,7 +433,7 @@ def test_lmms_eval_knows_the_model(adapter):
 
 @pytest.mark.slow
 @real
-def test_orders_that_are_left_out_are_those_of_the_installed_tasks(adapter):
+def test_default_orders_are_those_of_the_installed_tasks(adapter):
     import lmms_eval.tasks
     import yaml
 

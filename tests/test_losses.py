@@ -34,7 +34,7 @@ def test_itc_equals_a_naive_loop_with_label_smoothing():
     assert float(losses.itc_loss(a, b, targets, 0.1)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_itc_of_equal_similarities_is_the_logarithm_of_the_batch():
+def test_itc_of_equal_similarities_is_the_log_of_the_batch():
     flat = torch.zeros(5, 5)
     assert float(losses.itc_loss(flat, flat, torch.arange(5))) == pytest.approx(math.log(5), abs=1e-6)
 

@@ -43,7 +43,7 @@ def test_text_never_reaches_the_queries_in_itg(model, images, texts):
     assert not torch.allclose(a.text_states, b.text_states)
 
 
-def test_text_never_reaches_the_queries_nor_queries_the_text_under_the_unimodal_mask(model, images, texts):
+def test_unimodal_mask_separates_text_and_queries(model, images, texts):
     ids, text_mask = texts
     mask = masks.unimodal_mask(text_mask, 4)
     with torch.no_grad():

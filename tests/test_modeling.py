@@ -64,7 +64,7 @@ def normalised(images, config):
 
 
 @pytest.mark.parametrize("variant", ["qformer", "xformer", "early_cross_attention"])
-def test_blip2_in_our_model_gives_the_same_logits_and_the_same_ids(images, variant):
+def test_blip2_in_our_model_gives_the_same_logits_and_ids(images, variant):
     config = variant_config(variant, tiny_config("blip2"))
     config.qformer_config.use_qformer_text_input = False
     config.clip_config.layer_norm_eps = 1e-5  # of BLIP-2's ln_vision, which we always take
@@ -154,7 +154,7 @@ NO_GRADIENT = ("key.bias",)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_should_train_gets_a_gradient_and_frozen_stays_frozen(images, texts, variant):
+def test_trained_parts_get_gradients_and_frozen_ones_none(images, texts, variant):
     model = stage(XFormerForPreTraining, variant)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     # Projections that start at zero open one after the other; with the reconstruction loss two steps suffice.
@@ -170,7 +170,7 @@ def test_what_should_train_gets_a_gradient_and_frozen_stays_frozen(images, texts
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stage2_trains_the_projection_and_never_the_language_model(images, variant):
+def test_stage2_trains_the_projection_not_the_llm(images, variant):
     config = variant_config(variant, tiny_config())
     config.qformer_config.use_qformer_text_input = False
     model = XFormerForConditionalGeneration(config)
@@ -206,7 +206,7 @@ def test_a_batch_of_one_works(images, texts):
     assert output.itm_logits.shape == (1, 2)
 
 
-def test_stage1_is_reproduced_when_everything_random_is_handed_in(images, texts):
+def test_stage1_is_reproduced_with_given_randomness(images, texts):
     model = stage(XFormerForPreTraining, "xformer").eval()
     fixed = {"noise": torch.rand(4, 16), "negatives": (torch.tensor([1, 2, 3, 0]), torch.tensor([2, 3, 0, 1]))}
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_itm_triples_are_own_pair_wrong_image_wrong_text(images, texts):
             torch.testing.assert_close(logits[row], pair[0], atol=1e-5, rtol=1e-4)
 
 
-def test_the_generation_pass_serves_itc_as_the_queries_alone_would(images, texts):
+def test_the_itg_pass_gives_itc_the_queries_alone(images, texts):
     model = randomise(stage(XFormerForPreTraining, "no_reconstruction")).eval()
     with torch.no_grad():
         stage1 = model(images, *texts).xformer_output.fused_queries
@@ -266,7 +266,7 @@ def test_several_texts_of_an_image_share_its_encoding(images):
         torch.testing.assert_close(shared, model(images[index], ids, mask, labels=labels).loss)
 
 
-def test_instruction_aware_queries_read_the_prompt_of_their_text(images, texts):
+def test_instruction_aware_queries_read_their_prompt(images, texts):
     config = tiny_config(instruction_aware=True)
     model = randomise(XFormerForConditionalGeneration(config)).eval()
     ids, mask = llm_inputs(config, 4)
@@ -360,7 +360,7 @@ def test_train_save_load_gives_the_same_outputs(images, texts, variant, tmp_path
     )
 
 
-def test_a_bf16_language_model_stays_bf16_and_what_is_trained_fp32(images, tmp_path):
+def test_a_bf16_language_model_stays_bf16_the_rest_fp32(images, tmp_path):
     model = XFormerForConditionalGeneration(tiny_config()).eval()
     for part in (
         model.language_model,
@@ -483,7 +483,7 @@ def test_attention_maps_need_eager_attention(images):
     assert [maps[0].shape for maps in (output.clip_attentions, output.mae_attentions)] == [(4, 2, 4, 17)] * 2
 
 
-def test_random_initialisation_leaves_no_two_queries_and_no_two_positions_equal():
+def test_fresh_queries_and_positions_all_differ():
     model = XFormerModel(tiny_config())
     for tensor in (model.query_tokens[0], model.mae_encoder.embeddings.position_embeddings[0, 1:]):
         assert len(tensor.unique(dim=0)) == len(tensor)

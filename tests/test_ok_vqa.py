@@ -47,7 +47,7 @@ def change(data, annotations):
     (data / ANNOTATIONS).write_text(json.dumps({"annotations": annotations, "question_types": TYPES}))
 
 
-def test_all_is_against_the_stemmed_answers_and_typed_ones_stand_beside(data):
+def test_all_answers_are_scored_stemmed_and_as_typed(data):
     benchmark = OkVqa(data, "val")
     typed = benchmark.score({"1": "dogs", "2": "surfing", "3": "ball"})
     assert typed["all"] == {"accuracy": pytest.approx(1 / 3), "n": 3}

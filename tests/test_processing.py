@@ -110,7 +110,7 @@ def test_a_text_that_names_the_placeholder_holds_none(processor):
         Stage1Collator(processor, 32)([{"id": "0", "image": image(), "caption": "<image> "}])
 
 
-def test_qformer_text_is_padded_on_the_right_and_cut_with_a_word_in_the_log(processor, caplog):
+def test_qformer_text_is_padded_right_and_truncation_logged(processor, caplog):
     batch = processor(qformer_text=["a circle", "circle " * 60])
     assert batch["qformer_input_ids"].shape == (2, MAX_CAPTION_TOKENS)
     assert batch["qformer_attention_mask"][0].tolist() == sorted(batch["qformer_attention_mask"][0].tolist())[::-1]

@@ -167,7 +167,7 @@ def test_images(tmp_path):
         dataset[5]
 
 
-def test_broken_images_are_replaced_and_more_than_one_percent_stop(tmp_path, caplog):
+def test_broken_images_are_replaced_up_to_one_percent(tmp_path, caplog):
     dataset = images(tmp_path, 200, broken=(3, 4, 50))
     assert dataset[3]["id"] == "5"
     assert set(dataset.broken) == {"3", "4"}

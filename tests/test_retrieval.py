@@ -202,7 +202,7 @@ def test_any_number_of_candidates(parts, data, tmp_path, k_test):
             assert all(score > -100 for rows in itm.values() for _, score in rows)
 
 
-def test_images_that_cannot_be_read_are_left_out_with_their_captions(parts, data, tmp_path):
+def test_unreadable_images_and_their_captions_are_left_out(parts, data, tmp_path):
     copy = tmp_path / "data"
     (copy / "val2014").mkdir(parents=True)
     content = json.loads((data / "dataset_coco.json").read_text())

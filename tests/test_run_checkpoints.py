@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_not_used_and_it_is_said_why(tmp_path, what):
     assert newest_good(tmp_path) == (good, [])
 
 
-def test_where_none_is_good_the_run_does_not_start_over_by_itself(tmp_path):
+def test_without_a_good_checkpoint_a_run_does_not_restart(tmp_path):
     save(tmp_path, 3)
     (tmp_path / "checkpoint-3" / "b.json").unlink()
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_where_none_is_good_the_run_does_not_start_over_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
-def test_on_a_full_disk_nothing_is_left_of_it_and_the_one_before_is_kept(tmp_path, error):
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, error):
     save(tmp_path, 3)
     message = r"checkpoint-7 could not be written \(.*No space left.*\); checkpoint-3 is kept: free some"
 
@@ -119,9 +119,7 @@ def undisturbed(tmp_path_factory):
     return run
 
 
-def test_a_run_stops_at_a_full_disk_and_goes_on_from_the_newest_good_checkpoint(
-    undisturbed, tmp_path, monkeypatch, capsys
-):
+def test_a_run_stops_at_a_full_disk_and_resumes(undisturbed, tmp_path, monkeypatch, capsys):
     write = run_folder.write_files
     steps = iter(range(2, 9, 2))
     monkeypatch.setattr(run_folder, "write_files", lambda *a: full() if next(steps) == 6 else write(*a))
@@ -140,7 +138,7 @@ def test_a_run_stops_at_a_full_disk_and_goes_on_from_the_newest_good_checkpoint(
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
-def test_a_run_that_ended_before_its_model_was_saved_takes_no_step_more(undisturbed, tmp_path, monkeypatch):
+def test_a_run_that_only_lacks_its_model_takes_no_more_steps(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "save_model", full)
     assert main([*RUN, "--output-dir", str(tmp_path)]) == 2
     assert [step_of(path) for path in checkpoints(tmp_path)] == [8, 6]
@@ -152,7 +150,7 @@ def test_a_run_that_ended_before_its_model_was_saved_takes_no_step_more(undistur
     assert json.loads((tmp_path / "summary.json").read_text())["steps_in_this_session"] == 0
 
 
-def test_what_a_killed_run_left_is_tidied_up_when_it_is_asked_for_again(undisturbed, tmp_path, capsys):
+def test_leftovers_of_a_killed_run_are_deleted(undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed, tmp_path / "run")
     save(tmp_path / "run", 8)
     assert main([*RUN, "--output-dir", str(tmp_path / "run")]) == 0

@@ -139,7 +139,7 @@ def test_a_source_that_is_not_drawn_from_stays_where_it_was(kind, request):
     assert part.order("seed", 0, 2, 1, states[9]).state() == states[9]
 
 
-def test_a_pass_that_was_resumed_is_followed_by_the_same_next_pass(twelve):
+def test_a_resumed_epoch_is_followed_by_the_same_next_one(twelve):
     _, states = one_pass(twelve, 0, 2, 8)
     undisturbed = one_pass(twelve, 0, 2, 8, {"epoch": 1}, epoch=1)[0]
     order = twelve.order("seed", 0, 2, 8, states[20])

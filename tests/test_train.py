@@ -112,7 +112,7 @@ def test_a_run_folder_holds_what_it_should(runs):
     assert all((run / sample["image"]).is_file() and sample["reference"] for sample in samples)
 
 
-def test_tensorboard_has_the_log_the_speed_texts_and_reconstructions(runs):
+def test_tensorboard_has_log_speed_texts_and_images(runs):
     run = runs / "undisturbed"
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
@@ -350,7 +350,7 @@ def test_nan_names_its_step_and_its_records(tmp_path, bad, what):
     assert torch.isfinite(loop.model.weight).all()
 
 
-def test_every_scalar_is_averaged_between_logs_and_others_are_not_logged(tmp_path):
+def test_scalars_are_averaged_and_tensors_are_not_logged(tmp_path):
     standin_loop(tmp_path, [1.0, 2.0, 3.0, 4.0], steps=4, logging_steps=2, learning_rate=1e-12).train()
     logged = lines(tmp_path / "log.jsonl")
     assert [log["step"] for log in logged] == [1, 2, 4]
@@ -367,7 +367,7 @@ def test_trackers_receive_every_log_with_its_speed(tmp_path):
     assert all({"loss", "part_loss", "learning_rate", *SPEED} <= values.keys() for _, values in tracked)
 
 
-def test_the_rate_rises_in_a_line_and_falls_in_a_cosine_to_its_minimum(tmp_path):
+def test_the_rate_rises_linearly_and_falls_as_a_cosine(tmp_path):
     steps = {"steps": 6, "logging_steps": 1, "learning_rate": 1e-9, "min_learning_rate": 2e-10}
     loop = standin_loop(tmp_path, [1.0] * 6, warmup_steps=2, **steps)
     loop.train()
@@ -433,7 +433,7 @@ def test_an_empty_text_is_named(runs, field):
         Stage2Collator(processor, 4, 32)([{"id": "cat.png", "image": Image.new("RGB", (48, 48)), **texts[field]}])
 
 
-def test_labels_are_the_target_and_the_end_alone_behind_the_prompt_of_inference(runs):
+def test_labels_are_the_target_and_the_end_token(runs):
     model, processor = start_generation(runs / "undisturbed" / "model", "opt", 0)
     tokenizer, end = processor.tokenizer, model.generation_config.eos_token_id
     rng = random.Random(0)
@@ -482,7 +482,7 @@ def test_impossible_numbers_are_refused(field):
 
 
 def test_a_minimum_above_the_peak_is_refused():
-    with pytest.raises(ValueError, match=r"min_learning_rate 0.01 is above learning_rate 0.001, the peak"):
+    with pytest.raises(ValueError, match=r"--min-learning-rate 0.01 is above the peak, --learning-rate 0.001"):
         Stage1Config(learning_rate=1e-3, min_learning_rate=1e-2)
 
 

@@ -137,7 +137,7 @@ def test_at_most_so_many_images_and_they_still_change(folder, shards):
 def test_only_scenes_have_a_default_train_size():
     assert config().train_size == 24_000
     assert config(data="images").train_size is None
-    with pytest.raises(ValueError, match="train_size must be at least 1"):
+    with pytest.raises(ValueError, match="--train-size must be at least 1"):
         config(train_size=0)
 
 

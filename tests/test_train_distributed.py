@@ -350,7 +350,7 @@ def test_the_command_itself_under_a_launcher(launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_where_one_of_two_processes_is_killed_they_go_on_as_if_undisturbed(tmp_path):
+def test_one_of_two_processes_is_killed_and_both_resume(tmp_path):
     steps = ["--steps", "12"]
     assert launch("torchrun", *steps, "--output-dir", str(tmp_path / "undisturbed")).returncode == 0
     killed = tmp_path / "killed"

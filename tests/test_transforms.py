@@ -52,7 +52,7 @@ def test_area_and_ratio_keep_their_bounds():
         assert RATIO[0] * (1 - 2 * rounded) <= across / down <= RATIO[1] * (1 + 2 * rounded)
 
 
-def test_area_is_uniform_and_ratio_log_uniform_where_every_draw_fits():
+def test_crop_area_is_uniform_and_ratio_log_uniform():
     """A square and at most half of its area: sqrt(.5 * 4/3) < 1, so nothing is drawn again and the moments are known."""
     found = crops(1000, 1000, scale=(0.1, 0.5))
     areas = [(right - left) * (bottom - top) / 1e6 for left, top, right, bottom in found]
@@ -159,7 +159,7 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(450, 340), (255, 255)])
-def test_jpegs_not_much_larger_than_the_result_are_decoded_whole(size):
+def test_jpegs_of_about_the_result_are_decoded_whole(size):
     opened = as_jpeg(photo(*size))
     TrainTransform(128)(opened, random.Random(0))
     assert opened.size == size

@@ -171,7 +171,7 @@ def test_every_fusion_reads_any_tower(images, name, variant):
 
 
 @second_encoders
-def test_what_has_no_decoder_is_neither_reconstructed_nor_masked(images, name):
+def test_without_a_decoder_nothing_is_masked(images, name):
     with pytest.raises(ValueError, match=r"reconstruction needs the decoder of a MAE, and a .* has none"):
         tiny_config(mae_config=SECOND[name][0])
     model = XFormerModel(config_with(name))
@@ -198,7 +198,7 @@ def test_a_bf16_tower_feeds_an_fp32_fusion(images):
         assert torch.isfinite(output.fused_queries).all()
 
 
-def test_a_tower_of_any_size_sees_the_clips_images_others_their_own(images):
+def test_towers_of_any_size_see_images_of_the_clips_size(images):
     assert config_with("dinov2").mae_image_size == 32
     assert config_with("siglip2_naflex").mae_image_size == 32
     large = SiglipVisionConfig(**SIZES, intermediate_size=48, image_size=48, patch_size=8)
@@ -245,7 +245,7 @@ def test_statistics_can_be_set():
     assert config.mae_mean == [0.43, 0.411, 0.296]
 
 
-def test_a_configuration_from_before_other_towers_loads_as_it_was(tmp_path):
+def test_a_configuration_of_before_other_towers_loads(tmp_path):
     config = tiny_config("siglip", clip_mean=OPENAI_CLIP_MEAN, clip_std=[0.2, 0.2, 0.2])
     config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
@@ -257,7 +257,7 @@ def test_a_configuration_from_before_other_towers_loads_as_it_was(tmp_path):
     assert again.has_mae
 
 
-def test_the_dinov2_variant_replaces_a_mae_of_its_size_and_keeps_another_tower():
+def test_the_dinov2_variant_replaces_only_a_mae():
     base = tiny_config()
     variant = dinov2(base)
     assert variant.mae_config.model_type == "dinov2"

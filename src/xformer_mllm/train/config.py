@@ -26,6 +26,10 @@ SCENES = 24_000
 Config = TypeVar("Config")
 
 
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Arguments of both stages."""
@@ -92,22 +96,22 @@ class RunConfig:
         if self.train_size is None and self.data == "scenes":
             object.__setattr__(self, "train_size", SCENES)
         if self.train_size is not None and self.train_size < 1:
-            raise ValueError(f"train_size must be at least 1, not {self.train_size}")
+            raise ValueError(f"--train-size must be at least 1, not {self.train_size}")
         at_least_one = ("steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")
         for name in (*at_least_one, "logging_steps", "save_steps", "save_total_limit", "sample_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_grad_norm", "num_workers", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+                raise ValueError(f"{_flag(name)} must not be negative, but is {getattr(self, name)}")
         if self.feature_cache is not None and self.augment != "none" and self.data not in ("scenes", "easy-vqa"):
             raise ValueError("--feature-cache needs whole images; set --augment none")
         for name in ("learning_rate", "save_minutes"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+                raise ValueError(f"{_flag(name)} must be positive, not {getattr(self, name)}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
-                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}, the peak"
+                f"--min-learning-rate {self.min_learning_rate} is above the peak, --learning-rate {self.learning_rate}"
             )
 
 
@@ -167,9 +171,9 @@ class Stage2Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.questions_per_image < 1:
-            raise ValueError(f"questions_per_image must be at least 1, not {self.questions_per_image}")
+            raise ValueError(f"--questions-per-image must be at least 1, not {self.questions_per_image}")
         if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must not be negative, but is {self.lora_rank}")
+            raise ValueError(f"--lora-rank must not be negative, but is {self.lora_rank}")
 
 
 def write_config(config: Any, command: str) -> None:
