@@ -135,6 +135,35 @@ def test_ptb_tokens_of_the_same(java):
     assert ptb_tokens(captions) == ["they do n't move i ca n't", "a tub/shower & a 2.5 m sink well"]
 
 
+# What PTBTokenizer gave for the references and for the candidates of the images in order, and Meteor for these tokens.
+NEXT_LINE = {
+    "references": {"1": ["the cat"], "2": ["A plate of vitamin c.", "The letter j."], "3": ["a dog"], "4": ["No z."]},
+    "candidates": {"1": "a cat at plan z.", "2": "The letter c.", "3": "A dog", "4": "the z."},
+    "tokens": {
+        "1": ("a cat at plan z", "the cat"),
+        "2": ("the letter c", "a plate of vitamin c", "the letter j."),
+        "3": ("a dog", "a dog"),
+        "4": ("the z.", "no z."),
+    },
+}
+
+
+def test_the_line_that_follows_a_caption_is_the_official_ones(java, monkeypatch):
+    """The tokenizer keeps the period of "c." unless the next line starts with a capital: in a group, the next image's."""
+    seen = {}
+
+    def record(tokens):
+        seen.update(tokens)
+        raise NotComputedError("recorded")
+
+    monkeypatch.setattr(caption_metrics, "_meteor", record)
+    groups = {"all": list("1234"), "without 2": list("134"), "first": ["1"]}
+    score_captions(NEXT_LINE["references"], NEXT_LINE["candidates"], groups)
+    assert seen["all"] == NEXT_LINE["tokens"]
+    assert seen["without 2"] == {name: NEXT_LINE["tokens"][name] for name in "134"}
+    assert seen["first"] == {"1": ("a cat at plan z.", "the cat")}
+
+
 # ------------------------------------------------------------------------------------------------------------ odd input
 
 
@@ -179,9 +208,9 @@ def test_only_what_has_a_candidate_is_scored(no_meteor):
             "exit code 1: Error: no VM too small",
         ),
         (HANGS, "did not finish within 1 s"),
-        ("cat > /dev/null; echo firstline; echo a", "0 lines for 2 captions"),
-        ("exit 0", "0 lines for 2 captions"),
-        ("cat | head -n 2", "0 lines for 2 captions"),
+        ("cat > /dev/null; echo firstline; echo a", "0 lines, not 4"),
+        ("exit 0", "0 lines, not 4"),
+        ("cat | head -n 2", "0 lines, not 4"),
     ],
 )
 def test_a_java_that_fails_gives_one_line_and_the_plain_tokenizer(fake_java, tmp_path, script, reason):
