@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord, Scores
+from xformer_mllm.files import read_json
 
 PLAIN = " (plain tokenizer)"  # suffix of scores that were not computed on PTB tokens
 
@@ -266,10 +267,7 @@ def _spice(tokens: Tokens) -> dict[str, float]:
         arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(input_file), "-out", str(output_file), "-silent"]
         _run_java(arguments, folder, "", _time_limit(sum(map(len, distinct))))
         try:
-            found = {
-                distinct[row["image_id"]]: float(row["scores"]["All"]["f"])
-                for row in json.loads(output_file.read_text(encoding="utf-8"))
-            }
+            found = {distinct[row["image_id"]]: float(row["scores"]["All"]["f"]) for row in read_json(output_file)}
             return {name: sum(found[texts] for texts in group.values()) / len(group) for name, group in tokens.items()}
         except (OSError, ValueError, LookupError, TypeError):
             raise NotComputedError("SPICE ended without scores") from None
