@@ -18,6 +18,7 @@ metric is left out with the reason.
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -38,14 +39,11 @@ START_SECONDS = 180.0
 SECONDS_PER_CAPTION = 0.5
 
 NO_JAVA = "needs Java, and `java` was not found; install it, e.g. apt install default-jre-headless"
-NO_CORENLP = (
-    "needs Stanford CoreNLP 3.6.0, which was not found; python -m pycocoevalcap.spice.get_stanford_models "
-    "fetches it once (about 500 MB)"
-)
 FIRST_LINE, LAST_LINE = (
     "firstline",
     "lastline",
 )  # a line in lower case acts on the line before it as the end of the text
+CORENLP_HOME = "CORENLP_HOME"  # environment variable of CoreNLP's folder, as in Stanford's own tools
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 PARTIAL = (
     "not all images have a caption: CIDEr-D weights words by the references that are scored, so it is not comparable with "
@@ -254,8 +252,8 @@ def _spice(tokens: Tokens) -> dict[str, float]:
     pycocoevalcap's cache of parses is not used: it would grow in the installed package.
     """
     folder = _package() / "spice"
-    if not all((folder / "lib" / jar).is_file() for jar in CORENLP_JARS):
-        raise NotComputedError(NO_CORENLP)
+    # The manifest of spice-1.0.jar names its other libraries.
+    classes = os.pathsep.join(map(str, ("spice-1.0.jar", *_corenlp(folder / "lib"))))
     distinct = _distinct(tokens)
     rows = [
         {"image_id": index, "test": candidate, "refs": references}
@@ -264,13 +262,28 @@ def _spice(tokens: Tokens) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         input_file, output_file = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
         input_file.write_text(json.dumps(rows), encoding="utf-8")
-        arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(input_file), "-out", str(output_file), "-silent"]
+        arguments = ["-Xmx8G", "-cp", classes, "edu.anu.spice.SpiceScorer"]
+        arguments += [str(input_file), "-out", str(output_file), "-silent"]
         _run_java(arguments, folder, "", _time_limit(sum(map(len, distinct))))
         try:
             found = {distinct[row["image_id"]]: float(row["scores"]["All"]["f"]) for row in read_json(output_file)}
             return {name: sum(found[texts] for texts in group.values()) / len(group) for name, group in tokens.items()}
         except (OSError, ValueError, LookupError, TypeError):
             raise NotComputedError("SPICE ended without scores") from None
+
+
+def _corenlp(package: Path) -> list[Path]:
+    """CoreNLP's jars, in the folder that CORENLP_HOME names or else in pycocoevalcap's. Raises NotComputedError."""
+    home = os.environ.get(CORENLP_HOME)
+    for folder in (*([Path(home).expanduser().resolve()] if home else []), package):
+        jars = [folder / jar for jar in CORENLP_JARS]
+        if all(jar.is_file() for jar in jars):
+            return jars
+    where = f"{CORENLP_HOME}={home} lacks {' or '.join(CORENLP_JARS)}" if home else "which was not found"
+    raise NotComputedError(
+        f"needs Stanford CoreNLP 3.6.0, {where}; set {CORENLP_HOME} to its unpacked folder, or "
+        "python -m pycocoevalcap.spice.get_stanford_models fetches it once (about 500 MB)"
+    )
 
 
 def _package() -> Path:
