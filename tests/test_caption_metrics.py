@@ -135,6 +135,35 @@ def test_ptb_tokens_of_the_same(java):
     assert ptb_tokens(captions) == ["they do n't move i ca n't", "a tub/shower & a 2.5 m sink well"]
 
 
+# What PTBTokenizer gave for the references and for the candidates of the images in order, and Meteor for these tokens.
+NEXT_LINE = {
+    "references": {"1": ["the cat"], "2": ["A plate of vitamin c.", "The letter j."], "3": ["a dog"], "4": ["No z."]},
+    "candidates": {"1": "a cat at plan z.", "2": "The letter c.", "3": "A dog", "4": "the z."},
+    "tokens": {
+        "1": ("a cat at plan z", "the cat"),
+        "2": ("the letter c", "a plate of vitamin c", "the letter j."),
+        "3": ("a dog", "a dog"),
+        "4": ("the z.", "no z."),
+    },
+}
+
+
+def test_the_line_that_follows_a_caption_is_the_official_ones(java, monkeypatch):
+    """The tokenizer keeps the period of "c." unless the next line starts with a capital: in a group, the next image's."""
+    seen = {}
+
+    def record(tokens):
+        seen.update(tokens)
+        raise NotComputedError("recorded")
+
+    monkeypatch.setattr(caption_metrics, "_meteor", record)
+    groups = {"all": list("1234"), "without 2": list("134"), "first": ["1"]}
+    score_captions(NEXT_LINE["references"], NEXT_LINE["candidates"], groups)
+    assert seen["all"] == NEXT_LINE["tokens"]
+    assert seen["without 2"] == {name: NEXT_LINE["tokens"][name] for name in "134"}
+    assert seen["first"] == {"1": ("a cat at plan z.", "the cat")}
+
+
 # ------------------------------------------------------------------------------------------------------------ odd input
 
 
@@ -179,9 +208,9 @@ def test_only_what_has_a_candidate_is_scored(no_meteor):
             "exit code 1: Error: no VM too small",
         ),
         (HANGS, "did not finish within 1 s"),
-        ("cat > /dev/null; echo firstline; echo a", "0 lines for 2 captions"),
-        ("exit 0", "0 lines for 2 captions"),
-        ("cat | head -n 2", "0 lines for 2 captions"),
+        ("cat > /dev/null; echo firstline; echo a", "0 lines, not 4"),
+        ("exit 0", "0 lines, not 4"),
+        ("cat | head -n 2", "0 lines, not 4"),
     ],
 )
 def test_a_failing_java_gives_the_plain_tokenizer(fake_java, tmp_path, script, reason):
@@ -260,6 +289,7 @@ def test_spice_is_never_downloaded(java, no_meteor, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlretrieve", refuse)
     monkeypatch.setattr(caption_metrics, "CORENLP_JARS", ("stanford-corenlp-9.9.9.jar",))
+    monkeypatch.delenv("CORENLP_HOME", raising=False)
     found = score_captions(*ONE)
     assert "SPICE" not in found.scores["all"]
     assert "python -m pycocoevalcap.spice.get_stanford_models" in found.not_computed["SPICE"]
@@ -276,12 +306,12 @@ def with_corenlp(tmp_path, monkeypatch):
 
 
 def with_spice(script):
-    return f'case "$*" in *PTBTokenizer*) exec cat;; *spice-1.0.jar*) cp "$4" {{seen}}; {script};; esac'
+    return f'case "$*" in *PTBTokenizer*) exec cat;; *spice-1.0.jar*) cp "$5" {{seen}}; {script};; esac'
 
 
 def test_spice_is_the_mean_over_a_group(fake_java, with_corenlp, no_meteor, tmp_path):
     rows = [{"image_id": place, "scores": {"All": {"f": f}}} for place, f in ((1, 0.5), (0, 0.25))]
-    script = with_spice(f"echo '{json.dumps(rows)}' > \"$6\"").replace("{seen}", f"{tmp_path}/seen.json")
+    script = with_spice(f"echo '{json.dumps(rows)}' > \"$7\"").replace("{seen}", f"{tmp_path}/seen.json")
     fake_java(script)
     references, candidates = {"7": ["a dog"], "8": ["a cat", "the cat"]}, {"7": "dog", "8": "cat"}
     found = score_captions(references, candidates, {"all": ["7", "8"], "first": ["7"]})
@@ -292,13 +322,39 @@ def test_spice_is_the_mean_over_a_group(fake_java, with_corenlp, no_meteor, tmp_
     ]
 
 
+@pytest.mark.parametrize("place", ["{}", "../corenlp"])
+def test_spice_takes_corenlp_from_its_own_folder(fake_java, with_corenlp, no_meteor, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path / "package")  # a relative path is the user's, not that of the folder Java runs in
+    folder = tmp_path / "corenlp"
+    (tmp_path / "package" / "spice" / "lib").rename(folder)
+    monkeypatch.setenv("CORENLP_HOME", place.format(folder))
+    rows = [{"image_id": 0, "scores": {"All": {"f": 0.5}}}]
+    script = f'echo "$3" > {tmp_path}/classes; echo \'{json.dumps(rows)}\' > "$7"'
+    fake_java(with_spice(script).replace("{seen}", "/dev/null"))
+    assert score_captions(*ONE).scores["all"]["SPICE"] == 0.5
+    classes = (tmp_path / "classes").read_text().strip().split(os.pathsep)
+    assert classes == ["spice-1.0.jar", *(str(folder / jar) for jar in caption_metrics.CORENLP_JARS)]
+
+
+def test_a_folder_without_corenlp_is_named_unless_the_package_has_it(
+    fake_java, with_corenlp, no_meteor, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CORENLP_HOME", str(tmp_path))
+    rows = [{"image_id": 0, "scores": {"All": {"f": 0.5}}}]
+    fake_java(with_spice(f"echo '{json.dumps(rows)}' > \"$7\"").replace("{seen}", "/dev/null"))
+    assert score_captions(*ONE).scores["all"]["SPICE"] == 0.5
+    (tmp_path / "package" / "spice" / "lib" / caption_metrics.CORENLP_JARS[1]).unlink()
+    reason = score_captions(*ONE).not_computed["SPICE"]
+    assert f"CORENLP_HOME={tmp_path} lacks stanford-corenlp-3.6.0.jar" in reason
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
         ("echo InaccessibleObjectException >&2; exit 1", "exit code 1: InaccessibleObjectException"),
         ("exit 0", "without scores"),
-        ('echo "[]" > "$6"', "without scores"),
-        ('echo "[{" > "$6"', "without scores"),
+        ('echo "[]" > "$7"', "without scores"),
+        ('echo "[{" > "$7"', "without scores"),
         (HANGS, "did not finish within 1 s"),
     ],
 )

@@ -172,6 +172,8 @@ def test_malformed_karpathy_file(write, tmp_path, content, message):
         ({}, "not a list"),
         ([{"caption": ["a"]}], r'\[0\]: "image" is missing'),
         ([lavis_image(60623, image="val2014/dog.jpg")], "image id of val2014/dog.jpg is not a number"),
+        ([lavis_image(60623, image="val2014/dog_²")], "image id of val2014/dog_² is not a number"),
+        ([lavis_image(60623, image=f"COCO_{'1' * 5000}.jpg")], "image id of COCO_1{195} is not a number"),
         ([lavis_image(60623, caption="a girl")], r'\[0\]: "caption" is missing or not of type list'),
         ([lavis_image(60623, caption=[1])], r'\[0\]: "caption" is not a list of strings'),
         ([lavis_image(60623, caption=[])], "1 images have no caption"),

@@ -204,6 +204,13 @@ def test_other_files_name_the_results_file(runs, tmp_path, capsys):
         assert line.endswith(f"; the file to score is {tmp_path / 'official.json'}")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"id": ' + "1" * 5000 + ', "answer": "red"}]'])
+def test_results_that_python_cannot_hold_are_one_line_of_the_file(tmp_path, capsys, text):
+    (tmp_path / "answers.json").write_text(text)
+    line = refusal(capsys, "score", tmp_path / "answers.json", *SIZE)
+    assert line.startswith(f"xformer: {tmp_path / 'answers.json'}: ")
+
+
 def test_settings_can_be_replaced_one_by_one(tmp_path):
     config = run.EvaluateConfig(model=tmp_path, num_beams=5, prompt="{question}?", size=1)
     settings = run.settings_of(config, run.open_benchmark(config))

@@ -20,6 +20,24 @@ def test_what_is_wrong_is_named_by_line_and_column(tmp_path):
         read_json(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
+        ('{"id": ' + "1" * 5000 + "}", "a number has more than 4,300 digits"),
+    ],
+)
+def test_what_python_cannot_hold_is_an_error_of_the_file(tmp_path, text, why):
+    path = tmp_path / "answers.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"answers\.json: .*{why}"):
+        read_json(path)
+    path.write_text(f"{{}}\n{text}\n")
+    with pytest.raises(ValueError, match=rf"answers\.json:2: .*{why}"):
+        read_json_lines(path)
+
+
 def test_a_line_separator_within_a_value_does_not_split_it(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": "grün\u2028"}\n{"a": ""}\n', encoding="utf-8")

@@ -62,6 +62,15 @@ def test_the_scores_by_group_are_those_of_the_official_script(data, official, pr
         assert found[label] == {"accuracy": pytest.approx(accuracy / 100), "n": n}
 
 
+def test_the_score_of_the_answers_as_submitted_is_the_official_scripts(data):
+    scores = Gqa(data, "val-all").score(PREDICTIONS)
+    expected = {name: value / (1 if name == "distribution" else 100) for name, value in EXPECTED["uncleaned"].items()}
+    assert scores["official, uncleaned"] == pytest.approx(expected | {"n": len(BALANCED)})
+    assert scores["official, uncleaned"]["accuracy"] < scores["all"]["accuracy"]
+    capitals = Gqa(data, "val").score({FIRST: QUESTIONS[FIRST]["answer"].upper()})
+    assert (capitals["all"]["accuracy"], capitals["official, uncleaned"]["accuracy"]) == (1.0, 0.0)
+
+
 def test_lengths_are_in_the_order_of_numbers(data):
     labels = [label for label in Gqa(data, "val-all").score(PREDICTIONS) if label.startswith("words:")]
     assert labels == sorted(labels, key=lambda label: int(label.split(":")[1]))
@@ -154,7 +163,8 @@ def test_the_results_file_is_what_the_official_script_was_given(data):
     official = benchmark.official(PREDICTIONS)
     assert official == [{"questionId": name, "prediction": PREDICTIONS[name].strip().lower()} for name in QUESTIONS]
     pairs = benchmark.read_official(official)
-    assert benchmark.score(dict(pairs)) == benchmark.score(PREDICTIONS)
+    scores = benchmark.score(PREDICTIONS)
+    assert benchmark.score(dict(pairs)) == scores | {"official, uncleaned": scores["all"]}
     assert benchmark.official({FIRST: "yes"}) == [{"questionId": FIRST, "prediction": "yes"}]
     assert benchmark.read_official(official[:1] * 2) == pairs[:1] * 2
 

@@ -254,8 +254,27 @@ def test_answers_without_an_index_follow_the_questions(data):
     rows = [{key: row[key] for key in row if key != "index"} for row in benchmark.official(answers_of(COUNTING))]
     with pytest.raises(ValueError, match='59 answers to 60 questions: each needs the "index"'):
         benchmark.read_official(rows[:-1])
-    with pytest.raises(ValueError, match='entry 0: "image_id" or "gt" differs'):
+    message = r"""entry 0: "(image_id|gt)" is .*, but .* in entry 0 of the questions; put the answers in the order"""
+    with pytest.raises(ValueError, match=message):
         benchmark.read_official(rows[1:] + rows[:1])
+
+
+@pytest.mark.parametrize(("kind", "split", "part"), BOTH)
+def test_answers_with_an_index_must_be_to_that_question(data, kind, split, part):
+    benchmark = kind(data, split)
+    rows = benchmark.official(answers_of(part))
+    wrong = {"image_id": "elsewhere", "gt": "none"}
+    for key, truth in (("image_id", part["entries"][3]["image_id"]), ("gt", part["entries"][3]["text_out"])):
+        message = f'entry 3: "{key}" is {wrong[key]!r}, but {truth!r} in entry 3 of the questions; .* index is wrong'
+        with pytest.raises(ValueError, match=message):
+            benchmark.read_official([*rows[:3], rows[3] | {key: wrong[key]}])
+    shifted = [row | {"index": row["index"] + 1} for row in rows[:-1]]
+    with pytest.raises(ValueError, match="of the questions; the answers are to another list"):
+        benchmark.read_official(shifted)
+    assert benchmark.read_official([{"index": 2, "pred": "1"}]) == [("2", "1")]
+    assert benchmark.read_official([rows[0] | {"index": 999}]) == [
+        ("999", rows[0]["pred"])
+    ]  # `score` names unknown ids
 
 
 @pytest.mark.parametrize(

@@ -477,7 +477,7 @@ def test_a_configuration_survives_its_file(tmp_path):
 
 @pytest.mark.parametrize("field", ["steps", "batch_size", "learning_rate", "save_steps"])
 def test_impossible_numbers_are_refused(field):
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must"):
         Stage1Config(**{field: 0})
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,23 @@ from typing import Any
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises FileNotFoundError, or ValueError with line and column of the mistake."""
     try:
-        return json.loads(_text(path))
+        return parse_json(_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(_not_json(path, error.lineno, error)) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError also for what Python cannot hold; JSONDecodeError has the place."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+    except ValueError:  # Python's limit on the conversion of text
+        raise ValueError(f"a number has more than {sys.get_int_max_str_digits():,} digits") from None
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -23,9 +38,11 @@ def read_json_lines(path: Path) -> list[Any]:
     for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also split within a value, at U+2028
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
             except json.JSONDecodeError as error:
                 raise ValueError(_not_json(path, number, error)) from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
     return rows
 
 

@@ -8,6 +8,8 @@ metric is left out with the reason.
   replaces it, and the name of every score says so. Over 24,019 human captions of COCO val2014 the two differed on 47, all
   with abbreviations ("Main St."), parentheses, "!!!" or "cannot". With one caption of each image scored against the
   others, CIDEr-D (0.894) changed by 0.000001, BLEU-1 by 0.00003 and BLEU-4 by 0.00001.
+- The PTB tokenizer looks at the next line ("vitamin c." keeps its period unless a capital follows). As in pycocoevalcap,
+  the candidates of a group follow each other, and so do its references.
 - CIDEr-D: a word's weight (idf) comes from the references that are scored, so every group is scored separately, as LAVIS
   scores NoCaps' out-domain. With one image it is always 0. Scores over a part of a split are not comparable with scores
   over all of it.
@@ -16,6 +18,7 @@ metric is left out with the reason.
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xformer_mllm.evaluate.benchmark import Benchmark, CaptionRecord, Scores
+from xformer_mllm.files import read_json
 
 PLAIN = " (plain tokenizer)"  # suffix of scores that were not computed on PTB tokens
 
@@ -35,17 +39,19 @@ START_SECONDS = 180.0
 SECONDS_PER_CAPTION = 0.5
 
 NO_JAVA = "needs Java, and `java` was not found; install it, e.g. apt install default-jre-headless"
-NO_CORENLP = (
-    "needs Stanford CoreNLP 3.6.0, which was not found; python -m pycocoevalcap.spice.get_stanford_models "
-    "fetches it once (about 500 MB)"
-)
+# In lower case: to the line before it, such a line is what the end of the text would be.
 FIRST_LINE, LAST_LINE = "firstline", "lastline"
+CORENLP_HOME = "CORENLP_HOME"  # environment variable of CoreNLP's folder, as in Stanford's own tools
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 PARTIAL = (
     "not all images have a caption: CIDEr-D weights words by the references that are scored, so it is not comparable with "
     "CIDEr-D over all images"
 )
 SHOWN_CHARACTERS = 200  # of the output of a failed Java program
+
+
+Tokens = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""{group: {image: (candidate, reference, ...)}}, tokens separated by spaces."""
 
 
 class NotComputedError(Exception):
@@ -84,17 +90,15 @@ def score_captions(
     }
     if not members:
         return CaptionScores({"all": {"n": 0}}, {})
-    scored = dict.fromkeys(itertools.chain(*members.values()))
-    tokens, reason = _tokenised({image: [candidates[image], *references[image]] for image in scored})
+    tokens, reason = _tokenised(members, candidates, references)
     suffix = PLAIN if reason else ""
     scores: Scores = {}
-    for name, images in members.items():
-        overlap = _overlap_scores({image: tokens[image] for image in images})
-        scores[name] = {metric + suffix: value for metric, value in overlap.items()}
+    for name, group in tokens.items():
+        scores[name] = {metric + suffix: value for metric, value in _overlap_scores(group).items()}
     not_computed = dict.fromkeys(("PTB tokenizer", "METEOR", "SPICE"), reason) if reason else {}
     for metric, compute in () if reason else (("METEOR", _meteor), ("SPICE", _spice)):
         try:
-            for name, value in compute(tokens, members).items():
+            for name, value in compute(tokens).items():
                 scores[name][metric] = value
         except NotComputedError as error:
             not_computed[metric] = str(error)
@@ -104,7 +108,7 @@ def score_captions(
 
 
 def _overlap_scores(tokens: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Compute the metrics that need no Java. tokens: {image: [candidate, reference, ...]}, separated by spaces."""
+    """Compute the metrics of a group that need no Java."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -121,20 +125,32 @@ def _overlap_scores(tokens: Mapping[str, Sequence[str]]) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------------- tokens
 
 
-def _tokenised(captions: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[str]], str | None]:
-    """Tokenise {image: captions}; also return why the tokens are not PTB's, or None if they are."""
-    flat = [caption for texts in captions.values() for caption in texts]
+def _tokenised(
+    groups: Mapping[str, Sequence[str]], candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[Tokens, str | None]:
+    """Tokenise the captions of the groups; also return why the tokens are not PTB's, or None if they are."""
+    flat: list[str] = []
+    for images in groups.values():
+        flat += [*(candidates[image] for image in images), LAST_LINE]
+        flat += [*itertools.chain.from_iterable(references[image] for image in images), LAST_LINE]
     try:
         tokens, reason = ptb_tokens(flat), None
     except NotComputedError as error:
         tokens, reason = [plain_tokens(caption) for caption in flat], str(error)
     rest = iter(tokens)
-    return {image: list(itertools.islice(rest, len(texts))) for image, texts in captions.items()}, reason
+    found = {}
+    for name, images in groups.items():
+        first = list(itertools.islice(rest, len(images) + 1))[:-1]
+        others = [tuple(itertools.islice(rest, len(references[image]))) for image in images]
+        next(rest)  # LAST_LINE
+        found[name] = {image: (one, *more) for image, one, more in zip(images, first, others, strict=True)}
+    return found, reason
 
 
 def ptb_tokens(captions: Sequence[str]) -> list[str]:
     """Stanford's PTB tokens of each caption, lower-cased, without punctuation, separated by spaces.
 
+    The tokens can depend on the caption that follows.
     Equal to pycocoevalcap's PTBTokenizer, except that all line breaks within a caption become spaces: PTBTokenizer splits
     captions at some of them. Raises NotComputedError if Java does not run.
     """
@@ -143,11 +159,10 @@ def ptb_tokens(captions: Sequence[str]) -> list[str]:
     main = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "utf-8"]
     # Java may print warnings first, and stop before the last line.
     text = "\n".join([FIRST_LINE, *(" ".join(caption.splitlines()) for caption in captions), LAST_LINE])
-    arguments = ["-cp", STANFORD_CORENLP_3_4_1_JAR, *main]
-    printed = _run_java(arguments, _package() / "tokenizer", text, _time_limit(len(captions)))
+    printed = _run_java(["-cp", STANFORD_CORENLP_3_4_1_JAR, *main], _package() / "tokenizer", text, _time_limit(len(captions)))
     lines = printed.partition(f"{FIRST_LINE}\n")[2].rpartition(LAST_LINE)[0].split("\n")[:-1]
     if len(lines) != len(captions):
-        raise NotComputedError(f"Java's PTB tokenizer printed {len(lines)} lines for {len(captions)} captions")
+        raise NotComputedError(f"Java's PTB tokenizer printed {len(lines)} lines, not {len(captions)}")
     return [" ".join(token for token in line.split(" ") if token and token not in PUNCTUATIONS) for line in lines]
 
 
@@ -165,10 +180,15 @@ def plain_tokens(caption: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- Java
 
 
-def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Compute METEOR 1.5 of each group; each image is compared once. Raises NotComputedError."""
+def _distinct(tokens: Tokens) -> list[tuple[str, ...]]:
+    """The (candidate, reference, ...) of all groups, without repetitions: groups share images."""
+    return list(dict.fromkeys(texts for group in tokens.values() for texts in group.values()))
+
+
+def _meteor(tokens: Tokens) -> dict[str, float]:
+    """Compute METEOR 1.5 of each group. Raises NotComputedError."""
     command = ["java", "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
-    seconds = _time_limit(sum(len(texts) for texts in tokens.values()))
+    seconds = _time_limit(sum(map(len, _distinct(tokens))))
     end = time.monotonic() + seconds
     with tempfile.TemporaryFile() as errors:  # an unread pipe would fill up and block Java
         try:
@@ -178,7 +198,7 @@ def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[s
                 watchdog = threading.Timer(seconds, java.kill)
                 watchdog.start()
                 try:
-                    return _ask_meteor(java, tokens, groups)
+                    return _ask_meteor(java, tokens)
                 finally:
                     watchdog.cancel()
                     java.kill()
@@ -191,9 +211,7 @@ def _meteor(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[s
             raise NotComputedError(f"METEOR failed ({_one_line(errors.read()) or error})") from None
 
 
-def _ask_meteor(
-    java: subprocess.Popen, tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
+def _ask_meteor(java: subprocess.Popen, tokens: Tokens) -> dict[str, float]:
     """Run METEOR's protocol, one line per answer. Raises OSError or ValueError for an answer that is not a number."""
     to_java, from_java = java.stdin, java.stdout
     assert to_java is not None
@@ -214,41 +232,55 @@ def _ask_meteor(
         return read()
 
     compared = {}
-    for image, (candidate, *references) in tokens.items():
-        compared[image] = ask("SCORE", *references, candidate)
+    for texts in _distinct(tokens):
+        candidate, *references = texts
+        compared[texts] = ask("SCORE", *references, candidate)
     scores = {}
-    for name, group in groups.items():
-        ask("EVAL", *(compared[image] for image in group))  # answered with the score of each image, then of the group
+    for name, group in tokens.items():
+        # Answered with the score of each image, then of the group.
+        ask("EVAL", *(compared[texts] for texts in group.values()))
         scores[name] = [float(read()) for _ in group][-1]
     return scores
 
 
-def _spice(tokens: Mapping[str, Sequence[str]], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def _spice(tokens: Tokens) -> dict[str, float]:
     """Compute SPICE 1.0 of each group, the mean F over its images. Raises NotComputedError.
 
     pycocoevalcap's cache of parses is not used: it would grow in the installed package.
     """
     folder = _package() / "spice"
-    if not all((folder / "lib" / jar).is_file() for jar in CORENLP_JARS):
-        raise NotComputedError(NO_CORENLP)
-    images = list(tokens)
+    # The manifest of spice-1.0.jar names its other libraries.
+    classes = os.pathsep.join(map(str, ("spice-1.0.jar", *_corenlp(folder / "lib"))))
+    distinct = _distinct(tokens)
     rows = [
         {"image_id": index, "test": candidate, "refs": references}
-        for index, (candidate, *references) in enumerate(tokens.values())
+        for index, (candidate, *references) in enumerate(distinct)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         input_file, output_file = Path(scratch) / "captions.json", Path(scratch) / "scores.json"
         input_file.write_text(json.dumps(rows), encoding="utf-8")
-        arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(input_file), "-out", str(output_file), "-silent"]
-        _run_java(arguments, folder, "", _time_limit(sum(len(texts) for texts in tokens.values())))
+        arguments = ["-Xmx8G", "-cp", classes, "edu.anu.spice.SpiceScorer"]
+        arguments += [str(input_file), "-out", str(output_file), "-silent"]
+        _run_java(arguments, folder, "", _time_limit(sum(map(len, distinct))))
         try:
-            found = {
-                images[row["image_id"]]: float(row["scores"]["All"]["f"])
-                for row in json.loads(output_file.read_text(encoding="utf-8"))
-            }
-            return {name: sum(found[image] for image in group) / len(group) for name, group in groups.items()}
+            found = {distinct[row["image_id"]]: float(row["scores"]["All"]["f"]) for row in read_json(output_file)}
+            return {name: sum(found[texts] for texts in group.values()) / len(group) for name, group in tokens.items()}
         except (OSError, ValueError, LookupError, TypeError):
             raise NotComputedError("SPICE ended without scores") from None
+
+
+def _corenlp(package: Path) -> list[Path]:
+    """CoreNLP's jars, in the folder that CORENLP_HOME names or else in pycocoevalcap's. Raises NotComputedError."""
+    home = os.environ.get(CORENLP_HOME)
+    for folder in (*([Path(home).expanduser().resolve()] if home else []), package):
+        jars = [folder / jar for jar in CORENLP_JARS]
+        if all(jar.is_file() for jar in jars):
+            return jars
+    where = f"{CORENLP_HOME}={home} lacks {' or '.join(CORENLP_JARS)}" if home else "which was not found"
+    raise NotComputedError(
+        f"needs Stanford CoreNLP 3.6.0, {where}; set {CORENLP_HOME} to its unpacked folder, or "
+        "python -m pycocoevalcap.spice.get_stanford_models fetches it once (about 500 MB)"
+    )
 
 
 def _package() -> Path:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.evaluate.benchmark import CaptionRecord, check_images, field
-from xformer_mllm.evaluate.caption_metrics import CaptionBenchmark
-from xformer_mllm.evaluate.karpathy import read_split
+from xformer_mllm.evaluate.caption_metrics import SHOWN_CHARACTERS, CaptionBenchmark
+from xformer_mllm.evaluate.karpathy import IMAGE_NUMBER, read_split
 from xformer_mllm.files import read_json
 from xformer_mllm.inference import GenerationSettings
 
@@ -39,8 +39,8 @@ class CocoCaptions(CaptionBenchmark):
     def __init__(self, data: Path, split: str, images: Path | None = None):
         file, found = read_split(data, split, "dataset_coco.json", f"coco_karpathy_{split}.json")
         for image in found:
-            if not image.image_id.isdigit():
-                raise ValueError(f"{file}: the image id of {image.path} is not a number")
+            if not IMAGE_NUMBER.fullmatch(image.image_id):
+                raise ValueError(f"{file}: the image id of {image.path[:SHOWN_CHARACTERS]} is not a number")
         ids = [image.image_id for image in found]
         check_images(file, split, ids)
         truth = file.with_name(f"coco_karpathy_{split}_gt.json")

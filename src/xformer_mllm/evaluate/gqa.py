@@ -1,8 +1,9 @@
 """GQA: compositional questions about images, by the data set's own metrics.
 
 Equal to GQA's eval.py (eval.zip of gqadataset.org) except for its grounding score, which needs a model's attention over a
-grid. eval.py compares strings unchanged, and GQA's answers are in lower case. An answer is therefore stripped and
-lower-cased, also in the results file, on which eval.py gives the same numbers.
+grid. eval.py compares strings unchanged, and GQA's answers are in lower case. An answer is therefore cleaned, that is
+stripped and lower-cased, also in the results file that is written, on which eval.py gives the same numbers. The group
+"official, uncleaned" is eval.py's score of the answers as they are.
 
 The group "lavis normalisation" compares as LAVIS does for BLIP-2's published number, after VQA's normalisation of both
 sides (punctuation, articles, number words; `GQATask` in lavis/tasks/vqa.py).
@@ -53,14 +54,42 @@ def gqa_scores(
 
     Returns:
         "all" with accuracy, "distribution" (chi-square over 100 of predicted and true answers within GQA's global groups,
-        lower is better) and the other available scores; then accuracy by group: "steps:N" is the length of the
-        reasoning, "words:N" that of the question.
+        lower is better) and the other available scores, of the cleaned answers; "official, uncleaned" with the same of
+        the answers as they are; then accuracy by group, cleaned: "steps:N" is the length of the reasoning, "words:N"
+        that of the question.
     """
-    predictions = {name: as_written(predictions[name]) for name in questions if name in predictions}
-    balanced = {name: q for name, q in questions.items() if q["isBalanced"] and name in predictions}
+    submitted = {name: predictions[name] for name in questions if name in predictions}
+    cleaned = {name: as_written(answer) for name, answer in submitted.items()}
+    balanced = {name: q for name, q in questions.items() if q["isBalanced"] and name in submitted}
     if not balanced:
         return {"all": {"n": 0}}
-    right = {name: predictions[name] == question["answer"] for name, question in balanced.items()}
+    as_lavis = [normalised(cleaned[name]) == normalised(question["answer"]) for name, question in balanced.items()]
+    return {
+        "all": _overall(questions, balanced, cleaned, choices, consistency),
+        "official, uncleaned": _overall(questions, balanced, submitted, choices, consistency),
+        "lavis normalisation": {"accuracy": _mean(as_lavis), "n": len(balanced)},
+        **_by_group(balanced, _right(balanced, cleaned)),
+    }
+
+
+def as_written(answer: str) -> str:
+    """An answer in GQA's spelling."""
+    return answer.strip().lower()
+
+
+def _right(questions: Mapping[str, OfficialQuestion], predictions: Mapping[str, str]) -> dict[str, bool]:
+    return {name: predictions[name] == question["answer"] for name, question in questions.items()}
+
+
+def _overall(
+    questions: Mapping[str, OfficialQuestion],
+    balanced: Mapping[str, OfficialQuestion],
+    predictions: Mapping[str, str],
+    choices: Mapping[str, Mapping[str, Any]] | None,
+    consistency: bool,
+) -> dict[str, float]:
+    """eval.py's scores over `balanced`, the answered balanced questions; strings are compared unchanged."""
+    right = _right(balanced, predictions)
     overall: dict[str, float] = {"accuracy": _mean(right.values())}
     if consistency:
         overall["consistency"] = _consistency(questions, predictions, [name for name in right if right[name]])
@@ -69,17 +98,7 @@ def gqa_scores(
             overall[metric] = _mean(_belongs(predictions[n], q, choices[n][kind]) for n, q in balanced.items())
     if (distance := _distribution(balanced, predictions)) is not None:
         overall["distribution"] = distance
-    as_lavis = [normalised(predictions[name]) == normalised(question["answer"]) for name, question in balanced.items()]
-    return {
-        "all": overall | {"n": len(balanced)},
-        "lavis normalisation": {"accuracy": _mean(as_lavis), "n": len(balanced)},
-        **_by_group(balanced, right),
-    }
-
-
-def as_written(answer: str) -> str:
-    """An answer in GQA's spelling."""
-    return answer.strip().lower()
+    return overall | {"n": len(balanced)}
 
 
 def _by_group(questions: Mapping[str, OfficialQuestion], right: Mapping[str, bool]) -> Scores:
@@ -157,7 +176,8 @@ class Gqa(Benchmark[Question]):
     result_keys = ("questionId", "prediction")
     id_type = str
     normalisation = (
-        "stripped and lower-cased, then GQA's exact match; "
+        "all: cleaned (stripped and lower-cased), then GQA's exact match; "
+        "official, uncleaned: GQA's exact match of the answers as submitted, as eval.py scores them; "
         "lavis normalisation: also VQA's punctuation, articles and number words, on both sides"
     )
     files = (

@@ -185,28 +185,44 @@ class _Gvt(Benchmark[Question]):
         ]
 
     def read_official(self, content: Any) -> list[tuple[str, str]]:
-        """Without "index", as upstream writes it, it must be the whole list in the questions' order."""
+        """Without "index", as upstream writes it, it must be the whole list in the questions' order.
+
+        Raises ValueError also for a row whose "image_id" or "gt" is another question's.
+        """
         if not isinstance(content, list):
             raise ValueError('not a list of {"image_id", "pred", "gt", "n_obj_exist"}')
+        entries = dict(zip((record.id for record in self.records), self.entries, strict=True))
         pairs = []
         for index, row in enumerate(content):
             answer = field(row, "pred", str, f"entry {index}")
-            if "index" not in row:
-                self._check_order(index, row, len(content))
-            pairs.append((str(row.get("index", index)), answer))
+            if "index" not in row and len(content) != len(self.entries):
+                raise ValueError(
+                    f"{len(content):,} answers to {len(self.entries):,} questions: "
+                    'each needs the "index" of its question'
+                )
+            name = str(row.get("index", index))
+            if entry := entries.get(name):
+                _check_same_question(row, entry, f"entry {index}", name)
+            pairs.append((name, answer))
         return pairs
 
-    def _check_order(self, index: int, row: Mapping[str, Any], rows: int) -> None:
-        """Upstream's processes append one after the other, so several of them change the order."""
-        if rows != len(self.entries):
-            raise ValueError(
-                f'{rows:,} answers to {len(self.entries):,} questions: each needs the "index" of its question'
+
+def _check_same_question(row: Mapping[str, Any], entry: Mapping[str, Any], where: str, name: str) -> None:
+    """Raise ValueError if a row of results belongs to another question than `entry`.
+
+    Upstream's processes append one after the other, so several of them change the order. With an "index" the other keys may
+    be left out.
+    """
+    indexed = "index" in row
+    for key, truth in (("image_id", entry["image_id"]), ("gt", entry["text_out"])):
+        if (key in row or not indexed) and str(row.get(key)) != str(truth):
+            advice = (
+                "the answers are to another list of questions, or its index is wrong"
+                if indexed
+                else 'put the answers in the order of the questions, or give each the "index" of its question'
             )
-        entry = self.entries[index]
-        if (str(row.get("image_id")), row.get("gt")) != (str(entry["image_id"]), entry["text_out"]):
             raise ValueError(
-                f'entry {index}: "image_id" or "gt" differs from entry {index} of the questions; '
-                'put the answers in the order of the questions, or give each the "index" of its question'
+                f'{where}: "{key}" is {row.get(key)!r}, but {truth!r} in entry {name} of the questions; {advice}'
             )
 
 

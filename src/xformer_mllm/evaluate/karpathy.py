@@ -6,12 +6,15 @@
   "caption": [...]}] for one split. LAVIS's training files have one caption per row, and are refused.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.formats import KarpathyImage, read_karpathy
 from xformer_mllm.evaluate.benchmark import field
 from xformer_mllm.files import read_json
+
+IMAGE_NUMBER = re.compile(r"[0-9]{1,18}")  # fits an int64
 
 
 def read_split(data: Path, split: str, karpathy_name: str, lavis_name: str) -> tuple[Path, list[KarpathyImage]]:
@@ -42,4 +45,4 @@ def _lavis_image(row: Any, split: str, where: str) -> KarpathyImage:
         raise ValueError(f'{where}: "caption" is not a list of strings')
     stem = Path(path).stem
     number = stem.rpartition("_")[2]
-    return KarpathyImage(split, path, str(int(number)) if number.isdigit() else stem, tuple(captions))
+    return KarpathyImage(split, path, str(int(number)) if IMAGE_NUMBER.fullmatch(number) else stem, tuple(captions))
