@@ -159,7 +159,9 @@ def ptb_tokens(captions: Sequence[str]) -> list[str]:
     main = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "utf-8"]
     # Java may print warnings first, and stop before the last line.
     text = "\n".join([FIRST_LINE, *(" ".join(caption.splitlines()) for caption in captions), LAST_LINE])
-    printed = _run_java(["-cp", STANFORD_CORENLP_3_4_1_JAR, *main], _package() / "tokenizer", text, _time_limit(len(captions)))
+    printed = _run_java(
+        ["-cp", STANFORD_CORENLP_3_4_1_JAR, *main], _package() / "tokenizer", text, _time_limit(len(captions))
+    )
     lines = printed.partition(f"{FIRST_LINE}\n")[2].rpartition(LAST_LINE)[0].split("\n")[:-1]
     if len(lines) != len(captions):
         raise NotComputedError(f"Java's PTB tokenizer printed {len(lines)} lines, not {len(captions)}")
