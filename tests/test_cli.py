@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from xformer_mllm import cli
+from xformer_mllm.commands import ProbeConfig
 from xformer_mllm.defaults import shipped_model
-from xformer_mllm.embedded.probe import ProbeConfig
 from xformer_mllm.train.config import Stage2Config, write_config
 from xformer_mllm.variants import VARIANTS
 
@@ -170,11 +170,20 @@ def test_a_bug_keeps_its_traceback(monkeypatch, raised):
         cli.main(["caption"])
 
 
-def test_help_imports_neither_torch_nor_transformers():
-    program = "import sys; from xformer_mllm.cli import main; main(['--help']); main(['--version']); main(['aks'])"
-    program += "; print({'torch', 'transformers', 'tyro'} & set(sys.modules))"
+def imported_after(program, packages):
+    program = f"import sys; from xformer_mllm import cli\n{program}\nprint({packages} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.endswith("set()\n")
+    return found.stdout.splitlines()[-1]
+
+
+def test_the_overview_imports_nothing_heavy():
+    program = "cli.main(['--help']); cli.main(['--version']); cli.main(['aks'])"
+    assert imported_after(program, {"torch", "transformers", "tyro"}) == "set()"
+
+
+def test_no_command_needs_torch_for_its_help():
+    program = "import pkgutil\nfor c in cli.COMMANDS.values(): pkgutil.resolve_name(f'xformer_mllm.{c.config}')"
+    assert imported_after(program, {"torch", "transformers", "huggingface_hub"}) == "set()"
 
 
 def test_python_dash_m_is_the_command():

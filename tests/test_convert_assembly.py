@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from xformer_mllm import XFormerConfig, XFormerForConditionalGeneration
-from xformer_mllm.convert import ConvertConfig
+from xformer_mllm.commands import ConvertConfig
 from xformer_mllm.convert.assembly import build_target, make_plan, part_of
 from xformer_mllm.convert.sources import Source, Sources
 from xformer_mllm.model.modeling_xformer import FROZEN

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from xformer_mllm import cli, report
+from xformer_mllm.commands import DemoConfig
 from xformer_mllm.embedded import demo, lanes
-from xformer_mllm.embedded.demo import DemoConfig, jobs_of, run_demo
+from xformer_mllm.embedded.demo import jobs_of, run_demo
 
 
 def test_budgets_are_equal_but_for_the_name_of_the_variant():

@@ -21,8 +21,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import xformer_mllm
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
 from xformer_mllm.checkpoints import load_model
+from xformer_mllm.commands import ExportConfig
 from xformer_mllm.export import export
-from xformer_mllm.export.facts import ExportConfig, part_of
+from xformer_mllm.export.facts import part_of
 from xformer_mllm.export.folder import dtype_of
 from xformer_mllm.model.modeling_xformer import FROZEN
 
@@ -385,10 +386,11 @@ def test_invalid_exports_are_an_error(runs, tmp_path):
         run(runs / "stage1", tmp_path / "new", max_shard_size="much")
     with pytest.raises(ValueError, match="no scores"):
         run(runs / "stage1", tmp_path / "new", metrics=(runs / "stage1" / "model" / "config.json",))
+    with pytest.raises(ValueError, match="a/b/c"):
+        run(runs / "stage1", tmp_path / "new", repo_id="a/b/c")
     for wrong, message in (
         ({"license": "mit", "license_name": "x"}, "require --license other, not mit"),
         ({"base_models": ("facebook/opt-2.7b",)}, "facebook/opt-2.7b: expected NAME=LICENCE"),
-        ({"repo_id": "a/b/c"}, "a/b/c"),
     ):
         with pytest.raises(ValueError, match=message):
             ExportConfig(model=runs / "stage1", output_dir=tmp_path / "new", **wrong)

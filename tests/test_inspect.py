@@ -9,7 +9,8 @@ from datasets import Image as ImageFeature
 from made import jpeg, shards, write_image, write_json
 from PIL import Image
 
-from xformer_mllm.data.inspect import SAMPLES, InspectConfig, _wrapped, contact_sheet, inspect
+from xformer_mllm.commands import InspectConfig
+from xformer_mllm.data.inspect import SAMPLES, _wrapped, contact_sheet, inspect
 from xformer_mllm.data.sources import open_captions
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from xformer_mllm.commands import ProbeConfig
 from xformer_mllm.embedded import probe as module
-from xformer_mllm.embedded.probe import AttentiveProbe, ProbeConfig, markdown, run_probe
+from xformer_mllm.embedded.probe import AttentiveProbe, markdown, run_probe
 from xformer_mllm.embedded.world import SPLITS, draw_scene, render
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from xformer_mllm.checkpoints import load_model
+from xformer_mllm.commands import QueriesConfig
 from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.evaluate.query_analysis import (
     TILE_PIXELS,
-    QueriesConfig,
     analyse,
     images_of,
     interval,

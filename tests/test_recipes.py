@@ -8,7 +8,8 @@ import pytest
 import tyro
 
 from xformer_mllm import XFormerConfig
-from xformer_mllm.estimate.estimation import EstimateConfig, estimate
+from xformer_mllm.commands import EstimateConfig
+from xformer_mllm.estimate.estimation import estimate
 from xformer_mllm.train.config import Stage1Config, Stage2Config, read_config
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,9 @@ import pytest
 from made import jpeg, shards, write_image, write_json
 from PIL import Image
 
+from xformer_mllm.commands import ShardConfig
 from xformer_mllm.data import shard_writer
-from xformer_mllm.data.shard_writer import ShardConfig, shard
+from xformer_mllm.data.shard_writer import shard
 from xformer_mllm.data.shards import read_shard
 from xformer_mllm.data.sources import open_captions, open_questions
 from xformer_mllm.model.images import load_image

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from xformer_mllm.commands import BenchmarkConfig
 from xformer_mllm.data.questions import Question
-from xformer_mllm.evaluate.evaluation import BenchmarkConfig, open_benchmark
+from xformer_mllm.evaluate.evaluation import open_benchmark
 from xformer_mllm.evaluate.vqav2 import Vqav2
 
 OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "vqa_accuracy.json").read_text())

@@ -25,14 +25,14 @@ class Command:
 
 
 COMMANDS = {
-    "ask": Command("Answer questions about an image", "inference:AskConfig", "inference:ask"),
-    "caption": Command("Describe images", "inference:CaptionConfig", "inference:caption"),
-    "features": Command("Write the features of every stage", "inference:FeaturesConfig", "inference:features"),
+    "ask": Command("Answer questions about an image", "commands:AskConfig", "inference:ask"),
+    "caption": Command("Describe images", "commands:CaptionConfig", "inference:caption"),
+    "features": Command("Write the features of every stage", "commands:FeaturesConfig", "inference:features"),
     "reconstruct": Command(
-        "Mask images and reconstruct them, side by side", "inference:ReconstructConfig", "inference:reconstruct"
+        "Mask images and reconstruct them, side by side", "commands:ReconstructConfig", "inference:reconstruct"
     ),
     "demo": Command(
-        "Train X-Former and the Q-Former and compare them", "embedded.demo:DemoConfig", "embedded.demo:run_demo"
+        "Train X-Former and the Q-Former and compare them", "commands:DemoConfig", "embedded.demo:run_demo"
     ),
     "train stage1": Command(
         "Train stage 1: contrast, matching, generation and reconstruction",
@@ -46,56 +46,54 @@ COMMANDS = {
     ),
     "train encoders": Command(
         "Train the embedded world's tiny CLIP and MAE",
-        "embedded.encoders:EncodersConfig",
+        "commands:EncodersConfig",
         "embedded.encoders:train_encoders",
     ),
-    "train lm": Command(
-        "Train the embedded world's tiny OPT", "embedded.encoders:LmConfig", "embedded.encoders:train_lm"
-    ),
+    "train lm": Command("Train the embedded world's tiny OPT", "commands:LmConfig", "embedded.encoders:train_lm"),
     "estimate": Command(
         "Estimate a recipe's memory, FLOPs and hours",
-        "estimate.estimation:EstimateConfig",
+        "commands:EstimateConfig",
         "estimate.estimation:estimate",
     ),
     "evaluate": Command(
         "Run a model on a benchmark and score it",
-        "evaluate.evaluation:EvaluateConfig",
+        "commands:EvaluateConfig",
         "evaluate.evaluation:evaluate",
     ),
     "score": Command(
         "Score any model's answers in a benchmark's official format",
-        "evaluate.evaluation:ScoreConfig",
+        "commands:ScoreConfig",
         "evaluate.evaluation:score",
     ),
     "queries": Command(
         "Show where a model's queries attend, and how they differ",
-        "evaluate.query_analysis:QueriesConfig",
+        "commands:QueriesConfig",
         "evaluate.query_analysis:queries",
     ),
     "data inspect": Command(
         "Show what a source of images holds, and its broken samples",
-        "data.inspect:InspectConfig",
+        "commands:InspectConfig",
         "data.inspect:inspect",
     ),
-    "data shard": Command(
-        "Write any source as webdataset shards", "data.shard_writer:ShardConfig", "data.shard_writer:shard"
-    ),
+    "data shard": Command("Write any source as webdataset shards", "commands:ShardConfig", "data.shard_writer:shard"),
     "data export": Command(
         "Write the embedded scenes in a benchmark's official files",
-        "embedded.exports:SceneExportConfig",
+        "commands:SceneExportConfig",
         "embedded.exports:export",
     ),
     "data probe": Command(
         "Measure what frozen CLIP, MAE and random tokens hold",
-        "embedded.probe:ProbeConfig",
+        "commands:ProbeConfig",
         "embedded.probe:run_probe",
     ),
     "convert": Command(
         "Convert published checkpoints into a starting X-Former, and verify it",
-        "convert:ConvertConfig",
+        "commands:ConvertConfig",
         "convert:convert",
     ),
-    "export": Command("Write a self-contained model folder with a model card", "export:ExportConfig", "export:export"),
+    "export": Command(
+        "Write a self-contained model folder with a model card", "commands:ExportConfig", "export:export"
+    ),
 }
 
 GROUPS = {

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
 from xformer_mllm import defaults
 from xformer_mllm.checkpoints import bf16_is_fast, load_model, model_folder
+from xformer_mllm.commands import AskConfig, CaptionConfig, FeaturesConfig, InferenceConfig, ReconstructConfig
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.files import atomic_path, read_json
 from xformer_mllm.model import masks
@@ -184,70 +184,6 @@ def most_new_tokens(model: Any, attention_mask: torch.Tensor, most: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
-    """Fields that every command has."""
-
-    model: Path | None = None
-    """Folder of a trained model, or of its run. Default: the model that ships with the package."""
-    batch_size: int = 32
-    """Images, or questions, per batch."""
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionConfig(InferenceConfig):
-    """Describe images. A stage-2 model answers with its language model, a stage-1 model with its Q-Former."""
-
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
-    max_new_tokens: int = 30
-    """Maximum number of tokens of a caption."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskConfig(InferenceConfig):
-    """Ask questions about an image."""
-
-    image: Annotated[str, tyro.conf.Positional]
-    """A path, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
-    questions: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """One or more questions, each in quotes."""
-    max_new_tokens: int = GREEDY_ANSWER.max_new_tokens
-    """Maximum number of tokens of an answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeaturesConfig(InferenceConfig):
-    """Write a model's features of images to a file: C, M, Z_q, Z', M' of the paper's figure."""
-
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
-    output: Path = Path("features.safetensors")
-    """File to write: a tensor per feature, images first; the metadata holds the images' names."""
-    attention: bool = False
-    """Also write the queries' attention maps: over C for each Q-Former layer, over M' for each fusion block."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructConfig(InferenceConfig):
-    """Mask patches of images and write the reconstructions by MAE and by X-Former to a PNG.
-
-    MAE's frozen decoder reconstructs from M, and from M', which has read the queries and through them CLIP's tokens of the
-    whole image.
-    """
-
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Paths, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
-    output: Path = Path("reconstruction.png")
-    """File to write: a row per image."""
-    mask_ratio: float = 0.5
-    """Share of the patches that are masked; 0.5 in training."""
-    seed: int = 0
-    """Seed of the mask, which is the same for every image."""
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

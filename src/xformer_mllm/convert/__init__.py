@@ -2,7 +2,7 @@
 
 In reading order:
 
-    sources       the settings, and the checkpoints they name
+    sources       the checkpoints that the arguments name
     layouts       names of tensors in published checkpoints, and their translation
     assembly      configuration, empty model, the origin of each tensor, and the files
     verification  the written model compared with its sources, and the report
@@ -13,12 +13,13 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from xformer_mllm.commands import ConvertConfig
 from xformer_mllm.convert.assembly import build_target, make_plan, write_model
-from xformer_mllm.convert.sources import ConvertConfig, open_sources
+from xformer_mllm.convert.sources import open_sources
 from xformer_mllm.convert.verification import record, show_checks, show_summary, summary, verify
 from xformer_mllm.files import atomic_path, check_new_folder, write_whole
 
-__all__ = ["ConvertConfig", "convert"]
+__all__ = ["convert"]
 
 
 def convert(config: ConvertConfig) -> Path:

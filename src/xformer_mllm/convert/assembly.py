@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from xformer_mllm.checkpoints import write_weights
+from xformer_mllm.commands import ConvertConfig
 from xformer_mllm.convert.layouts import (
     BLIP2,
     MAE,
@@ -33,7 +34,7 @@ from xformer_mllm.convert.layouts import (
     grown,
     translate,
 )
-from xformer_mllm.convert.sources import ConvertConfig, Source, Sources, local, read_tokenizer
+from xformer_mllm.convert.sources import Source, Sources, local, read_tokenizer
 from xformer_mllm.files import read_json
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import FROZEN, XFormerForConditionalGeneration, XFormerForPreTraining

@@ -1,4 +1,4 @@
-"""The settings of a conversion, and the checkpoints they name: Hub ids, folders or .pth files.
+"""The checkpoints that a conversion reads: Hub ids, folders or .pth files.
 
 Tensors are read one at a time, and no code is unpickled.
 """
@@ -6,7 +6,7 @@ Tensors are read one at a time, and no code is unpickled.
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,42 +21,13 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
+from xformer_mllm.commands import ConvertConfig
 from xformer_mllm.files import read_json
 from xformer_mllm.language_models import language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import without_dropout
 from xformer_mllm.model.vision_encoders import build_tower
 from xformer_mllm.variants import variant_config
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Assemble a starting X-Former from published checkpoints: for stage 1, or with --llm for stage 2.
-
-    A source is a Hub id or a local folder of transformers, or one of LAVIS's .pth files. The new model is compared with
-    its sources, and kept only if they agree.
-    """
-
-    qformer: str
-    """BLIP-2 (Salesforce/blip2-opt-2.7b, Salesforce/blip2-itm-vit-g), LAVIS's blip2_pretrained*.pth, or a BERT."""
-    output_dir: Path
-    """Folder for the new model; must be new or empty."""
-    mae: str | None = None
-    """The MAE with its decoder (facebook/vit-mae-huge), or any vision tower for a variant without reconstruction."""
-    llm: str | None = None
-    """The frozen language model (facebook/opt-2.7b), to start stage 2; by default the model starts stage 1."""
-    clip: str | None = None
-    """The CLIP tower, if not the Q-Former's own: LAVIS's eva_vit_g.pth, a BLIP-2, or any vision tower."""
-    variant: str = "xformer"
-    """The model variant, a row of the paper's tables (xformer, qformer, concat, ...; see variants.py)."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of the frozen parts; trainable parts are float32."""
-    qformer_tokenizer: str | None = None
-    """The Q-Former's tokenizer; by default that of --qformer if it is a BERT, otherwise bert-base-uncased."""
-    allow: tuple[str, ...] = ()
-    """Names (* matches anything) of tensors that may be initialised or left over; for others this is an error."""
-    seed: int = 0
-    """Seed of the initialised tensors."""
 
 
 @dataclass

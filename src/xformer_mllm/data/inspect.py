@@ -6,13 +6,12 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
-from typing import Annotated, get_args
+from typing import get_args
 
-import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
+from xformer_mllm.commands import InspectConfig
 from xformer_mllm.data.formats import ListSource
 from xformer_mllm.data.records import MAX_NAMED, Field, Record, open_image
 from xformer_mllm.data.shards import ShardSource, TarShards
@@ -25,24 +24,6 @@ THUMBNAIL = (220, 165)
 LINE, LETTERS = 15, 34  # of the texts below an image: height of a line in pixels, letters per line
 LINES = 3  # for one text; twice as many if an image has several
 MARGIN = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectConfig:
-    """Show the contents of a data source, its broken samples, and a contact sheet."""
-
-    source: Annotated[str, tyro.conf.Positional]
-    """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
-    images: Path | None = None
-    """Folder of a list's images, or of a mixture's sources; by default the file's."""
-    sheet: Path = Path("contact-sheet.png")
-    """File for the contact sheet: 24 random images with their captions, or questions and answers."""
-    max_images: int = 1000
-    """Maximum images to decode, spread evenly over a list or the starts of ten shards; 0 for all."""
-
-    def __post_init__(self) -> None:
-        if self.max_images < 0:
-            raise ValueError(f"--max-images must not be negative, but is {self.max_images}")
 
 
 @dataclass

@@ -15,15 +15,13 @@ import logging
 import tarfile
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
+from xformer_mllm.commands import ShardConfig
 from xformer_mllm.data.formats import ListSource
 from xformer_mllm.data.records import MIN_COUNTED, Record, check_broken, open_image
 from xformer_mllm.data.shards import stats_file
@@ -36,29 +34,6 @@ logger = logging.getLogger(__name__)
 ABOUT = "shards.json"
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # copied unchanged
 QUALITY = 95  # of JPEG, as img2dataset's
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """Write any data source as webdataset shards, as img2dataset does."""
-
-    source: Annotated[str, tyro.conf.Positional]
-    """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
-    output_dir: Path
-    """Folder for the shards; rerun the same command to resume."""
-    images: Path | None = None
-    """Folder of a list's images; by default the file's."""
-    split: str | None = None
-    """Split of the source to write; by default its only one, or train."""
-    samples_per_shard: int = 10_000
-    """Samples per shard."""
-    shortest_side: int | None = None
-    """Resize larger images to this shorter side, in pixels; by default files are copied unchanged."""
-
-    def __post_init__(self) -> None:
-        for name in ("samples_per_shard", "shortest_side"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
 
 
 def shard(config: ShardConfig) -> Path:

@@ -18,30 +18,31 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
 from xformer_mllm import report
+from xformer_mllm.commands import BenchmarkConfig, DemoConfig, ReconstructConfig
 from xformer_mllm.embedded.lanes import Job, Lane, clock, cores, read_json, read_rows, run_lanes
 from xformer_mllm.evaluate.benchmark import Benchmark
-from xformer_mllm.evaluate.evaluation import BenchmarkConfig, open_benchmark
+from xformer_mllm.evaluate.evaluation import open_benchmark
 from xformer_mllm.evaluate.exact_match import compare
 from xformer_mllm.evaluate.query_analysis import QueryAnalysis, analyse
 from xformer_mllm.files import read_json_lines, write_whole
-from xformer_mllm.inference import ReconstructConfig, reconstruct
+from xformer_mllm.inference import reconstruct
 
 # A finished job stays valid while the code and weights it used are unchanged.
 WORLD = ("world", "scenes", "scene_questions", "easy_vqa", "start")
 TRAINING_SOURCES = (
     *("model", "data", "train", "variants.py", "checkpoints.py", "language_models.py", "defaults.py"),
-    "embedded/weights",
+    *("files.py", "processes.py", "embedded/weights"),
     *(f"embedded/{name}.py" for name in WORLD),
 )
-QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate", "inference.py", "embedded/benchmarks.py")
+QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate", "inference.py", "commands.py", "embedded/benchmarks.py")
 
 IMAGES_TO_TRY = 4
 RECONSTRUCTED_IMAGES = 3
@@ -52,40 +53,6 @@ QUERY_OVERLAYS = 3
 STAGE2_STEP = 0.88
 QUESTIONS_PER_STEP = 120
 QUESTIONS_PER_SCENE, EASY_VQA_QUESTIONS = 4, 9_673
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Train X-Former and the Q-Former baseline with equal budgets and compare them on held-out images."""
-
-    data: Literal["scenes", "easy-vqa"] = "scenes"
-    """Images and questions: the embedded scenes, or easy-VQA (needs the extra easy-vqa)."""
-    llm: str = "opt"
-    """Frozen language model: opt (tiny, shipped), smollm2, or the folder or Hub id of a causal language model."""
-    variants: tuple[str, ...] = ("qformer", "xformer")
-    """Models to train. The first is the baseline of the comparison."""
-    seed: int = 0
-    """Seed of the initial weights, the batches and the masks."""
-    output_dir: Path = Path("runs/demo")
-    """Folder for the runs, the scores and the report."""
-    stage1_steps: int = 720
-    """Training steps of stage 1, per variant."""
-    stage2_steps: int | None = None
-    """Training steps of stage 2, per variant. Default: 800 with opt, 250 with another language model."""
-    train_size: int = 24_000
-    """Maximum number of training images."""
-    test_size: int = 2_000
-    """Number of held-out scenes to ask about. easy-VQA always uses all its test questions."""
-    zero_shot: bool = False
-    """Also run stage 2 on captions only and ask the questions zero-shot, as in the paper."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for invalid settings."""
-        if not self.variants or len(set(self.variants)) < len(self.variants):
-            raise ValueError("--variants needs one or more different names")
-        for name in ("stage1_steps", "stage2_steps", "train_size", "test_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def run_demo(config: DemoConfig) -> Path:

@@ -13,10 +13,10 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
+from xformer_mllm.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig, Training
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.embedded.scene_questions import ask
 from xformer_mllm.embedded.scenes import caption, description
@@ -43,70 +44,6 @@ from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 from xformer_mllm.files import atomic_path
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import scaled
-
-
-@dataclass(kw_only=True)
-class Training:
-    """Settings of one training."""
-
-    command: ClassVar[str] = "xformer train encoders"
-
-    steps: int = 4000
-    """Training steps."""
-    batch_size: int = 128
-    """Scenes per step."""
-    learning_rate: float = 2e-3
-    """Peak learning rate."""
-    width: int = 128
-    """Hidden size."""
-    layers: int = 4
-    """Number of layers."""
-    seed: int = 0
-    """Random seed."""
-
-
-@dataclass(kw_only=True)
-class ClipConfig(Training):
-    """Training of CLIP. `layers` are those of the vision tower, of which X-Former reads the penultimate one."""
-
-    steps: int = 2500
-    learning_rate: float = 1e-3
-    layers: int = 5
-
-
-@dataclass(kw_only=True)
-class MaeConfig(Training):
-    """Training of MAE. The decoder has 3 layers of width 96."""
-
-    mask_ratio: float = 0.5
-    """Fraction of masked patches."""
-    norm_pix_loss: bool = False
-    """Normalise the target pixels of each patch."""
-
-
-@dataclass(kw_only=True)
-class LmConfig(Training):
-    """Train the tiny language model on descriptions of scenes, each followed by questions and a caption."""
-
-    command: ClassVar[str] = "xformer train lm"
-
-    output: Path = Path("weights")
-    """Folder in which opt/ is written."""
-    batch_size: int = 32
-    questions_per_scene: int = 8
-    """Questions after each description."""
-
-
-@dataclass
-class EncodersConfig:
-    """Train the tiny CLIP and MAE in two parallel one-thread processes, and write the Q-Former's tokenizer."""
-
-    output: Path = Path("weights")
-    """Folder in which clip/, mae/ and qformer_tokenizer/ are written."""
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    """Training of CLIP."""
-    mae: MaeConfig = field(default_factory=MaeConfig)
-    """Training of MAE."""
 
 
 def train_encoders(config: EncodersConfig) -> dict[str, dict[str, float]]:

@@ -17,14 +17,14 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
+from xformer_mllm.commands import SceneExportConfig
 from xformer_mllm.data.questions import Question
 from xformer_mllm.embedded.gqa_export import gqa_choices, gqa_entries, gqa_look
 from xformer_mllm.embedded.scene_questions import PLURALS, ask, name
@@ -42,38 +42,6 @@ DOMAINS = ("in-domain", "near-domain", "out-domain")
 JPEG_QUALITY = 100  # less would lose a scene's textures, which are 4 pixels wide and close to the noise
 
 Draw = Callable[[int], Scene]
-Name = Literal[
-    "vqav2",
-    "ok-vqa",
-    "gqa",
-    "coco-captions",
-    "nocaps",
-    "gvt-counting",
-    "gvt-identification",
-    "coco-retrieval",
-    "flickr-retrieval",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneExportConfig:
-    """Write the embedded scenes in a benchmark's official files, to try the benchmark without its data."""
-
-    name: Annotated[Name, tyro.conf.Positional]
-    """The benchmark; easy-vqa and scenes need no files."""
-    output_dir: Path
-    """A new or empty folder; written atomically."""
-    size: int = 200
-    """Number of scenes in each list of the benchmark."""
-    seed: int = 0
-    """Seed of the scenes."""
-    split: Literal["validation", "test"] = "test"
-    """Split of the held-out scenes."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an invalid size."""
-        if self.size < 1:
-            raise ValueError(f"--size must be at least 1, not {self.size}")
 
 
 def export(config: SceneExportConfig) -> Path:

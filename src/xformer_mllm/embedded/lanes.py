@@ -288,10 +288,9 @@ def _fingerprint(sources: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         path = PACKAGE / source
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
+        inside = (file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+        for file in sorted(inside) if path.is_dir() else [path]:
+            digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ Legend: B batch, N tokens of an encoder, D their width, H heads.
 import json
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel, ViTMAEConfig, ViTMAEForPreTraining
 
+from xformer_mllm.commands import ProbeConfig
 from xformer_mllm.embedded.encoders import normalised, provenance
 from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
-from xformer_mllm.embedded.start import WEIGHTS
 from xformer_mllm.embedded.world import Scene, draw_scene, render
 from xformer_mllm.files import write_whole
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -32,30 +32,6 @@ from xformer_mllm.model.vision_encoders import encode_mae, without_masking
 
 ATTRIBUTES = ("texture", "count_texture", "ground", "size", "colour", "count")
 TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("clip", "mae")}
-
-
-@dataclass
-class ProbeConfig:
-    """Probe the frozen encoders: which attributes of scenes can be read from their tokens."""
-
-    weights: Path = WEIGHTS
-    """Folder with the encoders clip/ and mae/. Default: the shipped ones."""
-    train: int = 8000
-    """Number of training scenes."""
-    validation: int = 2000
-    """Number of validation scenes, on which the best epoch is chosen."""
-    test: int = 4000
-    """Number of test scenes, on which accuracy is reported."""
-    epochs: int = 40
-    """Training epochs per probe."""
-    batch_size: int = 256
-    """Questions per step."""
-    learning_rate: float = 5e-3
-    """Peak learning rate of the one-cycle schedule."""
-    width: int = 128
-    """Hidden size of a probe."""
-    seed: int = 0
-    """Seed of the untrained network, the probes' initial weights and the order of the questions."""
 
 
 class AttentiveProbe(nn.Module):

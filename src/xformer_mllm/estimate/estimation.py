@@ -2,15 +2,15 @@
 
 import json
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from transformers import AutoConfig, OPTConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from xformer_mllm.checkpoints import model_folder
+from xformer_mllm.commands import EstimateConfig
 from xformer_mllm.estimate.costs import GPUS, Work, costs, memory, step_seconds, tokens_of, total
 from xformer_mllm.estimate.sizes import Sizes, empty_model, sizes_of
 from xformer_mllm.estimate.tables import show
@@ -21,47 +21,6 @@ from xformer_mllm.variants import VARIANTS, variant_config
 
 MOST_IMAGES = 2**20  # the largest batch considered
 OPT_WIDTHS = {"facebook/opt-2.7b": 2560, "facebook/opt-6.7b": 4096}  # both have 32 layers and 32 heads
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimateConfig:
-    """FLOPs, memory and time of a training run, from its recipe.
-
-    Counted from the shapes; the time assumes a utilisation of the GPU. Captions count with their maximum length
-    (max_text_tokens), so real ones cost less.
-    """
-
-    recipe: Annotated[Path, tyro.conf.Positional]
-    """Recipe: a file for `xformer train stage1|stage2 --config`, or the folder of a run."""
-    gpu: str = "H100"
-    """GPU model: A100-40, A100-80, H100, H200, L40S or RTX-4090."""
-    count: int = 8
-    """Number of GPUs, each with the recipe's batch_size."""
-    utilisation: float = 0.4
-    """Assumed fraction of the GPU's peak that the matrix products reach."""
-    reserve: float = 0.1
-    """Assumed additional fraction of memory for the allocator and the libraries."""
-    batch_size: int | None = None
-    """Batch size per GPU; overrides the recipe."""
-    epoch: int = 14_000_000
-    """Images per epoch if the recipe has no train_size. Default: the paper's 14M."""
-    variant: str | None = None
-    """Variant; overrides the recipe (in stage 2 the variant of its stage-1 model)."""
-    model: Path | None = None
-    """Folder of a run or a model whose sizes to use. Default: the paper's sizes."""
-    compare: bool = False
-    """Also compare all variants at the same settings, as ratios to qformer."""
-    json: bool = False
-    """Print JSON."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for invalid settings."""
-        if self.gpu not in GPUS:
-            raise ValueError(f"gpu '{self.gpu}' is unknown; choose one of {', '.join(GPUS)}")
-        if min(self.count, self.epoch, 1 if self.batch_size is None else self.batch_size) < 1:
-            raise ValueError("--count, --epoch and --batch-size must be at least 1")
-        if not 0 < self.utilisation <= 1 or self.reserve < 0:
-            raise ValueError("--utilisation must be above 0 and at most 1, --reserve not negative")
 
 
 RECIPE_FIELDS = ("steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")

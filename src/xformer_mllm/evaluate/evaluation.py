@@ -6,16 +6,16 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from accelerate import PartialState
 
 from xformer_mllm import defaults, report
 from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
+from xformer_mllm.commands import BenchmarkConfig, EvaluateConfig, ScoreConfig
 from xformer_mllm.evaluate.benchmark import EXPORT_FILE, Benchmark, Scores
 from xformer_mllm.evaluate.coco_captions import CocoCaptions
 from xformer_mllm.evaluate.gqa import Gqa
@@ -48,69 +48,6 @@ RANKING_MODELS = [XFormerForPreTraining, XFormerForImageTextRetrieval]
 TIMEOUT = timedelta(days=1)  # processes wait for the slowest rank
 SHOWN_PROBLEMS = 5
 EXAMPLES = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """The benchmark and its files."""
-
-    benchmark: str = "scenes"
-    """scenes, easy-vqa, vqav2, ok-vqa, gqa, coco-captions, nocaps, gvt-counting, gvt-identification, coco-retrieval or
-    flickr-retrieval."""
-    data: Path | None = None
-    """Folder of the benchmark's files in their official names (docs/evaluation.md); scenes and easy-vqa need none."""
-    images: Path | None = None
-    """Folder of its images. Default: the official place in --data."""
-    split: str | None = None
-    """Split of the benchmark. Default: the one that the paper reports; test for scenes and easy-vqa."""
-    size: int = 2_000
-    """Number of scenes (scenes only)."""
-    questions_per_image: int = 4
-    """Number of questions about each scene (scenes only)."""
-    seed: int = 0
-    """Seed of the scenes (scenes only)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(BenchmarkConfig):
-    """Run a model on a benchmark: answers, official results file, scores, report. Rerun the same command to resume."""
-
-    model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a stage-2 run or its model; of stage 1 for retrieval."""
-    settings: str | None = None
-    """Preset of prompt and decoding (docs/evaluation.md): paper, lavis, ... Default: the benchmark's first."""
-    prompt: str | None = None
-    """Overrides the preset; {question} is replaced."""
-    num_beams: int | None = None
-    """Overrides the preset; 1 is greedy."""
-    length_penalty: float | None = None
-    """Overrides the preset."""
-    repetition_penalty: float | None = None
-    """Overrides the preset."""
-    max_new_tokens: int | None = None
-    """Overrides the preset."""
-    min_new_tokens: int | None = None
-    """Overrides the preset."""
-    k_test: int = 128
-    """Number of ITC's best candidates that ITM re-ranks (retrieval only)."""
-    batch_size: int = 32
-    """Questions or images per batch."""
-    workers: int = 0
-    """Processes that load images; use 4 or more with a GPU."""
-    output_dir: Path | None = None
-    """Folder of the results. Default: evaluation/BENCHMARK-SPLIT in the folder of the run, or of an exported model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig(BenchmarkConfig):
-    """Score the answers of any model, in the benchmark's official results format."""
-
-    answers: Annotated[Path, tyro.conf.Positional]
-    """Results file."""
-    partial: bool = False
-    """Allow missing answers and score the others."""
-    output: Path | None = None
-    """JSON file for the scores. Default: print them only."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -26,16 +26,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import normalize
 
 from xformer_mllm import defaults
 from xformer_mllm.checkpoints import load_model
+from xformer_mllm.commands import QueriesConfig
 from xformer_mllm.files import atomic_path, write_whole
 from xformer_mllm.inference import KINDS, open_image
 from xformer_mllm.report.queries import QueryAnalysis, query_page, verdict
@@ -60,26 +60,6 @@ HEAT = ((255, 255, 204), (254, 217, 118), (253, 141, 60), (227, 26, 28), (110, 0
 TOP_QUANTILE = 0.99  # of the patches shown, where the scale ends
 
 WHITE = Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), "white")
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueriesConfig:
-    """Analyse where a model's queries attend and how different they are; several models are compared."""
-
-    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of trained models of either stage or of their runs; the others are compared with the first."""
-    images: tuple[str, ...] = ()
-    """Paths, or scene:SPLIT:INDEX; overrides --data."""
-    data: Literal["scenes", "easy-vqa"] = "scenes"
-    """Data set of the test images."""
-    size: int = 200
-    """Number of test images."""
-    overlays: int = 4
-    """Number of images to draw heat maps for."""
-    batch_size: int = 32
-    """Images per batch."""
-    output_dir: Path = Path("runs/queries")
-    """Folder of queries.json, queries.html and overlays/."""
 
 
 @dataclass(frozen=True)

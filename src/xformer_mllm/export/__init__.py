@@ -2,17 +2,19 @@
 
 In reading order:
 
-    facts   the settings, the model's files, and what is known about it: its runs and evaluations
+    facts   the model's files, and what is known about it: its runs and evaluations
     folder  settings and code, as they are written
     card    README.md: usage, contents, scores, data, licence, citation
 """
 
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
+
 from xformer_mllm.checkpoints import model_folder, write_weights
+from xformer_mllm.commands import ExportConfig
 from xformer_mllm.export.card import model_card
 from xformer_mllm.export.facts import (
-    ExportConfig,
     Facts,
     evaluations,
     kind_of,
@@ -25,7 +27,7 @@ from xformer_mllm.export.facts import (
 from xformer_mllm.export.folder import check_whole, dtype_of, new_config, write_code, write_settings
 from xformer_mllm.files import atomic_path, check_new_folder, write_whole
 
-__all__ = ["ExportConfig", "export"]
+__all__ = ["export"]
 
 
 def export(settings: ExportConfig) -> Path:
@@ -36,6 +38,8 @@ def export(settings: ExportConfig) -> Path:
     """
     output = settings.output_dir
     check_new_folder(output)
+    if settings.repo_id is not None:
+        validate_repo_id(settings.repo_id)
     folder = model_folder(settings.model)
     kind, tensors, processor = kind_of(folder), open_weights(folder), open_processor(folder)
     config = new_config(folder, kind)

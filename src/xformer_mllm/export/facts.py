@@ -1,62 +1,22 @@
-"""The settings of an export, the model's files, and what the card states about it."""
+"""A model's files, and what the card states about it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from xformer_mllm.checkpoints import evaluation_folder, model_folder
+from xformer_mllm.commands import ExportConfig
 from xformer_mllm.files import read_json
 from xformer_mllm.language_models import SMOLLM2_ON_HUB
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.model.processing_xformer import XFormerProcessor
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Export a model as a self-contained folder with a model card, for the Hub and for plain transformers."""
-
-    model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run or of a model."""
-    output_dir: Path
-    """Folder to write; must be new or empty."""
-    max_shard_size: str = "5GB"
-    """Maximum size of a weight file; a larger tensor gets its own file."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Dtype of the frozen parts; by default unchanged. Trainable parts keep theirs."""
-    repo_id: str | None = None
-    """The model's name on the Hub (you/xformer-opt-2.7b), for the card; by default the new folder's name."""
-    license: str = "other"
-    """Licence of the whole model, frozen parts included, by its Hub identifier (apache-2.0, cc-by-nc-4.0, ...)."""
-    license_name: str | None = None
-    """Name of the licence if --license is other."""
-    license_link: str | None = None
-    """Link to the licence if --license is other."""
-    base_models: tuple[str, ...] = ()
-    """The models it contains, each with its licence: facebook/opt-2.7b=other facebook/vit-mae-huge=cc-by-nc-4.0.
-    Names are detected from the run's files where possible; licences are not."""
-    datasets: tuple[str, ...] = ()
-    """Training data sets, by their Hub names."""
-    metrics: tuple[Path, ...] = ()
-    """Further metrics.json files; those that `xformer evaluate` wrote to the run's folder are found."""
-
-    def __post_init__(self) -> None:
-        if self.repo_id is not None:
-            validate_repo_id(self.repo_id)
-        if self.license != "other" and (self.license_name or self.license_link):
-            raise ValueError(f"--license-name and --license-link require --license other, not {self.license}")
-        for named in self.base_models:
-            if not all(named.partition("=")[::2]):
-                raise ValueError(f"--base-models {named}: expected NAME=LICENCE")
-
 
 Tensors = Mapping[str, torch.Tensor]
 
