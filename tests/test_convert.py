@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from published import BLIP2, WORDS, differences, record, run
-from transformers import AutoModelForImageTextToText, BertForPreTraining, Blip2ForConditionalGeneration
+from published import BLIP2, WORDS, differences, fails, opt_config, opt_tokenizer, record, run
+from transformers import AutoModelForImageTextToText, BertForPreTraining, Blip2ForConditionalGeneration, OPTForCausalLM
 
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
 from xformer_mllm.checkpoints import load_model, start_generation
@@ -78,6 +78,26 @@ def test_a_bert_starts_stage_1_behind_any_tower(files, tower, tmp_path):
     text = processor(qformer_text=["a red circle", "the image"])
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     assert torch.isfinite(model(images, **text).loss)
+
+
+def test_a_bert_and_a_language_model_start_stage_2(files, tmp_path):
+    """The test question is longer than the tiny OPT's 64 positions leave beside 32 queries."""
+    words = ("--qformer", "bert", "--clip", "blip2", "--mae", "mae", "--llm", "opt")
+    assert run(files, tmp_path / "out", *words) == 0
+    assert set(differences(tmp_path / "out")) == {"CLIP tokens", "reconstruction loss"}
+    model, processor = load_model(tmp_path / "out", [XFormerForConditionalGeneration])
+    assert torch.isfinite(model(torch.zeros(1, 3, 28, 28), **processor(text="what is it ?")).logits).all()
+
+
+def test_a_language_model_of_few_positions_is_an_error(files, tmp_path, capsys):
+    OPTForCausalLM(opt_config(max_position_embeddings=32)).save_pretrained(tmp_path / "short")
+    opt_tokenizer().save_pretrained(tmp_path / "short")
+    words = ("--qformer", "bert", "--clip", "blip2", "--mae", "mae")
+    message = "short: reads at most 32 tokens, and the soft prompt alone takes 32"
+    assert message in fails(files, capsys, tmp_path / "out", *words, "--llm", tmp_path / "short")
+    assert run(files, tmp_path / "stage1", *words) == 0
+    with pytest.raises(ValueError, match=message):
+        start_generation(tmp_path / "stage1", str(tmp_path / "short"))
 
 
 def test_converted_stage_1_continues_to_stage_2(files, tmp_path):

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from xformer_mllm.files import write_whole
-from xformer_mllm.language_models import chat_turn, end_tokens, language_model_dir
+from xformer_mllm.language_models import chat_turn, check_positions, end_tokens, language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import (
     FROZEN,
@@ -180,6 +180,7 @@ def start_generation(
         return whole, processor
     first = XFormerForPreTraining.from_pretrained(pretrained)
     language_model, tokenizer = load_language_model(llm)
+    check_positions(llm, language_model.config, first.config.num_query_tokens)
     turn = configure_chat(language_model, tokenizer, chat_template)
     processor = XFormerProcessor(
         processor.image_processor,

@@ -67,6 +67,16 @@ def check_on_hub(flag: str, name: str) -> None:
         ) from None
 
 
+def check_positions(name: str, config: Any, queries: int) -> None:
+    """Raise ValueError if a language model reads too few tokens for the soft prompt and one token more."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions <= queries:
+        raise ValueError(
+            f"{name}: reads at most {positions} tokens, and the soft prompt alone takes {queries}; "
+            "choose another language model"
+        )
+
+
 # Placeholders, located again in a rendered template.
 PROMPT, ANSWER = "(what is asked)", "(what is answered)"
 

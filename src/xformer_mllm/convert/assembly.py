@@ -36,6 +36,7 @@ from xformer_mllm.convert.layouts import (
 )
 from xformer_mllm.convert.sources import Source, Sources, local, read_tokenizer
 from xformer_mllm.files import read_json
+from xformer_mllm.language_models import check_positions
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import FROZEN, XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
@@ -224,6 +225,7 @@ def build_target(settings: ConvertConfig, sources: Sources) -> Target:
         kind, processor = XFormerForPreTraining, XFormerProcessor(images, tokenizer, tokenizer)
     else:
         texts, queries = llm_tokenizer(sources.llm), config.num_query_tokens
+        check_positions(sources.llm.label, sources.llm.config, queries)
         kind, processor = XFormerForConditionalGeneration, XFormerProcessor(images, texts, tokenizer, queries)
         config.image_token_index = processor.image_token_id
     with torch.device("meta"):

@@ -58,7 +58,8 @@ Answers = dict[str, torch.Tensor]
 class Example:
     """The test image, uint8[1, 3, S, S], the noise [1, L] for its masking, and ids and mask of two texts.
 
-    caption: for the Q-Former. question: for the language model, with placeholders; empty without one.
+    caption: for the Q-Former. question: for the language model, with placeholders; empty without one, and cut to the
+    tokens that it can read.
     """
 
     pixels: torch.Tensor
@@ -83,8 +84,8 @@ def make_example(config: XFormerConfig, processor: XFormerProcessor) -> Example:
         length = (config.mae_image_size // config.mae_config.patch_size) ** 2
         noise = torch.rand(1, length, generator=torch.Generator().manual_seed(0))
     if config.text_config is not None:
-        text = processor(text=QUESTION)
-        question = text["input_ids"], text["attention_mask"]
+        text, positions = processor(text=QUESTION), getattr(config.text_config, "max_position_embeddings", None)
+        question = text["input_ids"][:, :positions], text["attention_mask"][:, :positions]
     caption = processor.qformer_inputs([CAPTION])
     return Example(pixels, noise, (caption["qformer_input_ids"], caption["qformer_attention_mask"]), question)
 
