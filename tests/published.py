@@ -1,7 +1,7 @@
 """Published checkpoints in their own layouts: tiny ones as files, full-sized ones as names and shapes.
 
 The layouts are written down here from upstream's code (salesforce/LAVIS 506965b lavis/models/eva_vit.py,
-blip2_models/{Qformer,blip2,blip2_qformer,blip2_opt}.py; transformers 4 for the MAE's old names).
+blip2_models/{Qformer,blip2,blip2_qformer,blip2_opt,blip2_t5}.py; transformers 4 for the MAE's old names).
 """
 
 import json
@@ -26,6 +26,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTMAEConfig,
     ViTMAEForPreTraining,
 )
@@ -48,7 +50,7 @@ PUBLISHED = {
 
 
 def save_tiny(folder: Path) -> None:
-    """Tiny random checkpoints: blip2, itm, mae, mae_encoder, opt, bert, clip, dino, *.pth."""
+    """Tiny random checkpoints: blip2, blip2_t5, itm, mae, mae_encoder, opt, t5, bert, clip, dino, *.pth."""
     torch.manual_seed(0)
     bert_tokenizer().save_pretrained(folder / "bert")
     bert = randomise(BertForPreTraining(bert_config()))
@@ -71,6 +73,13 @@ def save_tiny(folder: Path) -> None:
     (folder / "blip2" / "preprocessor_config.json").write_text(json.dumps(statistics))
     randomise(Blip2ForImageTextRetrieval(blip2_config(text_input=True)), 0.05).save_pretrained(folder / "itm")
 
+    t5_tokenizer().save_pretrained(folder / "t5")
+    t5 = randomise(T5ForConditionalGeneration(t5_config()), 0.05)
+    t5.save_pretrained(folder / "t5")
+    blip2_t5 = randomise(Blip2ForConditionalGeneration(blip2_config(text_config=t5_config())), 0.05)
+    blip2_t5.language_model.load_state_dict(t5.state_dict())
+    blip2_t5.save_pretrained(folder / "blip2_t5")
+
     mae = tiny_mae()
     mae.save_pretrained(folder / "mae_saved")  # as transformers 5 writes it
     for name, tensors in {
@@ -87,6 +96,7 @@ def save_tiny(folder: Path) -> None:
 
     torch.save({"model": random_tensors(lavis_stage1(TINY))}, folder / "blip2_pretrained.pth")
     torch.save({"model": random_tensors(lavis_stage2(TINY))}, folder / "blip2_pretrained_opt2.7b.pth")
+    torch.save({"model": random_tensors(lavis_stage2(TINY, "t5"))}, folder / "blip2_pretrained_flant5xl.pth")
     torch.save(random_tensors(eva(TINY)), folder / "eva_vit_g.pth")
 
 
@@ -157,9 +167,9 @@ def lavis_stage1(size):
     }
 
 
-def lavis_stage2(size):
-    """blip2_pretrained_opt2.7b.pth: the text feed-forwards, the words and the head are gone."""
-    return {**lavis_qformer(size, text=False), **linear("opt_proj", size["width"], size["llm"])}
+def lavis_stage2(size, llm="opt"):
+    """blip2_pretrained_opt2.7b.pth, blip2_pretrained_flant5xl.pth: no text feed-forwards, words and head."""
+    return {**lavis_qformer(size, text=False), **linear(f"{llm}_proj", size["width"], size["llm"])}
 
 
 def linear(name, inputs, outputs):
@@ -201,12 +211,24 @@ def bert_tokenizer():
 
 def opt_tokenizer():
     """Bytes, with </s> in front of every text, as OPT's."""
-    vocabulary = ["</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = bytes_of("</s>", "<pad>")
+    tokenizer.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+
+
+def t5_tokenizer():
+    """Bytes, with </s> after every text, as T5's."""
+    tokenizer = bytes_of("<pad>", "</s>")
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+def bytes_of(*special):
+    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(vocabulary)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+    return tokenizer
 
 
 def bert_config():
@@ -226,7 +248,14 @@ def opt_config(**changes):
     return OPTConfig(**(fields | changes))
 
 
-def blip2_config(text_input=False):
+def t5_config(**changes):
+    """FlanT5's kind: a gated feed-forward, and an output layer of its own."""
+    fields = {"d_model": 36, "d_kv": 18, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 260}
+    fields |= {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return T5Config(**(fields | changes))
+
+
+def blip2_config(text_input=False, text_config=None):
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     return Blip2Config(
         vision_config=Blip2VisionConfig(**vision, image_size=28, patch_size=14, initializer_range=0.1),
@@ -240,7 +269,7 @@ def blip2_config(text_input=False):
             max_position_embeddings=64,
             use_qformer_text_input=text_input,
         ),
-        text_config=opt_config(),
+        text_config=text_config or opt_config(),
         num_query_tokens=4,
         image_text_hidden_size=16,
         image_token_index=3,

@@ -2,8 +2,25 @@
 
 import pytest
 import torch
-from published import BLIP2, WORDS, differences, fails, opt_config, opt_tokenizer, record, run
-from transformers import AutoModelForImageTextToText, BertForPreTraining, Blip2ForConditionalGeneration, OPTForCausalLM
+from published import (
+    BLIP2,
+    WORDS,
+    differences,
+    fails,
+    opt_config,
+    opt_tokenizer,
+    record,
+    run,
+    t5_config,
+    t5_tokenizer,
+)
+from transformers import (
+    AutoModelForImageTextToText,
+    BertForPreTraining,
+    Blip2ForConditionalGeneration,
+    OPTForCausalLM,
+    T5ForConditionalGeneration,
+)
 
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
 from xformer_mllm.checkpoints import load_model, start_generation
@@ -78,6 +95,50 @@ def test_a_bert_starts_stage_1_behind_any_tower(files, tower, tmp_path):
     text = processor(qformer_text=["a red circle", "the image"])
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     assert torch.isfinite(model(images, **text).loss)
+
+
+def test_a_blip2_with_t5_becomes_the_start_of_stage_2(files, tmp_path):
+    words = ("--qformer", "blip2_t5", "--mae", "mae", "--llm", "t5", "--dtype", "float32")
+    assert run(files, tmp_path / "out", *words) == 0
+    assert set(differences(tmp_path / "out")) == {"CLIP tokens", "queries", "logits", "reconstruction loss"}
+    assert max(differences(tmp_path / "out").values()) < 1e-5
+
+    model, processor = load_model(tmp_path / "out", [XFormerForConditionalGeneration])
+    assert processor.encoder_decoder
+    assert model.generation_config.eos_token_id == 1
+    blip2 = Blip2ForConditionalGeneration.from_pretrained(files / "blip2_t5").eval()
+    blip2.vision_model.post_layernorm.eps = 1e-5
+    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    pixels = scaled(images, 28, model.config.clip_mean, model.config.clip_std, torch.float32)
+    text = processor(text=["what is in the image?", "a"])
+    ids = text["input_ids"].masked_fill(text["input_ids"] == processor.image_token_id, 3)
+    answers = torch.randint(5, 250, (2, 6))
+    with torch.no_grad():
+        expected = blip2(pixels, ids, text["attention_mask"], decoder_input_ids=answers).logits
+        torch.testing.assert_close(model(images, **text, decoder_input_ids=answers).logits, expected)
+    said = blip2.generate(pixels, ids, text["attention_mask"], max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(images, **text, max_new_tokens=6, do_sample=False), said)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_t5_converts_in_every_precision(files, dtype, tmp_path):
+    words = ("--qformer", "blip2_t5", "--mae", "mae", "--llm", "t5", "--dtype", dtype)
+    assert run(files, tmp_path / "out", *words) == 0
+    assert "logits" in differences(tmp_path / "out")
+
+
+def test_a_t5_with_tied_words_starts_stage_2(files, tmp_path):
+    T5ForConditionalGeneration(t5_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "t5")
+    t5_tokenizer().save_pretrained(tmp_path / "t5")
+    out, llm = tmp_path / "out", str(tmp_path / "t5")
+    assert run(files, out, "--qformer", "bert", "--clip", "blip2", "--mae", "mae", "--llm", llm) == 0
+    model, _ = load_model(out, [XFormerForConditionalGeneration])
+    words = model.language_model.get_input_embeddings().weight
+    assert words.data_ptr() == model.language_model.get_output_embeddings().weight.data_ptr()
+    assert torch.equal(words, T5ForConditionalGeneration.from_pretrained(llm, dtype=torch.bfloat16).shared.weight)
+    few = ["--steps", "2", "--batch-size", "3", "--train-size", "6", "--sample-steps", "9", "--num-workers", "0"]
+    stage2 = ["train", "stage2", "--from-pretraining", str(out), "--output-dir", str(tmp_path / "stage2"), *few]
+    assert main(stage2) == 0
 
 
 def test_a_bert_and_a_language_model_start_stage_2(files, tmp_path):

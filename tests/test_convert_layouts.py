@@ -6,9 +6,9 @@ lavis/models/eva_vit.py, blip2_models/{Qformer,blip2,blip2_qformer,blip2_opt}.py
 
 import pytest
 import torch
-from published import LAVIS, TINY, differences, eva, random_tensors, record, run
+from published import LAVIS, TINY, differences, eva, fails, random_tensors, record, run
 from torch.nn import functional
-from transformers import OPTForCausalLM
+from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.checkpoints import load_model
@@ -164,6 +164,31 @@ def test_lavis_stage_2_gives_the_same_logits(files, image, tmp_path):
     assert "logits" in differences(tmp_path / "out")
     newline = processor.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     assert model.generation_config.eos_token_id == newline
+
+
+def test_lavis_stage_2_with_t5_gives_the_same_logits(files, image, tmp_path):
+    words = ("--qformer", "blip2_pretrained_flant5xl.pth", *LAVIS, "--llm", "t5")
+    assert run(files, tmp_path / "out", *words) == 0
+    model, processor = load_model(tmp_path / "out", [XFormerForConditionalGeneration])
+    tensors = torch.load(files / "blip2_pretrained_flant5xl.pth")["model"]
+    queries, _ = lavis_qformer_states(tensors, lavis_image(files, tensors, image, model.config))
+    prompt = apply(tensors, "t5_proj", queries)
+    text, answer = processor(text=["what is in the image?", "what is in the image?"]), torch.randint(5, 250, (2, 6))
+    t5 = T5ForConditionalGeneration.from_pretrained(files / "t5").eval()
+    with torch.no_grad():
+        embeds = torch.cat([prompt, t5.get_input_embeddings()(text["input_ids"][:, 4:])], dim=1)
+        expected = t5(inputs_embeds=embeds, attention_mask=text["attention_mask"], decoder_input_ids=answer).logits
+        torch.testing.assert_close(
+            model(image, **text, decoder_input_ids=answer).logits, expected, atol=1e-4, rtol=1e-4
+        )
+    assert "logits" in differences(tmp_path / "out")
+    assert model.generation_config.eos_token_id == 1
+
+
+@pytest.mark.parametrize(("trained_for", "llm"), [("opt2.7b", "t5"), ("flant5xl", "opt")])
+def test_a_lavis_projection_needs_its_language_model(files, trained_for, llm, tmp_path, capsys):
+    words = ("--qformer", f"blip2_pretrained_{trained_for}.pth", *LAVIS, "--llm", llm)
+    assert "projection was made for another language model" in fails(files, capsys, tmp_path / "out", *words)
 
 
 def test_a_lavis_file_may_hold_its_tower(files, tmp_path):

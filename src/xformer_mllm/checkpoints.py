@@ -116,6 +116,13 @@ def bf16_is_fast() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def check_language_model(name: str, config: Any) -> None:
+    """Raise ValueError if the configuration is neither a causal language model's nor an encoder-decoder's."""
+    kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in kinds:
+        raise ValueError(f"{name}: a {config.model_type} is not a language model")
+
+
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen language model, causal or encoder-decoder, without dropout, and its tokenizer.
 
@@ -127,9 +134,7 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """
     source = language_model_dir(name)
     config = without_dropout(AutoConfig.from_pretrained(source))
-    kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in kinds:
-        raise ValueError(f"{name}: a {config.model_type} is not a language model")
+    check_language_model(name, config)
     # Under bf16 autocast every fp16 weight would be cast in every step, and the casts kept for the backward pass.
     dtype = torch.bfloat16 if config.dtype == torch.float16 else "auto"
     model = language_model_class(config).from_pretrained(

@@ -422,7 +422,8 @@ class ConvertConfig:
     mae: str | None = None
     """The MAE with its decoder (facebook/vit-mae-huge), or any vision tower for a variant without reconstruction."""
     llm: str | None = None
-    """The frozen language model (facebook/opt-2.7b), to start stage 2; by default the model starts stage 1."""
+    """The frozen language model (facebook/opt-2.7b, google/flan-t5-xl), to start stage 2; by default the model starts
+    stage 1."""
     clip: str | None = None
     """The CLIP tower, if not the Q-Former's own: LAVIS's eva_vit_g.pth, a BLIP-2, or any vision tower."""
     variant: str = "xformer"

@@ -226,7 +226,9 @@ def build_target(settings: ConvertConfig, sources: Sources) -> Target:
     else:
         texts, queries = llm_tokenizer(sources.llm), config.num_query_tokens
         check_positions(sources.llm.label, sources.llm.config, queries)
-        kind, processor = XFormerForConditionalGeneration, XFormerProcessor(images, texts, tokenizer, queries)
+        decodes = sources.llm.config.is_encoder_decoder
+        kind = XFormerForConditionalGeneration
+        processor = XFormerProcessor(images, texts, tokenizer, queries, encoder_decoder=decodes)
         config.image_token_index = processor.image_token_id
     with torch.device("meta"):
         model = kind(config)
@@ -423,7 +425,7 @@ def initialised(model: PreTrainedModel, names: Sequence[str], seed: int) -> dict
 
 
 def generation_settings(plan: Plan, target: Target) -> GenerationConfig:
-    """Return the language model's settings; after a BLIP-2's projection a text ends at a newline, as in BLIP-2."""
+    """Return the language model's settings; after a BLIP-2's projection a text ends as in BLIP-2: with OPT at a newline."""
     llm, qformer = target.sources.llm, target.sources.qformer
     assert llm is not None
     assert llm.folder is not None
@@ -433,6 +435,7 @@ def generation_settings(plan: Plan, target: Target) -> GenerationConfig:
     if "language_projection.weight" in plan.copied:
         if qformer.kind == "blip-2":
             settings.eos_token_id = qformer.config.text_config.eos_token_id
-        elif newline := target.processor.tokenizer("\n", add_special_tokens=False)["input_ids"]:  # LAVIS blip2_opt.py
-            settings.eos_token_id = newline[0]
+        elif not llm.config.is_encoder_decoder:  # LAVIS blip2_opt.py; blip2_t5.py keeps T5's own end
+            newline = target.processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
+            settings.eos_token_id = newline[0] if newline else settings.eos_token_id
     return settings

@@ -45,7 +45,7 @@ POSITIONS = (r".*\.position_ids", "numbers of positions, not weights")
 EVA = Layout(_eva(""), ((r"(norm|fc_norm|head)\..*", "after the layer that is read"),))
 
 _LAVIS_LAYER = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
-LAVIS = Layout(  # LAVIS lavis/models/blip2_models/{blip2,Qformer,blip2_qformer,blip2_opt}.py
+LAVIS = Layout(  # LAVIS lavis/models/blip2_models/{blip2,Qformer,blip2_qformer,blip2_opt,blip2_t5}.py
     (
         *_eva(r"visual_encoder\."),
         (r"ln_vision\.(.+)", r"vision_model.post_layernorm.\1"),
@@ -59,9 +59,9 @@ LAVIS = Layout(  # LAVIS lavis/models/blip2_models/{blip2,Qformer,blip2_qformer,
         (r"(vision|text)_proj\.(.+)", r"\1_projection.\2"),
         (r"itm_head\.(.+)", r"itm_head.\1"),
         ("temp", "temperature"),
-        (r"opt_proj\.(.+)", r"language_projection.\1"),
+        (r"(?:opt|t5)_proj\.(.+)", r"language_projection.\1"),
     ),
-    (TIED, POSITIONS, (r"opt_model\..*", "the language model comes from --llm")),
+    (TIED, POSITIONS, (r"(?:opt|t5)_model\..*", "the language model comes from --llm")),
 )
 
 _BERT_LAYER = r"(?:bert\.)?encoder\.layer\.(\d+)\."

@@ -13,19 +13,18 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 from transformers.configuration_utils import PreTrainedConfig
 
+from xformer_mllm.checkpoints import check_language_model
 from xformer_mllm.commands import ConvertConfig
 from xformer_mllm.files import read_json
 from xformer_mllm.language_models import language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
-from xformer_mllm.model.modeling_xformer import without_dropout
+from xformer_mllm.model.modeling_xformer import language_model_class, without_dropout
 from xformer_mllm.model.vision_encoders import build_tower
 from xformer_mllm.variants import variant_config
 
@@ -145,7 +144,13 @@ class Sources:
 
     @property
     def llm_fits(self) -> bool:
-        """Whether a BLIP-2's projection was trained for --llm, judging by the configurations."""
+        """Whether a BLIP-2's projection was trained for --llm, judging by the configurations.
+
+        LAVIS's files have none; the names tell whether it was trained for an encoder-decoder (FlanT5).
+        """
+        if self.qformer.kind == "LAVIS" and self.llm is not None:
+            others = "opt_proj." if self.llm.config.is_encoder_decoder else "t5_proj."
+            return not any(name.startswith(others) for name in self.qformer.tensors)
         if self.qformer.kind != "blip-2" or self.llm is None:
             return True
         sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -234,12 +239,11 @@ def _load_tower(name: str, folder: Path, config: Any, dtype: str) -> Source:
 
 
 def _open_language_model(name: str, dtype: str) -> Source:
-    """Load a causal language model of any layout with transformers, without dropout."""
+    """Load a language model of any layout, causal or encoder-decoder, with transformers, without dropout."""
     folder = local(str(language_model_dir(name)))
     config = read_config(folder, name)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name}: a {config.model_type} is not a causal language model")
-    return _loaded(name, folder, AutoModelForCausalLM, without_dropout(config), dtype)
+    check_language_model(name, config)
+    return _loaded(name, folder, language_model_class(config), without_dropout(config), dtype)
 
 
 def _loaded(name: str, folder: Path, kind: Any, config: Any, dtype: str) -> Source:

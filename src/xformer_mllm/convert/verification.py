@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     BertModel,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -43,7 +42,11 @@ from xformer_mllm.convert.assembly import (
 from xformer_mllm.convert.layouts import Pieces, as_they_are
 from xformer_mllm.convert.sources import Source
 from xformer_mllm.model.configuration_xformer import XFormerConfig
-from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForImageTextRetrieval
+from xformer_mllm.model.modeling_xformer import (
+    XFormerForConditionalGeneration,
+    XFormerForImageTextRetrieval,
+    language_model_class,
+)
 from xformer_mllm.model.processing_xformer import XFormerProcessor
 from xformer_mllm.model.vision_encoders import build_tower, scaled, tower_tokens
 
@@ -59,13 +62,14 @@ class Example:
     """The test image, uint8[1, 3, S, S], the noise [1, L] for its masking, and ids and mask of two texts.
 
     caption: for the Q-Former. question: for the language model, with placeholders; empty without one, and cut to the
-    tokens that it can read.
+    tokens that it can read. answer: the decoder's input if the language model is an encoder-decoder, else None.
     """
 
     pixels: torch.Tensor
     noise: torch.Tensor | None
     caption: tuple[torch.Tensor, torch.Tensor]
     question: tuple[torch.Tensor, ...]
+    answer: torch.Tensor | None
 
     def seen_by_clip(self, config: XFormerConfig, dtype: torch.dtype) -> torch.Tensor:
         """Return the test image as the CLIP tower's input."""
@@ -80,14 +84,17 @@ def make_example(config: XFormerConfig, processor: XFormerProcessor) -> Example:
     pixels = ((torch.stack(waves) + 1) * 127.5).to(torch.uint8)[None]
     noise = None
     question: tuple[torch.Tensor, ...] = ()
+    answer = None
     if config.reconstruction:
         length = (config.mae_image_size // config.mae_config.patch_size) ** 2
         noise = torch.rand(1, length, generator=torch.Generator().manual_seed(0))
     if config.text_config is not None:
         text, positions = processor(text=QUESTION), getattr(config.text_config, "max_position_embeddings", None)
         question = text["input_ids"][:, :positions], text["attention_mask"][:, :positions]
+        if processor.encoder_decoder:
+            answer = torch.tensor(processor.target_ids([QUESTION], [CAPTION]))[:, :positions]
     caption = processor.qformer_inputs([CAPTION])
-    return Example(pixels, noise, (caption["qformer_input_ids"], caption["qformer_attention_mask"]), question)
+    return Example(pixels, noise, (caption["qformer_input_ids"], caption["qformer_attention_mask"]), question, answer)
 
 
 def tower_reference(target: Target, example: Example) -> torch.Tensor:
@@ -195,12 +202,14 @@ def logits_reference(target: Target, example: Example, queries: torch.Tensor) ->
         unused = next(number for number in range(ids.numel() + 1) if number not in ids)
         model.config.image_token_index = unused  # the two models' placeholders may differ
         pixels = example.seen_by_clip(target.config, target.dtype)
-        return model(pixels, ids.masked_fill(at, unused), mask).logits
+        return model(pixels, ids.masked_fill(at, unused), mask, decoder_input_ids=example.answer).logits
     weight, bias = (target.pieces[f"language_projection.{name}"].tensor().float() for name in ("weight", "bias"))
-    model = AutoModelForCausalLM.from_pretrained(llm.folder, config=llm.config, dtype=target.dtype).eval()
+    kind = language_model_class(llm.config)
+    model = kind.from_pretrained(llm.folder, config=llm.config, dtype=target.dtype).eval()
     embeds = model.get_input_embeddings()(ids[:, at.sum() :])
     prompt = nn.functional.linear(queries, weight, bias).to(embeds.dtype)
-    return model(inputs_embeds=torch.cat([prompt, embeds], dim=1), attention_mask=mask).logits
+    decoder = {} if example.answer is None else {"decoder_input_ids": example.answer}
+    return model(inputs_embeds=torch.cat([prompt, embeds], dim=1), attention_mask=mask, **decoder).logits
 
 
 def second_reference(source: Source, target: Target, example: Example) -> tuple[str, torch.Tensor]:
@@ -278,7 +287,8 @@ def own_answers(model: Any, example: Example) -> Answers:
         masked = xformer.encode_image(example.pixels, config.mask_ratio, example.noise)
         answers["reconstruction loss"] = xformer.reconstruction_loss(masked, xformer.read(masked))
     if isinstance(model, XFormerForConditionalGeneration):
-        return answers | {"logits": model(example.pixels, *example.question).logits}
+        logits = model(example.pixels, *example.question, decoder_input_ids=example.answer).logits
+        return answers | {"logits": logits}
     scores = XFormerForImageTextRetrieval.forward
     answers["ITC scores"] = scores(model, example.pixels, *example.caption).logits_per_image
     answers["ITM logits"] = scores(model, example.pixels, *example.caption, True).logits_per_image
