@@ -5,8 +5,9 @@ import json
 import pytest
 from made import write_image, write_json
 
-from xformer_mllm.data.formats import read_folder, read_json_lines_source, read_json_source
-from xformer_mllm.data.sources import find_source
+from xformer_mllm.data.formats import read_csv_source, read_folder, read_json_lines_source, read_json_source
+from xformer_mllm.data.records import QuestionItems
+from xformer_mllm.data.sources import find_source, open_captions, open_questions
 
 
 def read(file, images=None):
@@ -196,3 +197,233 @@ def test_folder(tmp_path):
     assert (record["id"], record["captions"]) == ("a.jpg", ["a cat"])
     assert found.skipped["without a .txt"] == 1
     assert found.validation_share == 0.1
+
+
+# ---- LLaVA
+
+
+def said(*turns):
+    """Conversations as LLaVA's, of texts in turn."""
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(turns)]
+
+
+def llava(folder, *conversations):
+    rows = [
+        {"id": f"{n}", "image": write_image(folder / "coco" / f"{n}.jpg").relative_to(folder).as_posix(), **each}
+        for n, each in enumerate(conversations)
+    ]
+    return write_json(folder / "llava.json", rows)
+
+
+def test_llava_turns_become_questions_with_answers(tmp_path):
+    turns = said("<image>\nWhat is the cat on?", "A chair.", "Why?", "To sleep.\n"), said("Where?\n<image>", "Here.")
+    found = read(llava(tmp_path, *({"conversations": each} for each in turns)))
+    assert found.format == "LLaVA's conversations"
+    cat, other = records(found)
+    assert cat["captions"] == other["captions"] == []
+    assert cat["questions"] == [
+        {"id": "coco/0.jpg/0", "question": "What is the cat on?", "answers": ["A chair."]},
+        {"id": "coco/0.jpg/1", "question": "Why?", "answers": ["To sleep."]},
+    ]
+    assert other["questions"] == [{"id": "coco/1.jpg/0", "question": "Where?", "answers": ["Here."]}]
+
+
+def test_llava_brief_descriptions_are_captions_too(tmp_path):
+    brief = said("Render a clear and concise summary of the photo.\n<image>", "a cat")
+    file = llava(tmp_path, *({"conversations": brief} for _ in range(3)))
+    assert {item["caption"] for item in open_captions(str(file), "train")} == {"a cat"}
+    (asked,) = open_questions(str(file), "train")[0]
+    assert (asked["question"], asked["answer"]) == ("Render a clear and concise summary of the photo.", "a cat")
+    twice = said("Describe the image concisely.", "a cat", "Why?", "because")
+    assert records(read(llava(tmp_path, {"conversations": twice})))[0]["captions"] == []
+
+
+@pytest.mark.parametrize("image", [{}, {"image": None}, {"image": ""}])
+def test_llava_text_only_entries_are_skipped(tmp_path, image):
+    rows = [{"id": "t", "conversations": said("Hello?", "Hello."), **image}] * 5
+    file = llava(tmp_path, {"conversations": said("Where?", "Here.")})
+    found = read(write_json(file, [*json.loads(file.read_text()), *rows]))
+    assert (found.skipped, found.broken) == ({"without an image (text only)": 5}, {})
+    with pytest.raises(ValueError, match=r"no image with .* \(5 without an image \(text only\)\)"):
+        read(write_json(tmp_path / "texts.json", rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"conversations": said("Where?")}, 'not from "human" and "gpt" in turn'),
+        ({"conversations": said("Where?", "Here.")[::-1]}, 'not from "human" and "gpt" in turn'),
+        ({"conversations": []}, "not a list of"),
+        ({"conversations": ["Where?"]}, "not a list of"),
+        ({"conversations": said("<image>", "Here.")}, "an empty question or no answer"),
+        ({"conversations": said("Where?", "")}, "an empty question or no answer"),
+        ({"conversations": said(["Where?"], "Here.")}, 'a question is ["Where?"], neither text nor a number'),
+        ({"image": ["a.jpg", "b.jpg"], "conversations": said("Where?", "Here.")}, '"image" is ["a.jpg", "b.jpg"]'),
+        ({"image": None, "video": "a.mp4", "conversations": said("Where?", "Here.")}, 'no "image"'),
+    ],
+)
+def test_broken_conversations(tmp_path, row, why):
+    found = read(llava(tmp_path, {"conversations": said("Where?", "Here.")}, row))
+    assert list(found.broken) == ["row 1"]
+    assert why in found.broken["row 1"]
+
+
+# ---- imagefolder and CSV
+
+
+def metadata(folder, name, rows):
+    """A folder as Hugging Face's imagefolder."""
+    for row in rows:
+        write_image(folder / row["file_name"])
+    if name.endswith(".jsonl"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        text = "\ufeff" + "\r\n".join(
+            [",".join(rows[0]), *(",".join(f'"{text}"' for text in row.values()) for row in rows)]
+        )
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("key", ["text", "caption", "captions"])
+def test_imagefolder(tmp_path, name, key):
+    rows = [{"file_name": f"{n}.jpg", key: f"a cat, {n}"} for n in range(3)]
+    metadata(tmp_path, name, rows)
+    write_image(tmp_path / "unlisted.jpg")
+    for found in (find_source(str(tmp_path)), find_source(str(tmp_path / name))):
+        assert [(record["id"], record["captions"]) for record in records(found)] == [
+            (f"{n}.jpg", [f"a cat, {n}"]) for n in range(3)
+        ]
+        assert records(found)[0]["image"] == str(tmp_path / "0.jpg")
+    found = find_source(str(tmp_path))
+    assert found.format == f"Hugging Face's imagefolder with {name}"
+    assert found.skipped["not in the metadata"] == 1
+
+
+def test_imagefolder_with_questions(tmp_path):
+    metadata(tmp_path, "metadata.csv", [{"file_name": "a.jpg", "question": "How many?", "answer": "3"}])
+    (record,) = records(find_source(str(tmp_path)))
+    assert record["questions"] == [{"id": "a.jpg/0", "question": "How many?", "answers": ["3"]}]
+
+
+def test_imagefolder_of_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        metadata(tmp_path / split, "metadata.jsonl", [{"file_name": "a.jpg", "text": split}])
+    found = find_source(str(tmp_path))
+    assert {split: [record["id"] for record in records(found, split)] for split in found.rows} == {
+        "train": ["train/a.jpg"],
+        "validation": ["val/a.jpg"],
+        "test": ["test/a.jpg"],
+    }
+    metadata(tmp_path, "metadata.csv", [{"file_name": "train/b.jpg", "text": "b"}])
+    assert len(find_source(str(tmp_path)).rows["train"]) == 2  # one file at the root lists splits, too
+    metadata(tmp_path / "other", "metadata.csv", [{"file_name": "a.jpg", "text": "a"}])
+    assert list(find_source(str(tmp_path)).rows) == [""]
+
+
+def test_imagefolder_with_two_kinds_of_metadata(tmp_path):
+    for name in ("metadata.jsonl", "metadata.csv"):
+        metadata(tmp_path, name, [{"file_name": "a.jpg", "text": "a"}])
+    with pytest.raises(ValueError, match=r"has a metadata\.jsonl and a metadata\.csv; pass the file"):
+        find_source(str(tmp_path))
+
+
+def test_csv_rows_with_too_many_fields_are_broken(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    rows = "a.jpg,a cat\n" * 200 + 'a.jpg,a cat, on a chair\na.jpg,"a cat, on a chair"\n'
+    (tmp_path / "a.csv").write_text(f"image,caption\n{rows}")
+    found = read_csv_source(tmp_path / "a.csv", None)
+    assert list(found.broken) == ["line 202"]
+    assert "put texts with commas in quotes" in found.broken["line 202"]
+    assert records(found)[0]["captions"][-1] == "a cat, on a chair"
+
+
+def test_csv_with_an_open_quote_is_an_error(tmp_path):
+    (tmp_path / "a.csv").write_text('image,caption\na.jpg,"a cat\nb.jpg,a dog\n')
+    with pytest.raises(ValueError, match=r"a\.csv:3: not valid CSV"):
+        read_csv_source(tmp_path / "a.csv", None)
+
+
+# ---- answers and captions that are no texts
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["yes", 3, 3, 3], ["yes", "3", "3", "3"]),
+        (3, ["3"]),
+        (0, ["0"]),
+        (2.5, ["2.5"]),
+        ([{"answer": 3}, {"answer": "three"}], ["3", "three"]),
+        (["yes", None, ""], ["yes"]),
+    ],
+)
+def test_answers_that_are_numbers_become_their_text(tmp_path, answers, expected):
+    row = {"image": write_image(tmp_path / "a.jpg").name, "question": "How many?", "answer": answers}
+    (record,) = records(read(write_json(tmp_path / "a.json", [row])))
+    assert record["questions"][0]["answers"] == expected
+    (item,) = QuestionItems(None, 0)(record, 0)
+    assert item["answer"] in expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [(True, "true"), (["yes", False], "false"), ({"yes": 3}, '{"yes": 3}'), ([["a"]], '["a"]'), (float("nan"), "NaN")],
+)
+def test_answers_of_other_kinds_are_broken(tmp_path, answer, shown):
+    write_image(tmp_path / "a.jpg")
+    rows = [{"image": "a.jpg", "caption": "a"}, {"image": "a.jpg", "question": "Why?", "answer": answer}]
+    assert read(write_json(tmp_path / "a.json", rows)).broken == {
+        "row 1": f"an answer is {shown}, neither text nor a number"
+    }
+    rows[1] = {"image": "a.jpg", "caption": answer}
+    assert read(write_json(tmp_path / "a.json", rows)).broken == {
+        "row 1": f"a caption is {shown}, neither text nor a number"
+    }
+
+
+def test_texts_that_are_not_unicode_are_broken(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    rows = [
+        {"image": "a.jpg", "caption": "a"},
+        {"image": "a.jpg", "caption": "\ud83d"},
+        {"image": "\udce9.jpg", "caption": "a"},
+    ]
+    assert read(write_json(tmp_path / "a.json", rows)).broken == {
+        "row 1": r"a caption is not valid Unicode: \ud83d",
+        r"\udce9.jpg": "the image's path is not valid Unicode",
+    }
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"image": "a.jpg", "caption": ' + "1" * 5000 + "}"])
+def test_lines_that_python_cannot_hold_are_broken(tmp_path, line):
+    good = json.dumps({"image": write_image(tmp_path / "a.jpg").name, "caption": "a"})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{line}\n")
+    assert list(read_json_lines_source(tmp_path / "a.jsonl", None).broken) == ["line 2"]
+
+
+# ---- unknown forms
+
+
+@pytest.mark.parametrize(
+    ("content", "nearest"),
+    [
+        ([{"img": "a.jpg", "captions": "a"}], 'nearest is [{"image", "caption"}], but "image", "caption" is missing'),
+        ([{"picture": "a.jpg", "conversation": []}], 'nearest is LLaVA\'s [{"image", "conversations"}]'),
+        (
+            [{"filename": "a.jpg", "text": "a"}],
+            'nearest is imagefolder\'s {"file_name", "text"}, but "file_name" is missing',
+        ),
+        (
+            {"images": [], "annotation": []},
+            'nearest is COCO\'s {"images", "annotations"}, but "annotations" is missing',
+        ),
+        ({"source": []}, 'nearest is a mixture {"sources"}, but "sources" is missing'),
+        ([{"x": 1}], 'its keys are "x"; known are [{"image", "caption"}], '),
+    ],
+)
+def test_an_unknown_form_names_the_nearest(tmp_path, content, nearest):
+    with pytest.raises(ValueError, match=r"a\.json: ") as error:
+        read(write_json(tmp_path / "a.json", content))
+    assert nearest in str(error.value)
+    assert "Visual Genome's" in str(error.value)  # and all others

@@ -89,7 +89,7 @@ def test_columns_that_say_nothing(tmp_path):
 
 def test_rows_without_a_caption_are_counted(tmp_path):
     made(1, caption=["a"] * 199 + [""]).save_to_disk(str(tmp_path / "few"))
-    assert read_saved(tmp_path / "few").broken == {"row 199": "no caption and no question"}
+    assert read_saved(tmp_path / "few").broken == {"row 199": "an empty caption"}
     made(1, caption=["a"] * 9 + [""]).save_to_disk(str(tmp_path / "many"))
     with pytest.raises(ValueError, match="1 of 10 records"):
         find_source(str(tmp_path / "many"))

@@ -123,7 +123,7 @@ def test_rows_without_a_caption_are_broken_once(tmp_path, capsys):
     Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "in")
     capsys.readouterr()
     (findings,), said = run(tmp_path, capsys, tmp_path / "in")
-    assert findings.broken == {"row 1": "no caption and no question"}
+    assert findings.broken == {"row 1": "an empty caption"}
     assert "broken 1\n" in said
 
 

@@ -67,6 +67,32 @@ def test_broken_samples_do_not_touch_their_neighbours(tmp_path, files, why):
     assert "captions" in after
 
 
+@pytest.mark.parametrize(
+    ("questions", "why"),
+    [
+        ([{"question": "?", "answers": ["yes", True]}], "an answer is true, neither text nor a number"),
+        ([{"answers": ["yes"]}], "an empty question or no answer"),
+        (["?"], 'the "questions" of its .json are not a list of objects'),
+        ({"?": "yes"}, 'the "questions" of its .json are not a list of objects'),
+    ],
+)
+def test_questions_that_cannot_be_used(tmp_path, questions, why):
+    about = json.dumps({"questions": questions}).encode()
+    (record,) = read_shard(tar(tmp_path / "a.tar", sample("0", jpg=b"x", json=about)))
+    assert record["broken"] == why
+
+
+def test_questions_whose_answers_are_numbers(tmp_path):
+    about = json.dumps({"questions": [{"question": "?", "answer": 0}]}).encode()
+    (record,) = read_shard(tar(tmp_path / "a.tar", sample("0", jpg=b"x", json=about)))
+    assert record["questions"] == [{"id": "a/0/0", "question": "?", "answers": ["0"]}]
+
+
+def test_a_json_that_is_nested_too_deeply_is_broken(tmp_path):
+    (record,) = read_shard(tar(tmp_path / "a.tar", sample("0", jpg=b"x", json=b"[" * 100_000)))
+    assert "nested too deeply" in record["broken"]
+
+
 def test_a_key_ends_at_the_first_dot_and_keeps_its_folder(tmp_path):
     files = {
         "x/a.jpg": b"1",

@@ -150,9 +150,9 @@ def test_questions(tmp_path):
 
 
 def test_questions_in_place_of_captions_and_the_other_way_round(tmp_path):
-    with pytest.raises(ValueError, match=r"no captions; it has questions \(--text questions\)"):
+    with pytest.raises(ValueError, match=r"no captions; it has questions \(xformer train stage2 --text questions\)"):
         open_captions(str(questions(tmp_path)), "train")
-    with pytest.raises(ValueError, match=r"no questions; it has captions \(--text captions\)"):
+    with pytest.raises(ValueError, match=r"no questions; it has captions \(xformer train stage2 --text captions\)"):
         open_questions(str(blip(tmp_path)), "train")
 
 

@@ -152,7 +152,7 @@ def test_questions_on_own_images(folder, mixture):
 
 
 def test_a_source_without_questions_says_so(folder):
-    with pytest.raises(ValueError, match=r"no questions; it has captions \(--text captions\)"):
+    with pytest.raises(ValueError, match=r"no questions; it has captions \(xformer train stage2 --text captions\)"):
         datasets.questions(config(Stage2Config, data=str(folder), text="questions"), 32)
 
 

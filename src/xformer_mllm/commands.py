@@ -368,7 +368,7 @@ class InspectConfig:
     """Show the contents of a data source, its broken samples, and a contact sheet."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
+    """A folder, FILE.json, .jsonl or .csv, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
     images: Path | None = None
     """Folder of a list's images, or of a mixture's sources; by default the file's."""
     sheet: Path = Path("contact-sheet.png")
@@ -386,7 +386,7 @@ class ShardConfig:
     """Write any data source as webdataset shards, as img2dataset does."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A folder, FILE.json, FILE.jsonl, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
+    """A folder, FILE.json, .jsonl or .csv, shards (a folder of .tar, one, or a pattern) or hf:NAME; see docs/data.md."""
     output_dir: Path
     """Folder for the shards; rerun the same command to resume."""
     images: Path | None = None

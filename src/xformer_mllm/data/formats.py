@@ -1,15 +1,19 @@
-"""Sources read as a whole: a folder, JSON of BLIP, COCO, Karpathy or Visual Genome, JSON lines.
+"""Sources read as a whole: a folder, JSON of BLIP, LLaVA, COCO, Karpathy or Visual Genome, JSON lines, CSV.
 
 Rows about the same image become one record with all its captions and questions.
 """
 
+import csv
+import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.records import (
+    CAPTIONS,
     IMAGE_SUFFIXES,
     VALIDATION_SHARE,
     Record,
@@ -17,16 +21,57 @@ from xformer_mllm.data.records import (
     Table,
     broken_record,
     check_broken,
+    is_missing,
+    printable,
     question_of,
     record_of,
     texts_of,
 )
-from xformer_mllm.files import read_json
+from xformer_mllm.files import parse_json, read_json
 
 FOLDER_VALIDATION_SHARE = 0.1  # folders are small
 FOLDER_LAYOUT = "expected e.g. cat.jpg and cat.txt beside it, with the caption on its first line"
 KARPATHY_FIELDS = {"filename": str, "split": str, "sentences": list}
 KARPATHY_SPLITS = {"restval": "train", "val": "validation"}
+IMAGES = ("image", "file_name")  # the key of a row's image; the second is that of Hugging Face's imagefolder
+URLS = frozenset({"url", "URL"})
+METADATA = frozenset({"metadata.jsonl", "metadata.csv"})  # of imagefolder
+IMAGEFOLDER_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+PLACEHOLDER = "<image>"  # in the questions of LLaVA
+TEXT_ONLY = "without an image (text only)"
+DESCRIBE = frozenset(
+    {
+        "Create a compact narrative representing the image presented.",
+        "Describe the image concisely.",
+        "Give a brief description of the image.",
+        "Give a short and clear explanation of the subsequent image.",
+        "Offer a succinct explanation of the picture presented.",
+        "Present a compact description of the photo's key features.",
+        "Provide a brief description of the given image.",
+        "Relay a brief, clear account of the picture shown.",
+        "Render a clear and concise summary of the photo.",
+        "Share a concise interpretation of the image provided.",
+        "Summarize the visual content of the image.",
+        "Write a terse but informative summary of the picture.",
+    }
+)
+"""LLaVA's prompts for a brief description (its paper's table 11, and its pretraining data): their answer is a caption."""
+FORMS = {
+    '[{"image", "caption"}]': ("image", "caption"),
+    '[{"image", "question", "answer"}]': ("image", "question", "answer"),
+    'LLaVA\'s [{"image", "conversations"}]': ("image", "conversations"),
+    'imagefolder\'s {"file_name", "text"}': ("file_name", "text"),
+    'COCO\'s {"images", "annotations"}': ("images", "annotations"),
+    'Karpathy\'s {"images": [{"filename", "split", "sentences"}]}': ("images",),
+    'Visual Genome\'s [{"id", "regions"}]': ("id", "regions"),
+    'a mixture {"sources"}': ("sources",),
+}
+"""The known forms, as messages name them, and their keys."""
+ALIKE = 0.6  # least likeness of two keys
 MAX_PROBED = 100  # images tried in the search for their folder
 REGION_FOLDERS = ("VG_100K", "VG_100K_2")  # Visual Genome's images come in two parts
 
@@ -65,10 +110,14 @@ def read_folder(folder: Path) -> ListSource:
     """Read images with captions in .txt files beside them, in the folder and its subfolders.
 
     The caption is the first line with text; others may follow, such as translations. A record's id is its path inside
-    the folder. Raises ValueError if no image has a caption.
+    the folder. A folder with metadata.jsonl or metadata.csv is Hugging Face's imagefolder instead. Raises ValueError if
+    no image has a caption.
     """
+    files = sorted(folder.rglob("*"))
+    if metadata := [file for file in files if file.name in METADATA]:
+        return _read_imagefolder(folder, metadata, sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files))
     skipped = {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not supported": 0}
-    records = list(_folder_records(folder, skipped))
+    records = list(_folder_records(folder, files, skipped))
     if records:
         kind = "a folder of images with a .txt beside each"
         return ListSource(str(folder), kind, {"": Table(records)}, {}, skipped, FOLDER_VALIDATION_SHARE)
@@ -85,8 +134,13 @@ def read_folder(folder: Path) -> ListSource:
 
 
 def read_json_lines_source(file: Path, images: Path | None) -> ListSource:
-    """Read JSON lines: {"image", "caption"} or {"image", "question", "answers" or "answer"} per line."""
-    return _list_source(file, "JSON lines", {"": _grouped(_lines(file), file)}, _bases(file, images))
+    """Read JSON lines: a row of `read_json_source`'s lists per line."""
+    return _rows_source(file, "JSON lines", _lines(file), _bases(file, images))
+
+
+def read_csv_source(file: Path, images: Path | None) -> ListSource:
+    """Read CSV with a header: "image" or "file_name", and a caption, or a question with its answer."""
+    return _rows_source(file, "CSV", _csv_rows(file), _bases(file, images))
 
 
 def read_json_source(file: Path, content: Any, images: Path | None) -> ListSource:
@@ -102,15 +156,48 @@ def read_json_source(file: Path, content: Any, images: Path | None) -> ListSourc
     if isinstance(content, list) and content and isinstance(content[0], dict):
         if "regions" in content[0]:
             return _list_source(file, "Visual Genome's regions", {"": _regions(content, bases)}, bases)
-        rows = ((f"row {index}", row) for index, row in enumerate(content))
-        return _list_source(file, 'a JSON list of {"image", "caption"}', {"": _grouped(rows, file)}, bases)
-    raise ValueError(
-        f"{file}: unknown format; expected a list of {{image, caption}}, COCO's {{images, annotations}}, Karpathy's "
-        "{images: [{sentences}]}, Visual Genome's [{regions}], or a mixture {sources}; see docs/data.md"
-    )
+        llava = "conversations" in content[0]
+        kind = "LLaVA's conversations" if llava else 'a JSON list of {"image", "caption"}'
+        return _rows_source(file, kind, ((f"row {index}", row) for index, row in enumerate(content)), bases)
+    raise ValueError(f"{file}: unknown format; {_known_forms(content)}; see docs/data.md")
 
 
-def _list_source(file: Path, kind: str, splits: Mapping[str, Iterable[Record]], bases: list[Path]) -> ListSource:
+def _known_forms(content: Any) -> str:
+    """Name the form whose keys are nearest to those of an object, and all known forms."""
+    forms = f"known are {', '.join(FORMS)}"
+    if not isinstance(content, dict) or not content:
+        return forms
+
+    def likeness(form: str) -> float:
+        keys = list(map(str, content))
+        ratios = (max(difflib.SequenceMatcher(None, wanted, key).ratio() for key in keys) for wanted in FORMS[form])
+        return sum(ratio if ratio >= ALIKE else -0.5 for ratio in ratios)
+
+    nearest = max(FORMS, key=likeness)
+    keys = ", ".join(f'"{printable(str(key))}"' for key in list(content)[:8])
+    if likeness(nearest) <= 0:
+        return f"its keys are {keys}; {forms}"
+    missing = ", ".join(f'"{key}"' for key in FORMS[nearest] if key not in content)
+    return f"its keys are {keys}; nearest is {nearest}{f', but {missing} is missing' if missing else ''}; {forms}"
+
+
+def _rows_source(file: Path, kind: str, rows: Iterable[tuple[str, Any]], bases: list[Path]) -> ListSource:
+    rows = iter(rows)
+    first = list(islice(rows, 1))
+    skipped = {TEXT_ONLY: 0}
+    records = _grouped(chain(first, rows), file, skipped)
+    return _list_source(file, kind, {"": records}, bases, skipped, first[0][1] if first else None)
+
+
+def _list_source(
+    file: Path,
+    kind: str,
+    splits: Mapping[str, Iterable[Record]],
+    bases: list[Path],
+    skipped: Mapping[str, int] | None = None,
+    first: Any = None,
+) -> ListSource:
+    """first: the first row, for the message that none is usable."""
     broken: dict[str, str] = {}
     found: dict[str, list[Record]] = {}
     for split, records in splits.items():
@@ -120,16 +207,51 @@ def _list_source(file: Path, kind: str, splits: Mapping[str, Iterable[Record]], 
             else:
                 found.setdefault(split, []).append(record)
     if not found:
-        why = "".join(f" ({name}: {why})" for name, why in list(broken.items())[:1])
-        raise ValueError(f"{file}: no image with a caption or a question{why}")
+        causes = [f"{name}: {why}" for name, why in list(broken.items())[:1]]
+        causes += [f"{count:,} {reason}" for reason, count in (skipped or {}).items() if count]
+        why = f" ({'; '.join(causes)})" if causes else ""
+        known = not isinstance(first, dict) or any(set(keys) <= first.keys() for keys in FORMS.values())
+        forms = "" if known else f"; {_known_forms(first)}"
+        raise ValueError(f"{file}: no image with a caption or a question{why}{forms}")
     base, dropped = _locate(found, bases, file)
     for record in (record for records in found.values() for record in records):
         record["image"] = base / Path(*Path(record["image"]).parts[dropped:])
-    return ListSource(str(file), kind, {split: Table(records) for split, records in found.items()}, broken)
+    tables = {split: Table(records) for split, records in found.items()}
+    return ListSource(str(file), kind, tables, broken, skipped or {})
 
 
-def _folder_records(folder: Path, skipped: dict[str, int]) -> Iterator[Record]:
-    for path in sorted(folder.rglob("*")):
+def _read_imagefolder(folder: Path, metadata: list[Path], images: int) -> ListSource:
+    """Read Hugging Face's imagefolder: images, and metadata.jsonl or .csv files about those below them.
+
+    images: their number. The folders train, validation and test, if all listed images are in them, are the splits.
+    """
+    if len({file.parent for file in metadata}) < len(metadata):
+        raise ValueError(f"{folder}: has a metadata.jsonl and a metadata.csv; pass the file to read")
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for file in metadata:
+            name = file.relative_to(folder)
+            for where, row in _lines(file) if file.suffix == ".jsonl" else _csv_rows(file):
+                if isinstance(row, dict) and isinstance(row.get("file_name"), str):
+                    row = {**row, "file_name": (name.parent / row["file_name"]).as_posix()}
+                yield f"{name} {where}", row
+
+    skipped = {TEXT_ONLY: 0}
+    every = rows()
+    first = list(islice(every, 1))
+    records = list(_grouped(chain(first, every), folder, skipped))
+    listed = [record for record in records if "broken" not in record]
+    skipped["not in the metadata"] = max(0, images - len(records))
+    names = [IMAGEFOLDER_SPLITS.get(Path(record["id"]).parts[0], "") for record in listed]
+    splits: dict[str, list[Record]] = {"": [record for record in records if "broken" in record]}
+    for name, record in zip(names, listed, strict=True):
+        splits.setdefault(name if all(names) else "", []).append(record)
+    kind = f"Hugging Face's imagefolder with {' and '.join(sorted({file.name for file in metadata}))}"
+    return _list_source(folder, kind, splits, [folder], skipped, first[0][1] if first else None)
+
+
+def _folder_records(folder: Path, files: list[Path], skipped: dict[str, int]) -> Iterator[Record]:
+    for path in files:
         suffix = path.suffix.lower()
         if suffix == ".svg":
             skipped["in SVG, which is not supported"] += 1
@@ -147,47 +269,109 @@ def _folder_records(folder: Path, skipped: dict[str, int]) -> Iterator[Record]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the value of each line; an exception where it is not JSON."""
+    """Yield the value of each line; a ValueError where it is not JSON."""
     with file.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield f"line {number}", json.loads(line)
+                    yield f"line {number}", parse_json(line)
                 except json.JSONDecodeError as error:
+                    yield f"line {number}", ValueError(f"not valid JSON, {error.msg}")
+                except ValueError as error:
                     yield f"line {number}", error
 
 
-def _grouped(rows: Iterable[tuple[str, Any]], file: Path) -> Iterator[Record]:
-    """Yield one record per image, in the order of their first rows."""
+def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each row by the header's names; a ValueError where it has more fields. Raises ValueError if it is not CSV."""
+    with file.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                many = None in row
+                why = ValueError("more fields than the header; put texts with commas in quotes") if many else None
+                yield f"line {reader.line_num}", why or row
+        except csv.Error as error:
+            raise ValueError(f"{file}:{reader.reader.line_num}: not valid CSV ({error})") from None
+
+
+def _grouped(rows: Iterable[tuple[str, Any]], file: Path, skipped: dict[str, int]) -> Iterator[Record]:
+    """Yield one record per image, in the order of their first rows. skipped: rows of `TEXT_ONLY` are added to it."""
     captions: dict[str, list[str]] = {}
     questions: dict[str, list[dict[str, Any]]] = {}
     for where, row in rows:
-        if why := _why_broken(row, file):
-            yield broken_record(where, why)
+        if isinstance(row, dict) and _is_text_only(row):
+            skipped[TEXT_ONLY] += 1
             continue
-        captions.setdefault(row["image"], []).extend(texts_of(row.get("caption")))
-        of_image = questions.setdefault(row["image"], [])
-        if "question" in row:
-            of_image.append(question_of(f"{row['image']}/{len(of_image)}", row))
+        if isinstance(row, dict) and row.keys() & URLS and not row.keys() & set(IMAGES):
+            raise ValueError(f"{file}: lists URLs, not images; download them with img2dataset (docs/data.md)")
+        try:
+            image = _image_of(row)
+            texts, asked = _conversation_of(row) if "conversations" in row else _texts_of_row(row)
+            done = len(questions.get(image, ()))
+            answered = [question_of(f"{image}/{done + number}", each) for number, each in enumerate(asked)]
+            if not all(each["question"] and each["answers"] for each in answered):
+                raise ValueError("an empty question or no answer")
+        except ValueError as error:
+            yield broken_record(where, str(error))
+            continue
+        captions.setdefault(image, []).extend(texts)
+        questions.setdefault(image, []).extend(answered)
     for image, texts in captions.items():
         yield record_of(image, image, texts, questions[image])
 
 
-def _why_broken(row: Any, file: Path) -> str | None:
-    if isinstance(row, json.JSONDecodeError):
-        return f"not valid JSON, {row.msg}"
+def _is_text_only(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is a conversation without an image or a video, as some of LLaVA's are."""
+    seen = (value for key, value in row.items() if str(key).startswith(("image", "video")))
+    return "conversations" in row and all(map(is_missing, seen))
+
+
+def _image_of(row: Any) -> str:
+    """Return the path of a row's image. Raises ValueError with what is broken."""
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
-        return "not an object"
-    if not isinstance(row.get("image"), str) or not row["image"]:
-        if "url" in row:
-            raise ValueError(f"{file}: lists URLs, not images; download them with img2dataset (docs/data.md)")
-        return 'no "image"'
+        raise ValueError("not an object")
+    image = next((row[key] for key in IMAGES if not is_missing(row.get(key))), None)
+    if image is None:
+        raise ValueError('no "image"')
+    if not isinstance(image, str):
+        raise ValueError(f'"image" is {json.dumps(image)[:40]}, not a path')
+    return image
+
+
+def _texts_of_row(row: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """Return the captions and the questions of a row. Raises ValueError with what is broken."""
+    key = next((key for key in CAPTIONS if not is_missing(row.get(key))), None)
+    texts = texts_of(row[key]) if key else []
     if "question" in row:
-        question = question_of("", row)
-        return None if question["question"] and question["answers"] else "an empty question or no answer"
-    if "caption" not in row:
-        return 'neither "caption" nor "question"'
-    return None if texts_of(row["caption"]) else "an empty caption"
+        return texts, [row]
+    if not texts:
+        known = any(name in row for name in CAPTIONS)
+        raise ValueError("an empty caption" if known else 'neither "caption" nor "question"')
+    return texts, []
+
+
+def _conversation_of(row: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """Return the captions and the questions of LLaVA's {"conversations": [{"from", "value"}]}.
+
+    Each human turn is a question without the placeholder of the image, and the next turn its answer. A single question
+    of `DESCRIBE` also makes its answer a caption. Raises ValueError with what is broken.
+    """
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError('"conversations" is not a list of {"from", "value"}')
+    speakers = [turn.get("from") for turn in turns]
+    if speakers != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError('the turns of "conversations" are not from "human" and "gpt" in turn')
+    asked: list[Mapping[str, Any]] = []
+    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+        question = human.get("value")
+        if isinstance(question, str):
+            question = question.replace(PLACEHOLDER, "").strip()
+        asked.append({"question": question, "answer": gpt.get("value")})
+    described = len(asked) == 1 and isinstance(question, str) and question in DESCRIBE
+    return texts_of(asked[0]["answer"]) if described else [], asked
 
 
 def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
@@ -205,7 +389,11 @@ def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:
         names[image["id"]] = image["file_name"]
         captions[image["id"]] = []
     for index, row in enumerate(content["annotations"]):
-        texts = texts_of(row.get("caption")) if isinstance(row, dict) else []
+        try:
+            texts = texts_of(row.get("caption")) if isinstance(row, dict) else []
+        except ValueError as error:
+            yield broken_record(f"annotations[{index}]", str(error))
+            continue
         if not texts:
             yield broken_record(f"annotations[{index}]", "no caption")
         elif row.get("image_id") not in captions:

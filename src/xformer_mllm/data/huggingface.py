@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.data.formats import ListSource
-from xformer_mllm.data.records import ANSWERS, Field, Record, broken_record, one_line, question_of, record_of, texts_of
+from xformer_mllm.data.records import (
+    ANSWERS,
+    CAPTIONS,
+    Field,
+    Record,
+    broken_record,
+    one_line,
+    question_of,
+    record_of,
+    texts_of,
+)
 from xformer_mllm.data.shards import ShardSource, Wanted
 
 PREFIX = "hf:"
 IMAGES = ("image", "jpg", "png", "webp", "jpeg")
-CAPTIONS = ("caption", "captions", "text", "txt", "sentences")
 IDS = ("id", "image_id", "__key__")
 SPLITS = {"val": "validation", "dev": "validation"}
 READ_AT_ONCE = 16
@@ -34,7 +43,10 @@ class Columns:
         image = row[self.image]
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
-        questions = [question_of(f"{name}/0", row)] if self.has_questions else []
+        try:
+            questions = [question_of(f"{name}/0", row)] if self.has_questions else []
+        except ValueError as error:
+            return broken_record(name, str(error))
         return record_of(name, image, row[self.caption] if self.caption else None, questions)
 
 
@@ -75,7 +87,7 @@ def read_saved(folder: Path) -> ListSource:
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"": loaded}
     rows = {SPLITS.get(split, split): SavedRows(str(folder), dataset) for split, dataset in splits.items()}
     without = {
-        f"{split or 'row'} {index}": "no caption and no question"
+        f"{split or 'row'} {index}": of_split[index]["broken"]
         for split, of_split in rows.items()
         for index, counts in enumerate(zip(*of_split.counts.values(), strict=True))
         if not any(counts)
@@ -91,7 +103,7 @@ class SavedRows:
         self._dataset = _undecoded(dataset, self.columns)
         captions = self._dataset[self.columns.caption][:] if self.columns.caption else [None] * len(dataset)
         self.counts: dict[Field, list[int]] = {
-            "captions": [len(texts_of(value)) for value in captions],
+            "captions": [_count(value) for value in captions],
             "questions": [int(self.columns.has_questions)] * len(dataset),
         }
 
@@ -105,6 +117,14 @@ class SavedRows:
         if self.columns.id is None:
             return [str(index) for index in range(len(self))]
         return [str(value) for value in self._dataset[self.columns.id][:]]
+
+
+def _count(captions: Any) -> int:
+    """Count the captions of a row: none of a broken one."""
+    try:
+        return len(texts_of(captions))
+    except ValueError:
+        return 0
 
 
 @dataclass(frozen=True)

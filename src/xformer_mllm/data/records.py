@@ -10,7 +10,9 @@ A record is a plain dictionary, of a usable or of a broken sample:
 
 import hashlib
 import io
+import json
 import logging
+import math
 import random
 import re
 import warnings
@@ -35,6 +37,7 @@ MIN_COUNTED = 1000  # assumed least length of a stream, so that a broken first s
 MAX_NAMED = 5  # broken samples named in a message
 VALIDATION_SHARE = 0.01  # of a source without a validation split
 CLEAN_WORDS = 50
+CAPTIONS = ("caption", "captions", "text", "txt", "sentences", "blip_caption")  # the last is LLaVA's
 ANSWERS = ("answers", "answer", "multiple_choice_answer")  # of GQA, VQA and others: the first that a row has
 
 Split = Literal["train", "validation"]
@@ -46,38 +49,75 @@ Item = Callable[[Record, int], Any]
 
 def record_of(name: str, image: Any, captions: Any = None, questions: Sequence[Mapping] = ()) -> Record:
     """Make a record, broken if it lacks an image or text. captions: as `texts_of` takes them."""
-    texts = texts_of(captions)
+    try:
+        texts = texts_of(captions)
+    except ValueError as error:
+        return broken_record(name, str(error))
+    if isinstance(image, str | Path) and not _is_unicode(str(image)):
+        return broken_record(name, "the image's path is not valid Unicode")
     kept = [question for question in questions if question["question"] and question["answers"]]
     if image is None or (isinstance(image, str | bytes) and not image):
         return broken_record(name, "no image")
     if texts or kept:
-        return {"id": name, "image": image, "captions": texts, "questions": kept}
+        return {"id": printable(name), "image": image, "captions": texts, "questions": kept}
     if questions:
         return broken_record(name, "an empty question or no answer")
     return broken_record(name, "no caption" if captions is None else "an empty caption")
 
 
 def broken_record(name: str, why: str, lost: int = 1) -> Record:
-    return {"id": name, "broken": why, "lost": lost}
+    return {"id": printable(name), "broken": why, "lost": lost}
 
 
 def question_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a question and its answers from a row with VQA's or GQA's keys. name: its id if the row has none."""
-    answers = next((row[key] for key in ANSWERS if row.get(key)), None)
+    """Read a question and its answers from a row with VQA's or GQA's keys. name: its id if the row has none.
+
+    Raises ValueError, as `texts_of`, if one of them is not text.
+    """
+    answers = next((row[key] for key in ANSWERS if not is_missing(row.get(key))), None)
     question_id = row.get("question_id", row.get("questionId"))
-    text = row.get("question")
     return {
         "id": name if question_id is None else str(question_id),
-        "question": text.strip() if isinstance(text, str) else "",
-        "answers": texts_of(answers),
+        "question": _text_of(row.get("question"), "a question"),
+        "answers": texts_of(answers, "an answer"),
     }
 
 
-def texts_of(value: Any) -> list[str]:
-    """Return the non-empty texts of a string, or of a list of strings, {"raw"} (Karpathy) or {"answer"} (VQA)."""
-    values = value if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
-    texts = (text.get("raw", text.get("answer")) if isinstance(text, Mapping) else text for text in values)
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+def is_missing(value: Any) -> bool:
+    """Return whether a row has no value: 0 and false are values."""
+    return value is None or value == "" or value == []
+
+
+def texts_of(value: Any, what: str = "a caption") -> list[str]:
+    """Return the non-empty texts of a text, or of a list of texts, {"raw"} (Karpathy) or {"answer"} (VQA).
+
+    A number becomes its text, and None is no text. Raises ValueError for anything else; `what` is its name there.
+    """
+    values = value if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else [value]
+    return [text for each in values if (text := _text_of(each, what))]
+
+
+def _text_of(value: Any, what: str) -> str:
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("raw", "answer") if key in value), value)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        if not _is_unicode(value):
+            raise ValueError(f"{what} is not valid Unicode: {printable(value)[:40]}")
+        return value.strip()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} is {json.dumps(value, default=str)[:40]}, neither text nor a number")
+    return str(value)
+
+
+def printable(name: str) -> str:
+    """Replace what UTF-8 cannot encode, such as the bytes of a file name in another encoding, by its escape."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _is_unicode(text: str) -> bool:
+    return printable(text) == text
 
 
 def clean(caption: str) -> str:

@@ -8,7 +8,6 @@
 A broken sample or shard becomes a broken record; its neighbours are read as usual.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +16,16 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from xformer_mllm.data.records import IMAGE_SUFFIXES, Record, broken_record, one_line, record_of
-from xformer_mllm.files import read_json
+from xformer_mllm.data.records import (
+    IMAGE_SUFFIXES,
+    Record,
+    broken_record,
+    one_line,
+    printable,
+    question_of,
+    record_of,
+)
+from xformer_mllm.files import parse_json, read_json
 
 TAR_END = bytes(1024)  # a tar file ends with two blocks of zeros
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -109,7 +116,7 @@ def read_shard(shard: Path, wanted: Wanted | None = None) -> Iterator[Record]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for key, members in groupby(_files(tar), key=lambda member: _parts(member)[0]):
-                name = f"{shard.stem}/{key}"
+                name = printable(f"{shard.stem}/{key}")
                 if wanted is None or wanted(done, name):
                     yield _record(name, {_parts(member)[1]: member for member in members}, tar)
                 done += 1
@@ -148,7 +155,7 @@ def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarF
     about: Any = {}
     if ".json" in members:
         try:
-            about = json.loads(_read(tar, members[".json"]))
+            about = parse_json(_read(tar, members[".json"]).decode("utf-8-sig"))
         except ValueError as error:  # of JSON or of UTF-8
             return broken_record(name, f"its .json is not valid ({error})")
         if not isinstance(about, dict):
@@ -157,7 +164,16 @@ def _record(name: str, members: Mapping[str, tarfile.TarInfo], tar: tarfile.TarF
     if not captions:
         has_text = ".txt" in members
         captions = _read(tar, members[".txt"]).decode("utf-8-sig", "replace") if has_text else about.get("caption")
-    return record_of(name, image and _read(tar, image), captions, about.get("questions") or ())
+    asked = about.get("questions") or []
+    if not isinstance(asked, list) or not all(isinstance(each, dict) for each in asked):
+        return broken_record(name, 'the "questions" of its .json are not a list of objects')
+    try:
+        questions = [
+            question_of(f"{name}/{n}", {"question_id": each.get("id"), **each}) for n, each in enumerate(asked)
+        ]
+    except ValueError as error:
+        return broken_record(name, str(error))
+    return record_of(name, image and _read(tar, image), captions, questions)
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -1,8 +1,10 @@
 """Open a data source by its name:
 
     DIR                         a folder of images with a .txt beside each
-    FILE.json                   a list of {"image", "caption"} (BLIP); COCO captions; Karpathy; Visual Genome's regions
-    FILE.jsonl                  {"image", "caption"} or {"image", "question", "answers"} per line
+    DIR                         Hugging Face's imagefolder: images and metadata.jsonl or metadata.csv
+    FILE.json                   a list of {"image", "caption"} (BLIP) or {"image", "conversations"} (LLaVA); COCO
+                                captions; Karpathy; Visual Genome's regions
+    FILE.jsonl, FILE.csv        {"image", "caption"} or {"image", "question", "answers"} per line
     DIR, FILE.tar, PATTERN      webdataset shards: a folder of .tar, one, or cc12m/{00000..01242}.tar
     DIR                         a Hugging Face data set written by `save_to_disk`
     hf:NAME                     a Hugging Face data set, streamed
@@ -21,7 +23,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from xformer_mllm.data.formats import ListSource, read_folder, read_json_lines_source, read_json_source
+from xformer_mllm.data.formats import (
+    ListSource,
+    read_csv_source,
+    read_folder,
+    read_json_lines_source,
+    read_json_source,
+)
 from xformer_mllm.data.huggingface import PREFIX, find_on_hub, is_saved, read_saved
 from xformer_mllm.data.records import CaptionItems, Field, Images, QuestionItems, Split, shorten, split_indices
 from xformer_mllm.data.shards import ShardSource, find_shards
@@ -31,7 +39,7 @@ from xformer_mllm.files import read_json
 
 logger = logging.getLogger(__name__)
 
-SOURCE_FORMS = "a folder, FILE.json, FILE.jsonl, FILE.tar, a pattern of .tar files, or hf:NAME"
+SOURCE_FORMS = "a folder, FILE.json, FILE.jsonl, FILE.csv, FILE.tar, a pattern of .tar files, or hf:NAME"
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,8 @@ def _find(source: str, images: Path | None) -> ListSource | ShardSource | Mixtur
         raise FileNotFoundError(f"{source}: no such data source; expected {SOURCE_FORMS}")
     if path.suffix == ".jsonl":
         return read_json_lines_source(path, images)
+    if path.suffix == ".csv":
+        return read_csv_source(path, images)
     if path.suffix == ".json":
         content = read_json(path)
         if isinstance(content, dict) and "sources" in content:
@@ -224,7 +234,7 @@ def list_part(source: ListSource, split: Split, field: Field, weight: float | No
     indices: Sequence[int] = [index for index, count in enumerate(counts) if count]
     if not indices:
         other: Field = "captions" if field == "questions" else "questions"
-        hint = f"; it has {other} (--text {other})" if any(rows.counts[other]) else ""
+        hint = f"; it has {other} (xformer train stage2 --text {other})" if any(rows.counts[other]) else ""
         raise ValueError(f"{source.name}: no {field}{hint}")
     if "validation" not in source.rows:
         ids = rows.ids()

@@ -35,9 +35,9 @@ class RunConfig:
     """Arguments of both stages."""
 
     data: str = "scenes"
-    """Training data: scenes (embedded world), easy-vqa, a folder, .json, .jsonl, .tar shards or hf:NAME (docs/data.md)."""
+    """Training data: scenes (embedded world), easy-vqa, a folder, .json, .jsonl, .csv, .tar or hf:NAME (docs/data.md)."""
     images: Path | None = None
-    """Image folder of a .json or .jsonl file. Defaults to the folder of that file."""
+    """Image folder of a .json, .jsonl or .csv file. Defaults to the folder of that file."""
     train_size: int | None = None
     """Maximum number of training images. Defaults to all; 24,000 for scenes."""
     augment: Literal["crop+flip", "crop", "none"] = "crop+flip"
