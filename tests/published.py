@@ -1,7 +1,8 @@
 """Published checkpoints in their own layouts: tiny ones as files, full-sized ones as names and shapes.
 
 The layouts are written down here from upstream's code (salesforce/LAVIS 506965b lavis/models/eva_vit.py,
-blip2_models/{Qformer,blip2,blip2_qformer,blip2_opt,blip2_t5}.py; transformers 4 for the MAE's old names).
+blip2_models/{Qformer,blip2,blip2_qformer,blip2_opt,blip2_t5}.py; facebookresearch/mae models_mae.py; transformers 4 for
+the MAE's old names).
 """
 
 import json
@@ -128,6 +129,29 @@ def eva(size, blocks=None, prefix=""):
     return {prefix + name: shape for name, shape in names.items()}
 
 
+def original_mae(width, patch, decoder=True):
+    """facebookresearch/mae's mae_visualize_vit_*.pth, or without decoder mae_pretrain_vit_*.pth; one block of each."""
+    names = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 5, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        **mae_block("blocks.0.", width),
+        **norm("norm", width),
+    }
+    if decoder:
+        names |= {"mask_token": (1, 1, 512), "decoder_pos_embed": (1, 5, 512)}
+        names |= linear("decoder_embed", width, 512) | mae_block("decoder_blocks.0.", 512)
+        names |= norm("decoder_norm", 512) | linear("decoder_pred", 512, 3 * patch * patch)
+    return names
+
+
+def mae_block(prefix, width):
+    names = norm("norm1", width) | linear("attn.qkv", width, 3 * width) | linear("attn.proj", width, width)
+    names |= norm("norm2", width) | linear("mlp.fc1", width, 4 * width) | linear("mlp.fc2", 4 * width, width)
+    return {prefix + name: shape for name, shape in names.items()}
+
+
 def lavis_qformer(size, text):
     """Q-Former, queries and ln_vision; LAVIS saves what it trains, so no vision tower."""
     width, mlp = size["width"], size["mlp"]
@@ -180,12 +204,12 @@ def norm(name, width):
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def random_tensors(names):
+def random_tensors(names, deviation=0.15):
     """Values with which every tensor matters: norms near 1, the decoder tied to the words."""
     tensors = {}
     for name, shape in names.items():
         is_norm = "norm" in name.lower() or "ln_vision" in name
-        tensors[name] = 0.15 * torch.randn(shape) + (1.0 if is_norm and name.endswith("weight") else 0.0)
+        tensors[name] = deviation * torch.randn(shape) + (1.0 if is_norm and name.endswith("weight") else 0.0)
     if "temp" in tensors:
         tensors["temp"] = torch.tensor(0.05)
     head = "Qformer.cls.predictions."

@@ -1,12 +1,14 @@
-"""Layouts of LAVIS, BERT and the MAE, against what they compute.
+"""Layouts of LAVIS, BERT and the MAE (its authors' and transformers'), against what they compute.
 
 A LAVIS checkpoint is run by the few lines of arithmetic that its code comes to (salesforce/LAVIS 506965b
 lavis/models/eva_vit.py, blip2_models/{Qformer,blip2,blip2_qformer,blip2_opt}.py), not by transformers.
 """
 
+import argparse
+
 import pytest
 import torch
-from published import LAVIS, TINY, differences, eva, fails, random_tensors, record, run
+from published import LAVIS, TINY, differences, eva, fails, original_mae, random_tensors, record, run
 from torch.nn import functional
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
@@ -91,6 +93,97 @@ def lavis_qformer_states(tensors, image=None, ids=None, queries=True, mask=None)
             parts.append(feed_forward(layer, "", x[:, length:]))
         x = torch.cat(parts, dim=1)
     return x[:, :length], x[:, length:]
+
+
+def mae_blocks(tensors, name, x, heads):
+    """timm's `Block`, once per block of the file."""
+    block = {n.removeprefix(f"{name}.0."): t for n, t in tensors.items() if n.startswith(f"{name}.0.")}
+    qkv = apply(block, "attn.qkv", normed(block, "norm1", x, 1e-6))
+    x = x + apply(block, "attn.proj", attend(*qkv.chunk(3, dim=-1), heads=heads))
+    return x + apply(block, "mlp.fc2", functional.gelu(apply(block, "mlp.fc1", normed(block, "norm2", x, 1e-6))))
+
+
+def original_mae_forward(tensors, pixels, kept, heads):
+    """models_mae.py `forward` with the patches `kept`: the encoder's states, the prediction, the target patches."""
+    patch = tensors["patch_embed.proj.weight"].shape[-1]
+    x = functional.conv2d(pixels, tensors["patch_embed.proj.weight"], tensors["patch_embed.proj.bias"], stride=patch)
+    x = x.flatten(2).transpose(1, 2) + tensors["pos_embed"][:, 1:]
+    first = (tensors["cls_token"] + tensors["pos_embed"][:, :1]).expand(len(x), -1, -1)
+    x = mae_blocks(tensors, "blocks", torch.cat([first, x[:, kept]], dim=1), heads)
+    states = normed(tensors, "norm", x, 1e-6)
+    x = apply(tensors, "decoder_embed", states)
+    every = tensors["mask_token"].repeat(len(x), 4, 1)
+    every[:, kept] = x[:, 1:]
+    x = mae_blocks(tensors, "decoder_blocks", torch.cat([x[:, :1], every], 1) + tensors["decoder_pos_embed"], 16)
+    prediction = apply(tensors, "decoder_pred", normed(tensors, "decoder_norm", x, 1e-6))[:, 1:]
+    squares = pixels.unfold(2, patch, patch).unfold(3, patch, patch)  # [B, 3, rows, columns, patch, patch]
+    return states, prediction, squares.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "patch", "heads", "normalised"),
+    [
+        ("mae_visualize_vit_base.pth", 768, 16, 12, False),
+        ("mae_visualize_vit_huge.pth", 1280, 14, 16, False),
+        ("mae_pretrain_vit_base_full.pth", 768, 16, 12, True),
+    ],
+)
+def test_an_original_mae_gives_the_same_outputs(files, name, width, patch, heads, normalised, tmp_path):
+    tensors = random_tensors(original_mae(width, patch), deviation=0.05)
+    torch.save({"model": tensors}, tmp_path / name)
+    words = ("--qformer", "blip2", "--mae", tmp_path / name, "--llm", "opt", "--dtype", "float32")
+    assert run(files, tmp_path / "out", *words, "--variant", "reconstruction_in_stage2") == 0
+    assert differences(tmp_path / "out")["reconstruction loss"] < 1e-5
+    model, _ = load_model(tmp_path / "out", [XFormerForConditionalGeneration])
+    image, noise = (
+        torch.randint(0, 256, (2, 3, 2 * patch, 2 * patch), dtype=torch.uint8),
+        torch.tensor([0.9, 0.4, 0.1, 0.5]),
+    )
+    pixels = scaled(image, 2 * patch, model.config.mae_mean, model.config.mae_std, torch.float32)
+    states, prediction, target = original_mae_forward(tensors, pixels, [2, 1], heads)
+    if normalised:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    loss = (prediction - target)[:, [0, 3]].square().mean()
+    with torch.no_grad():
+        masked = model.xformer.encode_image(image, 0.5, noise.expand(2, -1))
+        torch.testing.assert_close(masked.mae.tokens, states, atol=1e-4, rtol=1e-4)
+        found = model.xformer.mae_decoder(masked.mae.tokens, masked.mae.ids_restore).logits
+        torch.testing.assert_close(found, prediction, atol=1e-4, rtol=1e-4)
+        ours = model.xformer.reconstruction_loss(masked, model.xformer.read(masked))
+    torch.testing.assert_close(ours, loss, atol=1e-5, rtol=1e-5)
+    assert record(tmp_path / "out")["left"] == [
+        {"source": str(files / "blip2"), "tensors": 36, "why": "the language model comes from --llm",
+         "first": "language_model.model.decoder.embed_positions.weight"}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_runs_own_mae_states_its_targets(files, normalised, tmp_path):
+    content = {"model": random_tensors(original_mae(768, 16), deviation=0.05), "epoch": 799}
+    content["args"] = argparse.Namespace(norm_pix_loss=normalised, model="mae_vit_base_patch16", accum_iter=1)
+    torch.save(content, tmp_path / "checkpoint-799.pth")
+    assert (
+        run(files, tmp_path / "out", "--qformer", "bert", "--clip", "clip", "--mae", tmp_path / "checkpoint-799.pth")
+        == 0
+    )
+    assert XFormerForPreTraining.from_pretrained(tmp_path / "out").config.mae_config.norm_pix_loss == normalised
+
+
+def test_an_original_mae_without_decoder_is_an_error(files, tmp_path, capsys):
+    torch.save(
+        {"model": random_tensors(original_mae(1024, 16, decoder=False))}, tmp_path / "mae_pretrain_vit_large.pth"
+    )
+    words = ("--qformer", "blip2", "--mae", tmp_path / "mae_pretrain_vit_large.pth", "--llm", "opt")
+    error = fails(files, capsys, tmp_path / "out", *words)
+    assert "this MAE has no decoder to reconstruct with: mae_visualize_vit_large.pth has it" in error
+    assert run(files, tmp_path / "out", *words, "--variant", "no_reconstruction") == 0
+    assert "second encoder's tokens" in differences(tmp_path / "out")
+
+
+def test_an_original_mae_of_another_width_is_an_error(files, tmp_path, capsys):
+    torch.save({"model": random_tensors(original_mae(192, 16))}, tmp_path / "mae.pth")
+    words = ("--qformer", "blip2", "--mae", tmp_path / "mae.pth", "--llm", "opt")
+    assert "its width 192 (decoder 512) is of no published MAE" in fails(files, capsys, tmp_path / "out", *words)
 
 
 @pytest.fixture

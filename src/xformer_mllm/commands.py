@@ -411,8 +411,8 @@ class ShardConfig:
 class ConvertConfig:
     """Assemble a starting X-Former from published checkpoints: for stage 1, or with --llm for stage 2.
 
-    A source is a Hub id or a local folder of transformers, or one of LAVIS's .pth files. The new model is compared with
-    its sources, and kept only if they agree.
+    A source is a Hub id or a local folder of transformers, or a .pth file of LAVIS or of the MAE's authors. The new
+    model is compared with its sources, and kept only if they agree.
     """
 
     qformer: str
@@ -420,7 +420,8 @@ class ConvertConfig:
     output_dir: Path
     """Folder for the new model; must be new or empty."""
     mae: str | None = None
-    """The MAE with its decoder (facebook/vit-mae-huge), or any vision tower for a variant without reconstruction."""
+    """The MAE with its decoder (facebook/vit-mae-huge, or its authors' mae_visualize_vit_*.pth), or any vision tower for
+    a variant without reconstruction."""
     llm: str | None = None
     """The frozen language model (facebook/opt-2.7b, google/flan-t5-xl), to start stage 2; by default the model starts
     stage 1."""

@@ -29,12 +29,12 @@ from xformer_mllm.convert.layouts import (
     Pieces,
     as_they_are,
     blip2_pieces,
-    current_mae_name,
     drop,
     grown,
+    mae_pieces,
     translate,
 )
-from xformer_mllm.convert.sources import Source, Sources, local, read_tokenizer
+from xformer_mllm.convert.sources import MAE_SIZES, Source, Sources, local, read_tokenizer
 from xformer_mllm.files import read_json
 from xformer_mllm.language_models import check_positions
 from xformer_mllm.model.configuration_xformer import XFormerConfig
@@ -328,7 +328,7 @@ def our_pieces(target: Target) -> Pieces:
         if number > max(target.model.xformer.clip_encoder.read_layers):
             drop(ours, layers.format(number), "after the layer that is read")
     if sources.mae is not None and config.has_mae:
-        ours |= translate(as_they_are(sources.mae, current_mae_name), MAE)
+        ours |= translate(mae_pieces(sources.mae), MAE)
         if not config.reconstruction:
             drop(ours, r"xformer\.mae_decoder\.", "the variant has no reconstruction")
     elif sources.mae is not None:
@@ -378,7 +378,10 @@ def _errors(target: Target, plan: Plan, misshapen: Pieces) -> Iterable[str]:
 def _hint(target: Target, plan: Plan) -> str:
     parts = {part_of(name) for name in plan.fresh}
     if "mae_decoder" in parts:
-        return "this MAE has no decoder to reconstruct with: use --variant no_reconstruction; "
+        mae, elsewhere = target.sources.mae, ""
+        if mae is not None and mae.kind == "a MAE":
+            elsewhere = f"mae_visualize_vit_{MAE_SIZES[mae.config.hidden_size][0]}.pth has it, or "
+        return f"this MAE has no decoder to reconstruct with: {elsewhere}use --variant no_reconstruction; "
     if "embeddings" in parts:
         return "a stage-2 BLIP-2 lacks the text branch that stage 1 needs; LAVIS's blip2_pretrained.pth has it; "
     if "language_projection" in parts and not target.sources.llm_fits:

@@ -6,6 +6,7 @@ A source's names -> transformers' names for BLIP-2 and the MAE -> this package's
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,31 @@ BLIP2 = Layout(  # transformers' names, with our own for stage 1's generation he
 MAE = Layout(((r"vit\.(.+)", r"xformer.mae_encoder.\1"), (r"decoder\.(.+)", r"xformer.mae_decoder.\1")))
 
 
+def _mae_block(prefix: str, to: str) -> Names:
+    """timm's `Block` -> ViTMAELayer."""
+    layer, to = prefix + r"(\d+)\.", to + r".\1."
+    return (
+        (layer + r"norm1\.(.+)", to + r"layernorm_before.\2"),
+        (layer + r"norm2\.(.+)", to + r"layernorm_after.\2"),
+        (layer + r"attn\.proj\.(.+)", to + r"attention.o_proj.\2"),
+        (layer + r"attn\.(qkv\..+)", to + r"attention.\2"),
+        (layer + r"mlp\.(fc[12]\..+)", to + r"mlp.\2"),
+    )
+
+
+ORIGINAL_MAE = Layout(  # facebookresearch/mae models_mae.py -> ViTMAEForPreTraining
+    (
+        ("cls_token", "vit.embeddings.cls_token"),
+        ("pos_embed", "vit.embeddings.position_embeddings"),
+        (r"patch_embed\.proj\.(.+)", r"vit.embeddings.patch_embeddings.projection.\1"),
+        *_mae_block(r"blocks\.", "vit.layers"),
+        (r"norm\.(.+)", r"vit.layernorm.\1"),
+        (r"(mask_token|decoder_pos_embed|decoder_(?:embed|norm|pred)\..+)", r"decoder.\1"),
+        *_mae_block(r"decoder_blocks\.", "decoder.decoder_layers"),
+    )
+)
+
+
 def current_mae_name(name: str) -> str:
     """Return the name that transformers gives a MAE's tensor in memory.
 
@@ -173,6 +199,23 @@ def blip2_pieces(source: Source) -> Pieces:
             names = pieces.pop(f"{layer}q_bias").names + pieces.pop(f"{layer}v_bias").names
             pieces[f"{layer}qkv.bias"] = Piece(source, names, lambda q, v: torch.cat([q, torch.zeros_like(q), v]))
     return pieces
+
+
+def mae_pieces(source: Source) -> Pieces:
+    """Return a --mae source, a MAE, by the names that transformers gives its tensors in memory."""
+    if source.kind == "vit_mae":
+        return as_they_are(source, current_mae_name)
+    pieces = translate(as_they_are(source), ORIGINAL_MAE)
+    for name in [name for name in pieces if ".qkv." in name]:
+        piece = pieces.pop(name)
+        for number, letter in enumerate("qkv"):
+            part = Piece(source, piece.names, partial(_third, number=number))
+            pieces[name.replace(".qkv.", f".{letter}_proj.")] = part
+    return pieces
+
+
+def _third(tensor: torch.Tensor, number: int) -> torch.Tensor:
+    return tensor.chunk(3)[number]
 
 
 def grown(piece: Piece, rows: int, deviation: float) -> Piece:

@@ -3,7 +3,9 @@
 Tensors are read one at a time, and no code is unpickled.
 """
 
+import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    ViTMAEConfig,
 )
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -33,9 +36,10 @@ from xformer_mllm.variants import variant_config
 class Source:
     """A checkpoint.
 
-    label: as the user named it. kind: "blip-2", "bert", "vit_mae", "LAVIS", "EVA-CLIP", or "" if loaded by
-    transformers. tensors: by their names in the checkpoint; those of files are mapped and read when used. folder,
-    config: None for a .pth file. left: names without a use in the new model -> the reason ("" if unknown).
+    label: as the user named it. kind: "blip-2", "bert", "vit_mae", "LAVIS", "EVA-CLIP", "a MAE" (facebookresearch/mae's
+    own file), or "" if loaded by transformers. tensors: by their names in the checkpoint; those of files are mapped and
+    read when used. folder: None for a .pth file. config: None for LAVIS's files; for a MAE's file from its shapes.
+    left: names without a use in the new model -> the reason ("" if unknown).
     """
 
     label: str
@@ -99,29 +103,34 @@ def _read_folder(folder: Path, label: str) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            tensors |= load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+            tensors |= load_file(file) if file.suffix == ".safetensors" else _unpickled(file)[0]
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or cut short ({error}); download it again") from None
     return tensors
 
 
-def _unpickled(file: Path) -> dict[str, torch.Tensor]:
-    """Read the state dict of a torch.save file; only tensors and plain containers are unpickled.
+def _unpickled(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read the state dict of a torch.save file, and the arguments of the run that saved it, if it has any.
 
-    LAVIS puts it under "model". The tensors stay on disk until used, if the file's format allows it.
+    Only tensors, plain containers and argparse's arguments are unpickled. LAVIS and the MAE's authors put the state dict
+    under "model". The tensors stay on disk until used, if the file's format allows it.
     """
     try:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # in the checkpoints of the MAE's main_pretrain.py
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before torch 1.6 cannot be mapped
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling arbitrary bytes raises anything
         raise ValueError(f"{file}: not a checkpoint that can be read safely ({first_line(error)})") from None
     state = content.get("model", content) if isinstance(content, dict) else None
     tensors = {key: t for key, t in state.items() if isinstance(t, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise ValueError(f"{file}: not a checkpoint (no tensors in it)")
-    return tensors
+    arguments = content.get("args")
+    return tensors, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
 @dataclass
@@ -197,7 +206,10 @@ def open_sources(settings: ConvertConfig) -> Sources:
 ACCEPTED = {
     "--qformer": (("blip-2", "bert", "LAVIS"), "a BLIP-2 or a BERT of transformers, or LAVIS's blip2_pretrained*.pth"),
     "--clip": (("blip-2", "EVA-CLIP"), "LAVIS's eva_vit_g.pth, a BLIP-2, or a vision tower of transformers"),
-    "--mae": (("vit_mae",), "a Hub id or a folder of transformers (facebook/vit-mae-huge)"),
+    "--mae": (
+        ("vit_mae", "a MAE"),
+        "a Hub id or a folder of transformers (facebook/vit-mae-huge), or the MAE's mae_visualize_vit_*.pth",
+    ),
 }
 """Flag -> the kinds of checkpoint that are read tensor by tensor, and what the flag takes, for messages."""
 
@@ -206,11 +218,13 @@ def _open(flag: str, name: str, dtype: str) -> Source:
     """Open a checkpoint of an accepted kind, or as --clip or --mae any other vision tower."""
     path, (kinds, takes) = local(name), ACCEPTED[flag]
     if path.is_file():
-        tensors = _unpickled(path)
+        tensors, arguments = _unpickled(path)
         kind = "EVA-CLIP" if "blocks.0.attn.qkv.weight" in tensors else "an unknown layout"
+        kind = "a MAE" if {"blocks.0.attn.qkv.bias", *MAE_SHAPES} <= tensors.keys() else kind
         kind = "LAVIS" if any(key.startswith("Qformer.") for key in tensors) else kind
         if kind in kinds:
-            return Source(name, kind, tensors)
+            config = mae_config(name, tensors, arguments) if kind == "a MAE" else None
+            return Source(name, kind, tensors, config=config)
         raise ValueError(f"{name}: holds {kind}; {flag} takes {takes}")
     config = read_config(path, name)
     if config.model_type in kinds:
@@ -218,6 +232,46 @@ def _open(flag: str, name: str, dtype: str) -> Source:
     if flag == "--qformer":
         raise ValueError(f"{name}: holds {config.model_type}; {flag} takes {takes}")
     return _load_tower(name, path, config, dtype)
+
+
+MAE_SHAPES = ("patch_embed.proj.weight", "pos_embed")  # these show the sizes
+MAE_SIZES = {768: ("base", 12), 1024: ("large", 16), 1280: ("huge", 16)}
+"""Width of facebookresearch/mae's encoders -> their name and number of heads, which no shape shows."""
+
+
+def mae_config(label: str, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> ViTMAEConfig:
+    """Derive the configuration of facebookresearch/mae's own checkpoint from its shapes.
+
+    Whether it reconstructs normalised patches is in the arguments of main_pretrain.py. Published files have none:
+    mae_pretrain_vit_*_full.pth does, mae_visualize_vit_*.pth does not (facebookresearch/mae issues 8 and 12).
+
+    Raises ValueError for an unknown width.
+    """
+    (width, _, patch, _), positions = (tensors[name].shape for name in MAE_SHAPES)
+    decoder = tensors["mask_token"].shape[-1] if "mask_token" in tensors else 512
+    if width not in MAE_SIZES or decoder != 512:
+        raise ValueError(
+            f"{label}: its width {width} (decoder {decoder}) is of no published MAE, so the number of heads is unknown; "
+            "convert it to a folder of transformers"
+        )
+    return ViTMAEConfig(
+        hidden_size=width,
+        num_hidden_layers=_blocks(tensors, "blocks."),
+        num_attention_heads=MAE_SIZES[width][1],
+        intermediate_size=4 * width,
+        image_size=round((positions[1] - 1) ** 0.5) * patch,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+        decoder_hidden_size=decoder,
+        decoder_num_hidden_layers=_blocks(tensors, "decoder_blocks.") or 8,
+        decoder_num_attention_heads=16,
+        decoder_intermediate_size=4 * decoder,
+        norm_pix_loss=arguments.get("norm_pix_loss", Path(label).name.startswith("mae_pretrain")),
+    )
+
+
+def _blocks(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(prefix)})
 
 
 def _load_tower(name: str, folder: Path, config: Any, dtype: str) -> Source:

@@ -5,6 +5,7 @@ The sources run in their own code: transformers' classes, or LAVIS's steps for i
 `N` CLIP tokens, `Q` queries, `L` MAE patches, `S` the image's side, `D` width. Z_q: the Q-Former's output.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     BertModel,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -39,7 +39,7 @@ from xformer_mllm.convert.assembly import (
     Target,
     part_of,
 )
-from xformer_mllm.convert.layouts import Pieces, as_they_are
+from xformer_mllm.convert.layouts import Pieces, as_they_are, mae_pieces
 from xformer_mllm.convert.sources import Source
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import (
@@ -219,8 +219,12 @@ def second_reference(source: Source, target: Target, example: Example) -> tuple[
     if not config.has_mae:
         tower = filled(lambda: build_tower(config.mae_config), as_they_are(source), "", dtype)
         return "second encoder's tokens", tower_tokens(tower, pixels)
-    own = AutoConfig.from_pretrained(source.folder, mask_ratio=config.mask_ratio if config.reconstruction else 0.0)
-    mae = ViTMAEForPreTraining.from_pretrained(source.folder, config=own, dtype=dtype).eval()
+    own = copy.deepcopy(source.config)
+    own.mask_ratio = config.mask_ratio if config.reconstruction else 0.0
+    if source.folder is None:
+        mae = filled(lambda: ViTMAEForPreTraining(own), mae_pieces(source), "", dtype)
+    else:
+        mae = ViTMAEForPreTraining.from_pretrained(source.folder, config=own, dtype=dtype).eval()
     if not config.reconstruction:
         order = torch.arange(mae.vit.embeddings.patch_embeddings.num_patches)[None]
         return "second encoder's tokens", mae.vit(pixels, noise=order).last_hidden_state
