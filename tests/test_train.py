@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,9 @@ def test_what_a_flag_names_and_is_not_to_be_had_is_one_line(runs, tmp_path, caps
     assert f"xformer: --second-encoder nosuch: {hub}" in capsys.readouterr().err
     assert main(["train", "stage1", "--second-encoder", str(WEIGHTS / "opt"), *output]) == 2
     assert f"xformer: --second-encoder {WEIGHTS / 'opt'}: " in capsys.readouterr().err
+    file = WEIGHTS / "mae" / "config.json"
+    assert main(["train", "stage1", "--second-encoder", str(file), *output]) == 2
+    assert f"xformer: --second-encoder {file}: a file; pass a folder" in capsys.readouterr().err
     unknown = ["train", "stage1", "--second-encoder", str(WEIGHTS / "mae"), "--variant", "xfromer"]
     assert main([*unknown, *output]) == 2
     assert "xformer: variant 'xfromer' is unknown" in capsys.readouterr().err
@@ -287,6 +291,63 @@ def test_a_folder_with_another_run_is_left_alone_until_told(runs, tmp_path, caps
     run_stage1(dataclasses.replace(config, steps=2, resume=False))
     assert not same(before, weights(tmp_path))
     assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_a_stage_2_notices_that_stage_1_was_trained_again(tmp_path, capsys, monkeypatch):
+    stage1 = ["train", "stage1", *SHORT, "--output-dir", str(tmp_path / "1")]
+    assert main(stage1) == 0
+    stage2 = [
+        "train",
+        "stage2",
+        *SHORT[2:],
+        "--steps",
+        "2",
+        "--save-steps",
+        "1",
+        "--from-pretraining",
+        str(tmp_path / "1"),
+    ]
+    stage2 += ["--output-dir", str(tmp_path / "2")]
+    monkeypatch.setattr("xformer_mllm.train.stages._finish", lambda *_: None)  # killed before the model was saved
+    assert main(stage2) == 0
+    assert checkpoints(tmp_path / "2")
+    monkeypatch.undo()
+    assert main([*stage1, "--no-resume", "--seed", "1"]) == 0
+    refused = f"{tmp_path / '2'}: started from other weights than {tmp_path / '1'} holds now"
+    capsys.readouterr()
+    assert main(stage2) == 2
+    assert refused in capsys.readouterr().err
+    assert checkpoints(tmp_path / "2")
+    assert main([*stage1, "--no-resume"]) == 0  # the same weights as before
+    assert main(stage2) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert main([*stage1, "--no-resume", "--seed", "1"]) == 0
+    assert main(stage2) == 2  # finished, from other weights
+    assert refused in capsys.readouterr().err
+    assert main([*stage2, "--no-resume"]) == 0
+    assert main(stage2) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "1")
+    assert main(stage2) == 0
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_a_stage_1_notices_that_its_start_was_replaced(tmp_path, capsys):
+    assert main(["train", "stage1", *SHORT, "--output-dir", str(tmp_path / "1")]) == 0
+    again = [
+        "train",
+        "stage1",
+        *SHORT,
+        "--start-from",
+        str(tmp_path / "1" / "model"),
+        "--output-dir",
+        str(tmp_path / "2"),
+    ]
+    assert main(again) == 0
+    assert main(["train", "stage1", *SHORT, "--seed", "1", "--no-resume", "--output-dir", str(tmp_path / "1")]) == 0
+    capsys.readouterr()
+    assert main(again) == 2
+    assert f"started from other weights than {tmp_path / '1' / 'model'} holds now" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_other_frozen_weights(tmp_path):

@@ -114,6 +114,11 @@ class RunConfig:
                 f"--min-learning-rate {self.min_learning_rate} is above the peak, --learning-rate {self.learning_rate}"
             )
 
+    @property
+    def starts_from(self) -> Path | None:
+        """Folder of the model, or of its run, that this run starts from; None for the embedded world's encoders."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config(RunConfig):
@@ -133,6 +138,10 @@ class Stage1Config(RunConfig):
         super().__post_init__()
         if self.start_from is not None and self.second_encoder is not None:
             raise ValueError("--second-encoder cannot be combined with --start-from; give --mae to `xformer convert`")
+
+    @property
+    def starts_from(self) -> Path | None:
+        return self.start_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +183,10 @@ class Stage2Config(RunConfig):
             raise ValueError(f"--questions-per-image must be at least 1, not {self.questions_per_image}")
         if self.lora_rank < 0:
             raise ValueError(f"--lora-rank must not be negative, but is {self.lora_rank}")
+
+    @property
+    def starts_from(self) -> Path | None:
+        return self.from_pretraining
 
 
 def write_config(config: Any, command: str) -> None:

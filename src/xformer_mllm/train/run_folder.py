@@ -1,6 +1,7 @@
 """The folder of a run: what it holds, when it counts as finished, and the only place that deletes from it.
 
     config.json, freeze.json      written when the run starts
+    start.json                    SHA-256 of the weights of the model that it starts from, if there is one
     log.jsonl, samples.jsonl      one line per log and per sample; samples/ has the images
     tensorboard/
     checkpoint-STEP/              during training
@@ -23,10 +24,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from xformer_mllm.files import atomic_path, write_whole
+from xformer_mllm.files import atomic_path, read_json, write_whole
 from xformer_mllm.train.config import CONFIG_FILE, RunConfig, differences, read_config
 
 LOG, SAMPLES, FREEZE, SUMMARY, MODEL = "log.jsonl", "samples.jsonl", "freeze.json", "summary.json", "model"
+START = "start.json"
 WHOLE = "whole.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -34,7 +36,8 @@ NAME = re.compile(r"checkpoint-(\d+)")
 def prepare(config: RunConfig, command: str) -> bool:
     """Prepare output_dir for a run of `config`; return whether there is anything to train.
 
-    With --no-resume the run in it is deleted. Raises ValueError if it holds another run.
+    With --no-resume the run in it is deleted. Raises ValueError if it holds another run, or one that started from other
+    weights than its --from-pretraining or --start-from holds now.
     """
     folder = config.output_dir
     if not (folder / CONFIG_FILE).is_file():
@@ -48,11 +51,39 @@ def prepare(config: RunConfig, command: str) -> bool:
             f"{folder}: holds another run ({'; '.join(changed)}); "
             "choose another --output-dir, or --no-resume to delete that run"
         )
+    if is_finished(folder) or checkpoints(folder):
+        _check_same_start(config)
     if not is_finished(folder):
         return True
     delete_checkpoints(folder)  # left by a run killed between saving the model and deleting them
     print(f"{folder}: this run is finished; nothing to do (--no-resume to train it again)")
     return False
+
+
+def write_start(config: RunConfig) -> None:
+    """Note the weights that the run starts from."""
+    if hashes := _start_hashes(config):
+        write_whole(config.output_dir / START, json.dumps(hashes, indent=2) + "\n")
+
+
+def _check_same_start(config: RunConfig) -> None:
+    """Raise ValueError if the model that the run started from has been replaced, such as by training stage 1 again."""
+    path = config.output_dir / START
+    now = _start_hashes(config)
+    if now and path.is_file() and read_json(path) != now:  # no weights there now: a finished run is still finished
+        raise ValueError(
+            f"{config.output_dir}: started from other weights than {config.starts_from} holds now; "
+            "choose another --output-dir, or --no-resume to delete that run and start from the new ones"
+        )
+
+
+def _start_hashes(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of each weight file of the model that the run starts from, by its name."""
+    folder = config.starts_from
+    if folder is None:
+        return {}
+    folder = folder / MODEL if (folder / MODEL).is_dir() else folder
+    return {path.name: _sha256(path) for path in sorted(folder.glob("model*.safetensors"))}
 
 
 def is_finished(run: Path) -> bool:
@@ -64,7 +95,7 @@ def _clear(folder: Path) -> None:
     for pattern in ("checkpoint-*", "damaged-*", MODEL, f"{MODEL}.partial", "tensorboard", "samples"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
-    for pattern in (LOG, SAMPLES, FREEZE, SUMMARY, CONFIG_FILE, "*.json.partial", "*.jsonl.partial"):
+    for pattern in (LOG, SAMPLES, FREEZE, START, SUMMARY, CONFIG_FILE, "*.json.partial", "*.jsonl.partial"):
         for path in folder.glob(pattern):
             path.unlink()
     delete_reports(folder)

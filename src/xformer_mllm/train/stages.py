@@ -84,6 +84,11 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
     name = config.second_encoder
     if name is None:
         return defaults.start_pretraining(config.variant, config.seed)
+    if Path(name).is_file():
+        raise ValueError(
+            f"--second-encoder {name}: a file; pass a folder or a Hub id, or convert a MAE's .pth file with "
+            "`xformer convert --mae` and pass its folder to --start-from"
+        )
     if not Path(name).exists():
         check_on_hub("--second-encoder", name)
     variant_config(config.variant, defaults.config())  # report an unknown variant as such, not as the encoder's error
@@ -256,6 +261,7 @@ def _begin(config: RunConfig, command: str, model: Any, train: Dataset) -> Path 
         print(f"resuming from {checkpoint} (--no-resume starts over)")
     else:
         freeze.write(table, folder / "freeze.json")
+        run_folder.write_start(config)
         write_config(config, command)
     return checkpoint
 
