@@ -1,6 +1,7 @@
 """Every list of images that is read, as its authors write it."""
 
 import json
+import tracemalloc
 
 import pytest
 from made import write_image, write_json
@@ -23,6 +24,24 @@ def blip(folder, number=3):
     for place in range(number):
         write_image(folder / f"{place}.jpg")
     return [{"image": f"{place}.jpg", "caption": f"caption {place}"} for place in range(number)]
+
+
+def test_a_long_list_takes_little_memory(tmp_path):
+    """Bytes of Python's a row, without Arrow's: benchmarks/lists.py measures the whole."""
+    rows = [{"image": f"{place}.jpg", "caption": f"image number {place}"} for place in range(10_000)]
+    write_image(tmp_path / "0.jpg")
+    open_captions(str(write_json(tmp_path / "few.json", rows[:100])), "train")  # imports
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracemalloc.start()
+    try:
+        dataset = open_captions(str(file), "train")
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 9800 < len(dataset) < 10_000
+    assert held / 10_000 < 25
+    assert peak / 10_000 < 1120
 
 
 def test_blip(tmp_path):

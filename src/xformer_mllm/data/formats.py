@@ -215,7 +215,7 @@ def _list_source(
         raise ValueError(f"{file}: no image with a caption or a question{why}{forms}")
     base, dropped = _locate(found, bases, file)
     for record in (record for records in found.values() for record in records):
-        record["image"] = base / Path(*Path(record["image"]).parts[dropped:])
+        record["image"] = str(base / Path(*Path(record["image"]).parts[dropped:]))
     tables = {split: Table(records) for split, records in found.items()}
     return ListSource(str(file), kind, tables, broken, skipped or {})
 

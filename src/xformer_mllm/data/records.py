@@ -16,6 +16,7 @@ import math
 import random
 import re
 import warnings
+from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -249,9 +250,7 @@ class Table:
         records = list(records)
         columns = {name: [record[name] for record in records] for name in ("id", "image", "captions", "questions")}
         columns["image"] = [str(image) for image in columns["image"]]
-        self.counts: dict[Field, list[int]] = {
-            field: [len(texts) for texts in columns[field]] for field in get_args(Field)
-        }
+        self.counts: dict[Field, array] = {field: array("i", map(len, columns[field])) for field in get_args(Field)}
         self._table = ArrowDataset.from_dict(columns)
 
     def __len__(self) -> int:
