@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Two threads of one process collapse on a small machine; the demo runs two processes of one thread side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-slow test-transformers lint docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/xformer demo
@@ -16,6 +16,21 @@ test: .venv/dev.stamp
 
 test-slow: .venv/dev.stamp
 	$(BIN)/pytest -m slow
+
+# transformers' own tests of models, which come with its source distribution; their markers are not ours.
+TRANSFORMERS_TESTS := .cache/transformers-tests
+
+test-transformers: $(TRANSFORMERS_TESTS)
+	$(BIN)/pytest -n 2 --dist worksteal -q -o addopts= -p no:warnings tests/transformers_common.py
+
+$(TRANSFORMERS_TESTS): .venv/dev.stamp
+	rm -rf .cache/sdist $@
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers \
+		-c constraints.txt -d .cache/sdist transformers
+	mkdir -p $@.partial
+	tar -xzf .cache/sdist/transformers-*.tar.gz -C $@.partial --strip-components=1 --wildcards '*/tests'
+	touch $@.partial/tests/__init__.py
+	mv $@.partial $@
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -130,6 +130,11 @@ class XFormerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True  # of ITG's head, as in BERT
 
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """The CLIP tower's configuration, by the name that tools read from a vision-language model."""
+        return self.clip_config
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Read a configuration as transformers does, but refuse those of other models, which would get defaults.

@@ -55,12 +55,15 @@ from .vision_encoders import (
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
 LORA = ".lora_"  # in the names of adapters' weights
-# Patterns of trained modules and parameters: anchored, as towers and language models have "embeddings", too.
-TRAINED = [
-    r"^(?:xformer\.)?(?:clip_layernorm|query_tokens|embeddings|qformer|fusion)",
-    r"^(?:vision_projection|text_projection|itm_head|itg_|temperature|language_projection)",
-    r".*lora_[AB]",
-]
+# Names of trained modules and parameters, as patterns: anchored, as towers and language models have "embeddings", too.
+TRAINED = [r"^(?:xformer\.)?(?:clip_layernorm|query_tokens|embeddings|qformer|fusion)"]
+TRAINED_HEADS = [r"^(?:vision_projection|text_projection|itm_head)"]
+TRAINED_ADAPTERS = [r".*lora_[AB]"]
+
+
+def _also(patterns: list[str]) -> list[str]:
+    """The same patterns in other words: transformers wants its two lists of fp32 modules disjoint."""
+    return [f"(?:{pattern})" for pattern in patterns]
 
 
 class XFormerPreTrainedModel(PreTrainedModel):
@@ -74,13 +77,13 @@ class XFormerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Trained parts stay fp32, whatever dtype the frozen ones are loaded in.
     _keep_in_fp32_modules_strict = TRAINED
-    _keep_in_fp32_modules = TRAINED  # quantisers leave these out
+    _keep_in_fp32_modules = _also(TRAINED)  # quantisers leave these out
     accepts_loss_kwargs = False  # losses are means over the batch: Trainer divides them by the accumulation steps
     _no_split_modules = ("Blip2QFormerLayer", "DualCrossAttentionBlock")
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, TiedLinear):
+        if isinstance(module, TiedLinear) and self.config.tie_word_embeddings:
             return
         super()._init_weights(module)
         if isinstance(module, Blip2TextEmbeddings):
@@ -99,6 +102,16 @@ class XFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ZeroLinear):  # at step 0, Z' = Z_q and M' = M
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+
+    def _maps(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
+        """What to return besides the outputs: by default what the configuration says."""
+        config = self.config
+        return {
+            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+        }
 
     def freeze(self) -> None:
         """Stop training what the paper freezes in both stages: both encoders, the MAE's decoder, the language model.
@@ -284,27 +297,30 @@ class XFormerModel(XFormerPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> XFormerModelOutput:
         """Let the queries read C in the Q-Former, then M in the fusion: `forward` on images that are encoded already.
 
         Args:
             image: C and M of B images.
             input_ids: int64[B, T] of the Q-Former's tokenizer, read together with the queries; None for queries alone.
-            attention_mask: bool[B, 1, Q+T, Q+T], one of `masks.py`; None for queries alone.
+            attention_mask: bool[B, 1, Q+T, Q+T], one of `masks.py`, or [B, Q+T], 1 = token; None for queries alone.
             output_attentions: also return the queries' attention maps (eager attention only).
+            output_hidden_states: also return the hidden states of the Q-Former's layers.
         """
         return self(
             image=image,
             input_ids=input_ids,
             attention_mask=attention_mask,
             output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
 
     def _self_attentions(self, maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The Q-Former's self-attention maps; transformers (5.23) records a layer's cross-attention after its own."""
         layers, found = self.qformer.encoder.layer, iter(maps)
-        if len(maps) == len(layers):
+        if len(maps) <= len(layers):  # without cross-attention; or none, as only eager attention has maps
             return maps
         kept = []
         for layer in layers:
@@ -349,8 +365,8 @@ class XFormerModel(XFormerPreTrainedModel):
         noise: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         image: ImageTokens | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -366,19 +382,20 @@ class XFormerModel(XFormerPreTrainedModel):
             output_hidden_states: also return the hidden states of the Q-Former's layers.
             image, input_ids, attention_mask: as in `read`, instead of `pixel_values`.
         """
+        maps = self._maps(output_attentions, output_hidden_states)
+        with_attentions = maps["output_attentions"]
         if image is None:
             image = self.encode_image(pixel_values, mask_ratio, noise)
         mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
         query_tokens = self.query_tokens.expand(image.clip_tokens.shape[0], -1, -1)
         embeds = query_tokens if input_ids is None else self._embed(input_ids, query_tokens)
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = masks.to_additive(attention_mask, embeds.dtype)
         qformer_output = self.qformer(
             query_embeds=embeds,
             query_length=query_tokens.shape[1],
             attention_mask=attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            **maps,
             **self.fusion.qformer_inputs(image.clip_tokens, mae_tokens),
         )
         states = qformer_output.last_hidden_state
@@ -395,10 +412,10 @@ class XFormerModel(XFormerPreTrainedModel):
             text_states=None if input_ids is None and qformer_input_ids is None else text_states,
             mae_mask=None if image.mae is None else image.mae.mask,
             ids_restore=None if image.mae is None else image.mae.ids_restore,
-            clip_attentions=qformer_output.cross_attentions if output_attentions else None,
-            mae_attentions=fused.attentions if output_attentions else None,
-            attentions=self._self_attentions(qformer_output.attentions) if output_attentions else None,
-            hidden_states=qformer_output.hidden_states if output_hidden_states else None,
+            clip_attentions=qformer_output.cross_attentions if with_attentions else None,
+            mae_attentions=fused.attentions if with_attentions else None,
+            attentions=self._self_attentions(qformer_output.attentions) if with_attentions else None,
+            hidden_states=qformer_output.hidden_states if maps["output_hidden_states"] else None,
         )
 
 
@@ -406,6 +423,8 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
     """Scores of images and texts: ITC (cosine) and ITM (a head on each query, averaged), both on Z'."""
 
     _keys_to_ignore_on_load_unexpected = (r"itg_.*", r"temperature")
+    _keep_in_fp32_modules_strict = TRAINED + TRAINED_HEADS
+    _keep_in_fp32_modules = _also(TRAINED + TRAINED_HEADS)
 
     def __init__(self, config: XFormerConfig):
         super().__init__(config)
@@ -440,11 +459,11 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
         return normalize(self.text_projection(states[:, 0]).float(), dim=-1)
 
     def match(
-        self, image: ImageTokens, input_ids: torch.Tensor, attention_mask: torch.Tensor
+        self, image: ImageTokens, input_ids: torch.Tensor, attention_mask: torch.Tensor, **maps: bool
     ) -> tuple[torch.Tensor, XFormerModelOutput]:
-        """Match B image-text pairs: queries and text read each other -> ITM logits [B, 2]."""
+        """Match B image-text pairs: queries and text read each other -> ITM logits [B, 2]. maps: as in `read`."""
         mask = masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
-        output = self.xformer.read(image, input_ids, mask)
+        output = self.xformer.read(image, input_ids, mask, **maps)
         return self.itm_head(output.fused_queries).mean(dim=1), output
 
     @can_return_tuple
@@ -454,27 +473,36 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
         qformer_input_ids: torch.Tensor,
         qformer_attention_mask: torch.Tensor,
         use_image_text_matching_head: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> XFormerForImageTextRetrievalOutput:
-        """Score every image with every text (ITC), or each image with its own text (ITM, `use_image_text_matching_head`)."""
+        """Score every image with every text (ITC), or each image with its own text (ITM, `use_image_text_matching_head`).
+
+        output_attentions, output_hidden_states: also return the Q-Former's.
+        """
         image = self.xformer.encode_image(pixel_values)
+        maps = self._maps(output_attentions, output_hidden_states)
         if use_image_text_matching_head:
-            logits, output = self.match(image, qformer_input_ids, qformer_attention_mask)
-            return XFormerForImageTextRetrievalOutput(
-                logits_per_image=logits, logits_per_text=logits.t(), xformer_output=output
-            )
-        output = self.xformer.read(image)
-        image_embeds = self.image_features(output.fused_queries)
-        text_embeds = self.text_features(qformer_input_ids, qformer_attention_mask)
-        similarity = losses.image_text_similarity(image_embeds, text_embeds)
-        return XFormerForImageTextRetrievalOutput(similarity, similarity.t(), image_embeds, text_embeds, output)
+            logits, output = self.match(image, qformer_input_ids, qformer_attention_mask, **maps)
+            image_embeds = text_embeds = None
+        else:
+            output = self.xformer.read(image, **maps)
+            image_embeds = self.image_features(output.fused_queries)
+            text_embeds = self.text_features(qformer_input_ids, qformer_attention_mask)
+            logits = losses.image_text_similarity(image_embeds, text_embeds)
+        return XFormerForImageTextRetrievalOutput(
+            logits_per_image=logits,
+            logits_per_text=logits.t(),
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            xformer_output=output,
+        )
 
 
 class TiedLinear(nn.Linear):
     """BERT's prediction of words, whose weight is the word embeddings'; the bias is the model's own parameter."""
-
-    def __init__(self, words: nn.Parameter):
-        super().__init__(words.shape[1], words.shape[0], bias=False, device="meta")
-        self.weight = words
 
     def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(states, self.weight, bias)
@@ -488,13 +516,17 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
     """
 
     _tied_weights_keys = {"itg_head.weight": "xformer.embeddings.word_embeddings.weight"}
+    _keep_in_fp32_modules_strict = [*TRAINED, *TRAINED_HEADS, r"^(?:itg_\w+|temperature)"]
+    _keep_in_fp32_modules = _also(_keep_in_fp32_modules_strict)
 
     def _add_heads(self, config: XFormerConfig) -> None:
         if config.qformer_config.use_qformer_text_input is False:
             raise ValueError("stage 1 reads text: qformer_config.use_qformer_text_input must be True")
         self.itg_transform = BertPredictionHeadTransform(config.qformer_config)
         self.itg_bias = nn.Parameter(torch.zeros(config.qformer_config.vocab_size))
-        self.itg_head = TiedLinear(self.xformer.embeddings.word_embeddings.weight)
+        qformer = config.qformer_config
+        device = "meta" if config.tie_word_embeddings else None  # post_init ties it to the word embeddings
+        self.itg_head = TiedLinear(qformer.hidden_size, qformer.vocab_size, bias=False, device=device)
         self.temperature = nn.Parameter(torch.tensor(config.initial_temperature))
 
     def itg_logits(self, text_states: torch.Tensor) -> torch.Tensor:
@@ -506,7 +538,8 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Set ITG's head; new words start with a bias of 0."""
-        self.itg_head = TiedLinear(value.weight)
+        self.itg_head = TiedLinear(value.in_features, value.out_features, bias=False, device="meta")
+        self.itg_head.weight = value.weight
         bias = self.itg_bias.data[: value.out_features]
         self.itg_bias.data = nn.functional.pad(bias, (0, value.out_features - len(bias)))
 
@@ -519,6 +552,8 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         noise: torch.Tensor | None = None,
         negatives: tuple[torch.Tensor, torch.Tensor] | None = None,
         features: dict[str, torch.Tensor] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> XFormerForPreTrainingOutput:
         """The four losses of B image-text pairs.
 
@@ -529,6 +564,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
             negatives: for each text an image and for each image a text, int64[B] each, indices over all processes, -1
                 for none; drawn hard if None.
             features: cached outputs of `XFormerModel.frozen_features`.
+            output_attentions, output_hidden_states: also return those of the pass that generates.
         """
         config = self.config
         ids, text_mask = equally_long(qformer_input_ids, qformer_attention_mask)
@@ -537,7 +573,8 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
 
         generation_ids = torch.cat([torch.full_like(ids[:, :1], config.text_start_token_id), ids[:, 1:]], dim=1)
         causal = masks.multimodal_causal_mask(text_mask, config.num_query_tokens)
-        output = self.xformer.read(image, generation_ids, causal)
+        maps = self._maps(output_attentions, output_hidden_states)
+        output = self.xformer.read(image, generation_ids, causal, **maps)
         itg_logits = self.itg_logits(output.text_states)
         itg = losses.itg_loss(itg_logits, generation_ids, text_mask, config.label_smoothing) * share(text_mask[:, 1:])
 
@@ -572,6 +609,8 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
             itm_accuracy=(itm_logits.argmax(-1) == labels).float().mean() * of_all_pairs,
             itm_logits=itm_logits,
             itg_logits=itg_logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
             xformer_output=output,
         )
 
@@ -622,6 +661,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         self.xformer = XFormerModel(config)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
         self.language_model = language_model_class(config.text_config).from_config(config.text_config)
+        trained = [*TRAINED, "^language_projection", *(TRAINED_ADAPTERS if config.lora_rank else [])]
+        self._keep_in_fp32_modules_strict, self._keep_in_fp32_modules = trained, _also(trained)
         self.post_init()
         if config.lora_rank:
             add_lora(self.language_model, config.lora_rank)
@@ -662,17 +703,22 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         image_index: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> XFormerImageFeaturesOutput:
         """Encode images for the language model: pixels of B images -> `pooler_output`, the soft prompts [texts, Q, E].
 
-        Arguments as in `forward`.
+        Arguments as in `forward`; attention maps and hidden states, on request, are the Q-Former's.
         """
         image = self.xformer.encode_image(pixel_values)
         self._check_texts(len(image.clip_tokens), image_index, None, qformer_input_ids)
-        output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask)
+        maps = self._maps(output_attentions, output_hidden_states)
+        output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask, **maps)
         return XFormerImageFeaturesOutput(
             last_hidden_state=output.clip_tokens,
             pooler_output=self._soft_prompt(output, image_index),
+            attentions=output.attentions,
+            hidden_states=output.hidden_states,
             xformer_output=output,
         )
 
@@ -691,19 +737,18 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
                     f"image_index names {_counted(len(index), 'image')} for {_counted(count, 'text')}; pass one per text"
                 )
 
-    def _read(self, image: ImageTokens, image_index, input_ids, attention_mask) -> XFormerModelOutput:
+    def _read(self, image: ImageTokens, image_index, input_ids, attention_mask, **maps: bool) -> XFormerModelOutput:
         """Let the queries read each image; in an instruction-aware model each text's image together with its prompt."""
         if not self.config.instruction_aware:
-            return self.xformer.read(image)
+            return self.xformer.read(image, **maps)
         if input_ids is None:
             raise ValueError(
                 "this model's queries read the prompt: pass qformer_input_ids, which XFormerProcessor returns for a text"
             )
         if image_index is not None:
             image = image.select(image_index)
-        return self.xformer.read(
-            image, input_ids, masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
-        )
+        mask = masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
+        return self.xformer.read(image, input_ids, mask, **maps)
 
     def _soft_prompt(self, output: XFormerModelOutput, image_index: torch.Tensor | None) -> torch.Tensor:
         """Project Z' for each text: -> [texts, Q, E]."""
@@ -740,8 +785,8 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         features: dict[str, torch.Tensor] | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> XFormerForConditionalGenerationOutput:
         """Compute the language-modelling loss of texts after images (paper section "Stage 2").
 
@@ -777,8 +822,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         inputs = {
             "inputs_embeds": self._with_soft_prompt(input_ids, soft_prompt),
             "attention_mask": attention_mask,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
+            **self._maps(output_attentions, output_hidden_states),
         }
         if labels is None:
             inputs |= {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}

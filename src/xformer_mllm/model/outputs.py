@@ -45,7 +45,10 @@ class XFormerModelOutput(ModelOutput):
 
 @dataclass
 class XFormerForPreTrainingOutput(ModelOutput):
-    """`loss`: the weighted sum of the losses; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V]."""
+    """`loss`: the weighted sum of the losses; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V].
+
+    `hidden_states` and `attentions` are the Q-Former's in the pass that generates, on request.
+    """
 
     loss: torch.Tensor | None = None
     itc_loss: torch.Tensor | None = None
@@ -56,17 +59,24 @@ class XFormerForPreTrainingOutput(ModelOutput):
     itm_accuracy: torch.Tensor | None = None
     itm_logits: torch.Tensor | None = None
     itg_logits: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
     xformer_output: XFormerModelOutput | None = None
 
 
 @dataclass
 class XFormerForImageTextRetrievalOutput(ModelOutput):
-    """`logits_per_image`: with ITC cosines [images, texts], with ITM [B, 2] (no pair, pair), a row for each pair."""
+    """`logits_per_image`: with ITC cosines [images, texts], with ITM [B, 2] (no pair, pair), a row for each pair.
+
+    `hidden_states` and `attentions` are the Q-Former's, on request.
+    """
 
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
     xformer_output: XFormerModelOutput | None = None
 
 
