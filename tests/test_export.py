@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import llm_inputs, randomise
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.dynamic_module_utils import get_relative_import_files
+from test_threads import ANSWERS, in_threads
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 
 import xformer_mllm
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining, XFormerProcessor
@@ -26,6 +28,7 @@ from xformer_mllm.export import export
 from xformer_mllm.export.facts import part_of
 from xformer_mllm.export.folder import dtype_of
 from xformer_mllm.model.modeling_xformer import FROZEN
+from xformer_mllm.model.processing_xformer import CHAT_TEMPLATE
 
 PROMPT = "Question: How many objects are there in the image? Answer:"
 REPO = "you/xformer-stage2"
@@ -442,3 +445,21 @@ def test_adapters_are_trained_and_stay_fp32():
     weight = torch.zeros(1)
     assert dtype_of("language_model.layers.0.q_proj.lora_A.default.weight", weight, "bfloat16") == torch.float32
     assert dtype_of("language_model.layers.0.q_proj.weight", weight, "bfloat16") == torch.bfloat16
+
+
+def test_threads_share_an_exported_model(place):
+    kind = get_class_from_dynamic_module("modeling_xformer.XFormerForConditionalGeneration", str(place / "stage2"))
+    assert kind.__module__.partition(".")[0] == "transformers_modules"
+    model = kind.from_pretrained(place / "stage2").eval()
+    randomise(model.language_projection, 0.5)  # images that matter
+    size = model.config.clip_config.image_size
+    images = torch.randint(0, 256, (ANSWERS, 1, 3, size, size), dtype=torch.uint8)
+    ids, mask = llm_inputs(model.config, 1)
+    in_threads(lambda number: model(images[number], ids, mask).logits, ANSWERS)
+
+
+def test_an_exported_processor_keeps_its_chat_template(place):
+    processor = XFormerProcessor.from_pretrained(place / "stage2")
+    assert (place / "stage2" / "chat_template.jinja").read_text() == processor.chat_template == CHAT_TEMPLATE
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
+    assert "How many?" in processor.apply_chat_template(turns)
