@@ -9,7 +9,8 @@ import torch
 from torch import distributed
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """The number of processes; 1 without a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -23,7 +24,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(_world_size())]
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
         distributed.all_gather(parts, tensor)
         return torch.cat(parts)
 
@@ -32,7 +33,7 @@ class _Gather(torch.autograd.Function):
         # torch.distributed.nn.functional.all_gather returns wrong sums for non-contiguous gradients (gloo).
         gradient = gradient.contiguous()
         distributed.all_reduce(gradient)
-        return gradient.chunk(_world_size())[rank()]
+        return gradient.chunk(world_size())[rank()]
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     The gradient of every process's loss flows back to the process that owns the row. As DDP averages over processes,
     N processes of batch b give the gradient of one process of batch N * b. Shapes must be the same on all processes.
     """
-    return tensor if _world_size() == 1 else _Gather.apply(tensor.contiguous())
+    return tensor if world_size() == 1 else _Gather.apply(tensor.contiguous())
 
 
 def equally_long(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +50,7 @@ def equally_long(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
 
     Padding becomes 0 on every process, so that equal texts are equal rows.
     """
-    if _world_size() == 1:
+    if world_size() == 1:
         return ids, mask
     longest = torch.tensor(ids.shape[1], device=ids.device)
     distributed.all_reduce(longest, distributed.ReduceOp.MAX)
@@ -67,12 +68,12 @@ def share(items: torch.Tensor) -> torch.Tensor | float:
     Returns:
         This process's number of items over the processes' average number of them; 1 on one process.
     """
-    if _world_size() == 1:
+    if world_size() == 1:
         return 1.0
     own = (items != 0).sum().double()
     total = own.clone()
     distributed.all_reduce(total)
-    return (own * _world_size() / total).float()
+    return (own * world_size() / total).float()
 
 
-__all__ = ["equally_long", "gather", "rank", "share"]
+__all__ = ["equally_long", "gather", "rank", "share", "world_size"]

@@ -7,6 +7,7 @@ Read top down, in the order of the paper's figure: `XFormerModel` (encoders, Q-F
 """
 
 import copy
+import dataclasses
 import importlib
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch.nn.functional import normalize
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    Blip2QFormerModel,
     GenerationMixin,
     PreTrainedModel,
     ViTMAEModel,
@@ -39,6 +39,7 @@ from .outputs import (
     XFormerImageFeaturesOutput,
     XFormerModelOutput,
 )
+from .qformer import build_qformer, project_image
 from .reconstruction import reconstruction_loss
 from .vision_encoders import (
     ClipEncoder,
@@ -211,7 +212,7 @@ class XFormerModel(XFormerPreTrainedModel):
         self.embeddings = None
         if config.qformer_config.use_qformer_text_input:
             self.embeddings = Blip2TextEmbeddings(config.qformer_config)
-        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        self.qformer = build_qformer(config.qformer_config)
         self.fusion = build_fusion(config, self.qformer)
         self.post_init()
 
@@ -291,6 +292,17 @@ class XFormerModel(XFormerPreTrainedModel):
             norm.weight.copy_(1 / deviation.clamp(min=1e-3))
             norm.bias.copy_(-mean / deviation.clamp(min=1e-3))
 
+    def project(self, image: ImageTokens) -> ImageTokens:
+        """Project the image's keys and values for the Q-Former once, for several calls of `read`.
+
+        Not under gradient checkpointing, which is to keep less and can only follow what a layer itself computes.
+        """
+        if self.training and any(layer.gradient_checkpointing for layer in self.qformer.encoder.layer):
+            return image
+        mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
+        states = self.fusion.qformer_inputs(image.clip_tokens, mae_tokens)["encoder_hidden_states"]
+        return dataclasses.replace(image, keys_values=project_image(self.qformer, states))
+
     def read(
         self,
         image: ImageTokens,
@@ -302,7 +314,7 @@ class XFormerModel(XFormerPreTrainedModel):
         """Let the queries read C in the Q-Former, then M in the fusion: `forward` on images that are encoded already.
 
         Args:
-            image: C and M of B images.
+            image: C and M of B images; with `project`ed keys and values if they are read several times.
             input_ids: int64[B, T] of the Q-Former's tokenizer, read together with the queries; None for queries alone.
             attention_mask: bool[B, 1, Q+T, Q+T], one of `masks.py`, or [B, Q+T], 1 = token; None for queries alone.
             output_attentions: also return the queries' attention maps (eager attention only).
@@ -396,6 +408,7 @@ class XFormerModel(XFormerPreTrainedModel):
             query_length=query_tokens.shape[1],
             attention_mask=attention_mask,
             **maps,
+            **({} if image.keys_values is None else {"keys_values": image.keys_values}),
             **self.fusion.qformer_inputs(image.clip_tokens, mae_tokens),
         )
         states = qformer_output.last_hidden_state
@@ -569,7 +582,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         config = self.config
         ids, text_mask = equally_long(qformer_input_ids, qformer_attention_mask)
         mask_ratio = config.mask_ratio if config.reconstruction else 0.0
-        image = self.xformer.encode_image(pixel_values, mask_ratio, noise, features)
+        image = self.xformer.project(self.xformer.encode_image(pixel_values, mask_ratio, noise, features))
 
         generation_ids = torch.cat([torch.full_like(ids[:, :1], config.text_start_token_id), ids[:, 1:]], dim=1)
         causal = masks.multimodal_causal_mask(text_mask, config.num_query_tokens)
@@ -633,7 +646,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
 
         A row that has ended is padded with the end token.
         """
-        image = self.xformer.encode_image(pixel_values)
+        image = self.xformer.project(self.xformer.encode_image(pixel_values))
         start = torch.full((len(pixel_values), 1), self.config.text_start_token_id, device=pixel_values.device)
         ids, ended = start, torch.zeros_like(start, dtype=torch.bool)
         for _ in range(max_new_tokens):

@@ -17,7 +17,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from .configuration_xformer import XFormerConfig
-from .distributed import gather
+from .distributed import gather, world_size
+from .qformer import KeysValues
 from .reconstruction import patchify
 
 ROUNDING = 0.01  # tolerance around [0, 1]: undoing a normalisation in bfloat16 is off by as much
@@ -159,24 +160,34 @@ class MaeTokens:
 
 @dataclass
 class ImageTokens:
-    """C and M of a batch of images, encoded once. `pixels`: the MAE's normalised input, the target of reconstruction."""
+    """C and M of a batch of images, encoded once.
+
+    pixels: the MAE's normalised input, the target of reconstruction.
+    keys_values: the Q-Former's, projected once, where an image is read several times.
+    """
 
     clip_tokens: torch.Tensor
     mae: MaeTokens | None
     pixels: torch.Tensor | None
+    keys_values: KeysValues | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ImageTokens":
         """Apply a function to every tensor."""
         mae = None if self.mae is None else MaeTokens(*map(change, vars(self.mae).values()))
-        return ImageTokens(change(self.clip_tokens), mae, None if self.pixels is None else change(self.pixels))
+        pixels = None if self.pixels is None else change(self.pixels)
+        keys_values = self.keys_values
+        if keys_values is not None:
+            keys_values = tuple((change(key), change(value)) for key, value in keys_values)
+        return ImageTokens(change(self.clip_tokens), mae, pixels, keys_values)
 
     def select(self, index: torch.Tensor) -> "ImageTokens":
         """Select images: int64[P], each in [0, B)."""
         return self.map(lambda tensor: tensor[index])
 
     def gathered(self) -> "ImageTokens":
-        """The images of all processes, without their pixels."""
-        return dataclasses.replace(self, pixels=None).map(gather)
+        """The images of all processes, without their pixels, and where there are several without keys and values."""
+        keys_values = self.keys_values if world_size() == 1 else None  # wider than C: projecting again is cheaper
+        return dataclasses.replace(self, pixels=None, keys_values=keys_values).map(gather)
 
     def to(self, *args, **kwargs) -> "ImageTokens":
         """Move every tensor to another device."""
