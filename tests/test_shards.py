@@ -7,6 +7,7 @@ import pytest
 from made import jpeg, shard, shards, tar, write_json
 
 from xformer_mllm.data.shards import find_shards, read_shard
+from xformer_mllm.data.streams import in_split
 
 
 def sample(key, **files):
@@ -183,3 +184,15 @@ def test_truncated(tmp_path):
 def test_worker_processes_can_take_it(tmp_path):
     found = pickle.loads(pickle.dumps(find_shards(str(shards(tmp_path, 1, 2)))))
     assert len(list(found.read(found.shards[""][0]))) == 2
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path, caplog):
+    path = tar(
+        tmp_path / "a.tar", {f"caf\udce9.{suffix}": content for suffix, content in (("jpg", jpeg()), ("txt", b"a"))}
+    )
+    (record,) = read_shard(path, lambda index, name: in_split("train", name))
+    assert (record["id"], record["captions"]) == (r"a/caf\udce9", ["a"])
+    shard(tmp_path / "caf\udce9.tar", 0, 3)
+    tar(tmp_path / "._a.tar", {})  # macOS writes such files
+    assert find_shards(str(tmp_path)).shards == find_shards(f"{tmp_path}/*.tar").shards == {"": (str(path),)}
+    assert r"caf\udce9.tar: the name is not UTF-8" in caplog.text

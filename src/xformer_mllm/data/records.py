@@ -9,13 +9,11 @@ A record is a plain dictionary, of a usable or of a broken sample:
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
 import random
 import re
-import warnings
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,11 +22,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from xformer_mllm.data.transforms import Transform
-from xformer_mllm.model.images import load_image
+from xformer_mllm.model.images import load_image, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -128,22 +126,10 @@ def clean(caption: str) -> str:
 
 
 def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Open a record's image without decoding it. Raises ValueError or OSError naming it."""
+    """Open a record's image without decoding it. Raises ValueError or FileNotFoundError naming it."""
     if isinstance(source, Image.Image):
         return source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own, lower limit
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{source!s}: no such image") from None
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... on foreign bytes
-        where = name if isinstance(source, bytes) else source
-        reason = "not an image format Pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise ValueError(f"{where}: not a readable image ({reason})") from error
-    if isinstance(source, bytes):
-        image.filename = name  # for the errors of `load_image`  # type: ignore[attr-defined]
-    return image
+    return open_file(source, name) if isinstance(source, bytes) else open_file(Path(source), str(source))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@
 A broken sample or shard becomes a broken record; its neighbours are read as usual.
 """
 
+import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -24,8 +25,11 @@ from xformer_mllm.data.records import (
     printable,
     question_of,
     record_of,
+    shorten,
 )
 from xformer_mllm.files import parse_json, read_json
+
+logger = logging.getLogger(__name__)
 
 TAR_END = bytes(1024)  # a tar file ends with two blocks of zeros
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -75,14 +79,23 @@ def find_shards(source: str) -> TarShards:
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(path.glob("*.tar"))
+        files = _named(path.glob("*.tar"))
     elif "*" in source:
-        files = sorted(path.parent.glob(path.name))
+        files = _named(path.parent.glob(path.name))
     else:
         files = [Path(name) for name in _expanded(source)]
     if not any(file.is_file() for file in files):
         raise FileNotFoundError(f"{source}: no shards found; expected files named NAME.tar (docs/data.md)")
     return TarShards(source, {"": tuple(map(str, files))})
+
+
+def _named(files: Iterable[Path]) -> list[Path]:
+    """Sort files; hidden ones are left out, and those whose name is not UTF-8, with a warning."""
+    shown = sorted(file for file in files if not file.name.startswith("."))
+    foreign = [printable(str(file)) for file in shown if printable(str(file)) != str(file)]
+    if foreign:
+        logger.warning("skipped %s: the name is not UTF-8; rename it", shorten(foreign))
+    return [file for file in shown if printable(str(file)) == str(file)]
 
 
 def _expanded(pattern: str) -> list[str]:
