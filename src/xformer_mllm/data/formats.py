@@ -105,7 +105,7 @@ class ListSource:
     def check(self) -> None:
         """Raise ValueError if more than 1 % of the records are broken."""
         total = len(self.broken) + sum(1 for _ in self.usable())
-        check_broken(self.name, len(self.broken), total, self.broken_names(), "records")
+        check_broken(self.name, len(self.broken), total, self.broken, "records")
 
 
 def read_folder(folder: Path) -> ListSource:

@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -307,13 +308,24 @@ def make_item(item: Item, record: Record, epoch: int) -> Any:
     return item(record, epoch)
 
 
-def check_broken(source: str, found: int, total: int, names: Collection[str], what: str = "images") -> None:
-    """Raise ValueError if more than 1 % is broken."""
+def check_broken(source: str, found: int, total: int, broken: Mapping[str, str], what: str = "images") -> None:
+    """Raise ValueError if more than 1 % is broken. broken: reasons by name, of the first ones at least."""
     if found > MAX_BROKEN_SHARE * total:
         raise ValueError(
             f"{source}: {found:,} of {total:,} {what} cannot be read, more than {MAX_BROKEN_SHARE:.0%}: "
-            f"{shorten(names)}; remove or replace them"
+            f"{_by_cause(broken)}; repair or remove them"
         )
+
+
+def _by_cause(broken: Mapping[str, str]) -> str:
+    """Join the first broken samples, those with the same reason together: "a, b: no caption; c: no image"."""
+    causes: dict[str, list[str]] = {}
+    for name, why in islice(broken.items(), MAX_NAMED):
+        where, _, rest = why.partition(": ")
+        is_named = Path(where).name.startswith(Path(name).name)  # a file's path, or the name itself
+        causes.setdefault(rest if rest and is_named else why, []).append(name)
+    first = "; ".join(f"{', '.join(names)}: {why}" for why, names in causes.items())
+    return first + ("; ..." if len(broken) > MAX_NAMED else "")
 
 
 def shorten(names: Collection[str]) -> str:
