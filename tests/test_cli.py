@@ -212,3 +212,28 @@ def test_auto_classes_know_x_former_in_any_order(first):
 
 def test_overview_lists_every_command_once():
     assert sorted(name for names in cli.GROUPS.values() for name in names) == sorted(cli.COMMANDS)
+
+
+NOT_UTF8 = [
+    ["ask", "scene:test:3"],
+    ["ask", "scene:test:3", "--model"],
+    ["caption"],
+    ["evaluate", "runs/x", "--prompt"],
+    ["train", "stage1", "--data"],
+    ["data", "inspect"],
+    ["data", "shard", "x", "--output-dir"],
+    ["train", "stage2", "--config"],
+]
+
+
+@pytest.mark.parametrize("words", NOT_UTF8, ids=" ".join)
+def test_arguments_that_are_not_utf8(words, capsys):
+    said = error_line(capsys, *words, "caf\udce9")
+    assert said == r"the argument 'caf\\udce9' is not UTF-8; type it in UTF-8, or rename the file"
+
+
+def test_bytes_of_a_shell_that_are_not_utf8():
+    command = [sys.executable, "-m", "xformer_mllm", "ask", "scene:test:3", b"\xff"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.count(b"\n") == 1

@@ -1,12 +1,18 @@
 """Folders of images with a .txt beside each, and what is wrong with real ones."""
 
 import logging
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from xformer_mllm.commands import InspectConfig, ShardConfig
 from xformer_mllm.data.formats import read_folder
+from xformer_mllm.data.inspect import inspect
+from xformer_mllm.data.shard_writer import shard
+from xformer_mllm.data.shards import read_shard
 from xformer_mllm.data.sources import open_captions
 
 
@@ -128,3 +134,89 @@ def test_data_set_can_be_pickled(tmp_path):
     add_many(tmp_path, 2)
     dataset = open_captions(str(tmp_path), "train")
     assert pickle.loads(pickle.dumps(dataset))[0]["id"] == dataset[0]["id"]
+
+
+@pytest.mark.parametrize("name", ["._a.png", ".hidden.png", ".Trash/a.png", "b/.ipynb_checkpoints/a-checkpoint.png"])
+def test_hidden_files_and_folders_are_left_out(tmp_path, name):
+    add(tmp_path, "a.png", "A coin.")
+    add(tmp_path, name, "A coin.")
+    found = read_folder(tmp_path)
+    assert [record["id"] for record in records(tmp_path)] == ["a.png"]
+    assert not any(found.skipped.values())
+
+
+def test_a_folder_in_a_hidden_folder_is_read(tmp_path):
+    add(tmp_path / ".cache" / "images", "a.png", "A coin.")
+    assert [record["id"] for record in records(tmp_path / ".cache" / "images")] == ["a.png"]
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
+    add(tmp_path / "elsewhere", "a/x.png", "A coin.")
+    add(tmp_path / "in", "b.png", "A square.")
+    (tmp_path / "in" / "one").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "two").symlink_to(tmp_path / "elsewhere" / "a")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere" / "a" / "up").symlink_to(tmp_path / "elsewhere")
+    assert [record["id"] for record in records(tmp_path / "in")] == [
+        "b.png",
+        "one/a/x.png",
+        "two/x.png",
+    ]
+
+
+def test_a_link_to_nothing_is_a_broken_image(tmp_path):
+    add_many(tmp_path, 3)
+    (tmp_path / "x.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "x.txt").write_text("Nothing.")
+    assert "x.png" in [record["id"] for record in records(tmp_path)]
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
+
+
+def test_names_that_are_not_utf8_are_left_out_and_named(tmp_path, caplog, capsys):
+    add_many(tmp_path / "in", 12)
+    add(tmp_path / "in", NOT_UTF8, "A coin.")
+    with caplog.at_level(logging.WARNING):
+        train = open_captions(str(tmp_path / "in"), "train")
+    assert "1 whose name is not UTF-8 (caf\\udce9.png)" in caplog.text
+    assert all(item["id"] != NOT_UTF8 for item in train)
+    inspect(InspectConfig(source=str(tmp_path / "in"), sheet=tmp_path / "sheet.png"))
+    printed = capsys.readouterr().out
+    assert "skipped     1 whose name is not UTF-8 (caf\\udce9.png)" in printed
+    assert printed.encode()  # as a terminal's
+    shard(ShardConfig(source=str(tmp_path / "in"), output_dir=tmp_path / "out"))
+    assert len(list(read_shard(tmp_path / "out" / "00000.tar"))) == 12
+
+
+def test_only_names_that_are_not_utf8(tmp_path):
+    add(tmp_path, NOT_UTF8, "A coin.")
+    with pytest.raises(ValueError, match=r"no image with a caption \(1 whose name is not UTF-8 \(caf.udce9\.png\)\)"):
+        read_folder(tmp_path)
+
+
+def test_a_txt_that_cannot_be_read_is_a_broken_record(tmp_path, monkeypatch):
+    add_many(tmp_path, 3)
+    read_text = Path.read_text
+
+    def refused(path, *arguments, **settings):
+        if path.name == "001.txt":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert read_folder(tmp_path).broken == {"001.png": "its .txt cannot be read (Permission denied)"}
+
+
+def test_folders_that_cannot_be_read_are_left_out_and_named(tmp_path, monkeypatch):
+    add(tmp_path, "a.png", "A coin.")
+    add(tmp_path, "lost+found/b.png", "A coin.")
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert read_folder(tmp_path).skipped["folders that cannot be read (lost+found)"] == 1

@@ -83,7 +83,7 @@ def test_a_broken_row_is_named_and_too_many_stop(tmp_path, row, why):
     found = read(write_json(tmp_path / "a.json", [*rows, row]))
     assert found.broken == {"row 220": why}
     assert len(found.rows[""]) == 103
-    with pytest.raises(ValueError, match=rf"3 of 106 records .*row 220 \({why}\)"):
+    with pytest.raises(ValueError, match=rf"3 of 106 records .*: row 220, row 221, row 222: {why}; repair"):
         find_source(str(write_json(tmp_path / "a.json", [*rows, row, row, row])))
 
 

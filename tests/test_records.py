@@ -172,7 +172,7 @@ def test_broken_images_are_replaced_up_to_one_percent(tmp_path, caplog):
     assert dataset[3]["id"] == "5"
     assert set(dataset.broken) == {"3", "4"}
     assert sum("skipped a broken image" in line for line in caplog.messages) == 2
-    with pytest.raises(ValueError, match=r"the source: 3 of 200 images .* 3, 4, 50"):
+    with pytest.raises(ValueError, match=r"the source: 3 of 200 images .* 3, 4, 50: not a readable image"):
         dataset[50]
 
 
@@ -218,11 +218,19 @@ def test_splits_are_disjoint_complete_and_stay():
 
 
 def test_one_percent_is_allowed():
-    check_broken("s", 1, 100, ["a"])
-    with pytest.raises(ValueError, match=r"s: 2 of 100 images cannot be read, more than 1%: a, b; remove"):
-        check_broken("s", 2, 100, ["a", "b"])
-    with pytest.raises(ValueError, match=r"a, b, c, d, e, \.\.\.; remove"):
-        check_broken("s", 6, 100, list("abcdef"))
+    check_broken("s", 1, 100, {"a": "no image"})
+    with pytest.raises(
+        ValueError, match=r"s: 2 of 100 images cannot be read, more than 1%: a: no image; b: x; repair"
+    ):
+        check_broken("s", 2, 100, {"a": "no image", "b": "x"})
+    with pytest.raises(ValueError, match=r"a, b, c, d, e: no image; \.\.\.; repair"):
+        check_broken("s", 6, 100, dict.fromkeys("abcdef", "no image"))
+
+
+def test_broken_samples_with_the_same_cause_are_named_together():
+    broken = {"a.png": "/in/a.png: cut short", "b": "no image", "c.png": "/in/c.png: cut short"}
+    with pytest.raises(ValueError, match=r"a\.png, c\.png: cut short; b: no image; repair or remove them"):
+        check_broken("s", 3, 100, broken)
 
 
 def test_nothing_is_said_of_sound_images(tmp_path, caplog):

@@ -168,3 +168,36 @@ def test_a_checkpoint_by_the_clock(undisturbed, tmp_path, monkeypatch):
     assert main([*command, "--output-dir", str(tmp_path)]) == 0
     # The clock is looked at when training begins, at every step, and when a checkpoint was written.
     assert [step_of(path) for path in reversed(kept[-1])] == [2, 4, 6, 8]
+
+
+def test_more_steps_of_a_finished_run_name_what_trains_further(undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    longer = [*RUN, "--steps", "12", "--output-dir"]
+    assert main([*longer, str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{run}: is finished after 8 steps; to train its model further, use --start-from {run}, and" in said
+    assert main([*longer, str(tmp_path / "further"), "--start-from", str(run)]) == 0
+    for others in (["--steps", "4"], ["--steps", "12", "--seed", "1"]):
+        capsys.readouterr()
+        assert main([*RUN, *others, "--output-dir", str(run)]) == 2
+        assert "holds another run (" in capsys.readouterr().err
+
+
+def test_more_steps_of_a_finished_stage_2(undisturbed, tmp_path, capsys):
+    run = tmp_path / "2"
+    stage2 = ["train", "stage2", "--train-size", "4", "--batch-size", "2", "--save-steps", "9", "--sample-steps", "9"]
+    assert main([*stage2, "--steps", "1", "--from-pretraining", str(undisturbed), "--output-dir", str(run)]) == 0
+    longer = [*stage2, "--steps", "2", "--from-pretraining"]
+    assert main([*longer, str(undisturbed), "--output-dir", str(run)]) == 2
+    assert f"use --from-pretraining {run}, and another --output-dir" in capsys.readouterr().err
+    assert main([*longer, str(run), "--output-dir", str(tmp_path / "further")]) == 0
+
+
+def test_flags_that_a_finished_model_excludes_are_named(undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"second_encoder": "mae"}))
+    assert main([*RUN, "--steps", "12", "--second-encoder", "mae", "--output-dir", str(run)]) == 2
+    assert f"use --start-from {run} and no --second-encoder, and" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_more_than_ten_broken_stop(tmp_path):
     source = blip(tmp_path)
     for place in range(12):
         (tmp_path / f"{place}.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"12 of 1,000 samples cannot be read"):
+    with pytest.raises(ValueError, match=r"12 of 1,000 samples cannot be read, .*0\.jpg, .*: not a readable image"):
         shard(config(source, tmp_path))
 
 

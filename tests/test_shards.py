@@ -2,11 +2,17 @@
 
 import json
 import pickle
+import subprocess
+from itertools import islice
 
 import pytest
 from made import jpeg, shard, shards, tar, write_json
 
-from xformer_mllm.data.shards import find_shards, read_shard
+from xformer_mllm.commands import ShardConfig
+from xformer_mllm.data.shard_writer import shard as write_shards
+from xformer_mllm.data.shards import SCATTERED, find_shards, read_shard
+from xformer_mllm.data.sources import open_captions
+from xformer_mllm.data.streams import in_split
 
 
 def sample(key, **files):
@@ -183,3 +189,47 @@ def test_truncated(tmp_path):
 def test_worker_processes_can_take_it(tmp_path):
     found = pickle.loads(pickle.dumps(find_shards(str(shards(tmp_path, 1, 2)))))
     assert len(list(found.read(found.shards[""][0]))) == 2
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path, caplog):
+    path = tar(
+        tmp_path / "a.tar", {f"caf\udce9.{suffix}": content for suffix, content in (("jpg", jpeg()), ("txt", b"a"))}
+    )
+    (record,) = read_shard(path, lambda index, name: in_split("train", name))
+    assert (record["id"], record["captions"]) == (r"a/caf\udce9", ["a"])
+    shard(tmp_path / "caf\udce9.tar", 0, 3)
+    tar(tmp_path / "._a.tar", {})  # macOS writes such files
+    assert find_shards(str(tmp_path)).shards == find_shards(f"{tmp_path}/*.tar").shards == {"": (str(path),)}
+    assert r"caf\udce9.tar: the name is not UTF-8" in caplog.text
+
+
+def scattered(path, number=20):
+    """A shard as `tar cf x.tar *.jpg *.txt` writes it: all images first."""
+    images = {f"{place:03}.jpg": jpeg(place) for place in range(number)}
+    return tar(path, images | {f"{place:03}.txt": b"a" for place in range(number)})
+
+
+def test_files_of_a_sample_that_do_not_follow_each_other(tmp_path, caplog):
+    path = scattered(tmp_path / "a.tar")
+    assert {record["broken"] for record in read_shard(path)} == {SCATTERED}
+    many = scattered(tmp_path / "many.tar", 600)  # some are held out
+    for source, split in ((path, "train"), (many, "validation")):
+        with pytest.raises(ValueError, match=r"do not follow each other in the shard; .* tar --sort=name"):
+            list(islice(open_captions(str(source), split), 3))
+    with pytest.raises(ValueError, match=r"20 of 1,000 samples .* tar --sort=name"):
+        write_shards(ShardConfig(source=str(scattered(tmp_path / "b.tar", 10)), output_dir=tmp_path / "out"))
+
+
+def test_files_in_between_break_only_what_they_lack(tmp_path):
+    files = {"0.jpg": jpeg(), "0.txt": b"a", "1.jpg": jpeg(), "0.json": b"{}"}
+    first, *others = read_shard(tar(tmp_path / "a.tar", files))
+    assert first["captions"] == ["a"]
+    assert [record["broken"] for record in others] == [SCATTERED] * 2
+
+
+def test_the_advice_for_scattered_shards_mends_them(tmp_path):
+    scattered(tmp_path / "a.tar")
+    (tmp_path / "all").mkdir()
+    for command in ("tar -xf a.tar -C all", SCATTERED.partition("names: ")[2].replace("FOLDER", "all")):
+        subprocess.run(command.split(), cwd=tmp_path, check=True)
+    assert len([record for record in read_shard(tmp_path / "NEW.tar") if record["captions"] == ["a"]]) == 20

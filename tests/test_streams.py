@@ -271,7 +271,9 @@ def test_broken_samples_are_passed_over_counted_and_named(tmp_path, caplog):
 
 def test_more_than_ten_broken_in_a_thousand_stop(tmp_path, caplog):
     stream = stream_of(shards(tmp_path, 4, 30, broken=range(0, 120, 8)))  # 15 of 120
-    with pytest.raises(ValueError, match=r"s: 11 of 1,000 samples cannot be read, more than 1%"):
+    with pytest.raises(
+        ValueError, match=r"s: 11 of 1,000 samples cannot be read, more than 1%: .*: not a readable image"
+    ):
         ids_of(islice(stream, 120))
     assert sum("skipped: " in line for line in caplog.messages) == 5
     assert "further ones are only counted" in caplog.text

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from made import jpeg, tar
 from PIL import Image
 
 from xformer_mllm import processes
@@ -219,3 +221,21 @@ def test_too_many_broken_images_stop_the_run(folder, tmp_path, capsys):
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith(f"xformer: {tmp_path}: 1 of ")
         assert "images cannot be read, more than 1%" in said
+        assert ".png: not a readable image" in said
+
+
+def test_a_shard_in_the_wrong_order_names_the_cause(tmp_path, capsys):
+    images = {f"{number:03}.jpg": jpeg(number) for number in range(20)}
+    path = tar(tmp_path / "a.tar", images | {f"{number:03}.txt": b"a" for number in range(20)})
+    assert main([*RUN, "--data", str(path), "--output-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the files of a sample do not follow each other in the shard; write it again" in said
+    assert "add more images" not in said
+
+
+def test_a_folder_with_names_that_are_not_utf8_trains(folder, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(folder, source)
+    shutil.copy(folder / "00.png", source / "caf\udce9.png")
+    (source / "caf\udce9.txt").write_text("a coin")
+    assert main([*RUN, "--data", str(source), "--output-dir", str(tmp_path / "run")]) == 0

@@ -183,3 +183,21 @@ def test_exif_orientation_comes_before_the_crop(orientation):
 def test_impossible_settings(size, scale):
     with pytest.raises(ValueError, match="must"):
         TrainTransform(size, scale)
+
+
+@pytest.mark.parametrize("name", ["image.jpg", "image.png", "image.webp"])
+def test_damaged_metadata_change_no_crop(tmp_path, name):
+    file, image = tmp_path / name, photo(90, 60)
+    image.save(file)
+    expected = TrainTransform(32)(Image.open(file), random.Random(3))
+    image.save(file, exif=b"Exif\0\0garbage")
+    assert torch.equal(TrainTransform(32)(Image.open(file), random.Random(3)), expected)
+
+
+@pytest.mark.parametrize("name", ["image.jpg", "image.png", "image.webp"])
+def test_crops_are_of_the_upright_image(tmp_path, name):
+    exif, file, image = Image.Exif(), tmp_path / name, photo(90, 60)
+    exif[0x0112] = 6
+    image.save(file, exif=exif)
+    expected = TrainTransform(32, flip=False)(load_image(file), random.Random(3))
+    assert torch.equal(TrainTransform(32, flip=False)(Image.open(file), random.Random(3)), expected)

@@ -114,6 +114,10 @@ EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf", "pycocoevalcap": "eval", "peft
 def main(arguments: list[str] | None = None) -> int:
     """Run `xformer` with `arguments` (those of the process if None) and return the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    for word in words:
+        shown = word.encode(errors="backslashreplace").decode()
+        if shown != word:
+            return _say(f"the argument {shown!r} is not UTF-8; type it in UTF-8, or rename the file", 2)
     try:
         return _dispatch(words)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ Rows about the same image become one record with all its captions and questions.
 import csv
 import difflib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -25,6 +26,7 @@ from xformer_mllm.data.records import (
     printable,
     question_of,
     record_of,
+    shorten,
     texts_of,
 )
 from xformer_mllm.files import parse_json, read_json
@@ -103,24 +105,27 @@ class ListSource:
     def check(self) -> None:
         """Raise ValueError if more than 1 % of the records are broken."""
         total = len(self.broken) + sum(1 for _ in self.usable())
-        check_broken(self.name, len(self.broken), total, self.broken_names(), "records")
+        check_broken(self.name, len(self.broken), total, self.broken, "records")
 
 
 def read_folder(folder: Path) -> ListSource:
     """Read images with captions in .txt files beside them, in the folder and its subfolders.
 
-    The caption is the first line with text; others may follow, such as translations. A record's id is its path inside
-    the folder. A folder with metadata.jsonl or metadata.csv is Hugging Face's imagefolder instead. Raises ValueError if
-    no image has a caption.
+    Hidden files and folders are left out, and linked folders read. The caption is the first line with text; others may
+    follow, such as translations. A record's id is its path inside the folder. A folder with metadata.jsonl or
+    metadata.csv is Hugging Face's imagefolder instead. Raises ValueError if no image has a caption.
     """
-    files = sorted(folder.rglob("*"))
+    files, skipped = _files(folder)
     if metadata := [file for file in files if file.name in METADATA]:
-        return _read_imagefolder(folder, metadata, sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files))
-    skipped = {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not supported": 0}
-    records = list(_folder_records(folder, files, skipped))
+        images = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+        return _read_imagefolder(folder, metadata, images, skipped)
+    skipped |= {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not supported": 0}
+    every = list(_folder_records(folder, files, skipped))
+    broken = {record["id"]: record["broken"] for record in every if "broken" in record}
+    records = [record for record in every if "broken" not in record]
     if records:
         kind = "a folder of images with a .txt beside each"
-        return ListSource(str(folder), kind, {"": Table(records)}, {}, skipped, FOLDER_VALIDATION_SHARE)
+        return ListSource(str(folder), kind, {"": Table(records)}, broken, skipped, FOLDER_VALIDATION_SHARE)
     lists = [*folder.glob("annotations/captions_*.json"), *folder.glob("*.json"), *folder.glob("*.jsonl")]
     if lists:
         raise ValueError(
@@ -220,10 +225,11 @@ def _list_source(
     return ListSource(str(file), kind, tables, broken, skipped or {})
 
 
-def _read_imagefolder(folder: Path, metadata: list[Path], images: int) -> ListSource:
+def _read_imagefolder(folder: Path, metadata: list[Path], images: int, skipped: dict[str, int]) -> ListSource:
     """Read Hugging Face's imagefolder: images, and metadata.jsonl or .csv files about those below them.
 
-    images: their number. The folders train, validation and test, if all listed images are in them, are the splits.
+    images: their number. skipped: files that are not read. The folders train, validation and test, if all listed images
+    are in them, are the splits.
     """
     if len({file.parent for file in metadata}) < len(metadata):
         raise ValueError(f"{folder}: has a metadata.jsonl and a metadata.csv; pass the file to read")
@@ -236,7 +242,7 @@ def _read_imagefolder(folder: Path, metadata: list[Path], images: int) -> ListSo
                     row = {**row, "file_name": (name.parent / row["file_name"]).as_posix()}
                 yield f"{name} {where}", row
 
-    skipped = {TEXT_ONLY: 0}
+    skipped = {**skipped, TEXT_ONLY: 0}
     every = rows()
     first = list(islice(every, 1))
     records = list(_grouped(chain(first, every), folder, skipped))
@@ -250,6 +256,46 @@ def _read_imagefolder(folder: Path, metadata: list[Path], images: int) -> ListSo
     return _list_source(folder, kind, splits, [folder], skipped, first[0][1] if first else None)
 
 
+def _files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """Find the files in a folder and its subfolders, sorted, and count what is left out, by reason.
+
+    Hidden files and folders, such as `._a.jpg` and `.ipynb_checkpoints`, are left out. Linked folders are read, except
+    where they lead back to a folder around them.
+    """
+    files: list[Path] = []
+    foreign: list[str] = []
+    closed: list[str] = []
+
+    def walk(inside: Path, around: frozenset[tuple[int, int]]) -> None:
+        about = inside.stat()
+        place = (about.st_dev, about.st_ino)
+        if place in around:
+            return
+        try:
+            entries = sorted(os.scandir(inside), key=lambda entry: entry.name)
+        except OSError:
+            closed.append(str(inside.relative_to(folder)))
+            return
+        for entry in entries:
+            path = inside / entry.name
+            if entry.name.startswith("."):
+                continue
+            if printable(entry.name) != entry.name:
+                if entry.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                foreign.append(printable(path.relative_to(folder).as_posix()))
+            elif entry.is_dir():
+                walk(path, around | {place})
+            else:
+                files.append(path)
+
+    walk(folder, frozenset())
+    skipped = {f"whose name is not UTF-8 ({shorten(foreign)})": len(foreign)} if foreign else {}
+    if closed:
+        skipped[f"folders that cannot be read ({shorten(closed)})"] = len(closed)
+    return sorted(files), skipped
+
+
 def _folder_records(folder: Path, files: list[Path], skipped: dict[str, int]) -> Iterator[Record]:
     for path in files:
         suffix = path.suffix.lower()
@@ -260,7 +306,11 @@ def _folder_records(folder: Path, files: list[Path], skipped: dict[str, int]) ->
         if not path.with_suffix(".txt").is_file():
             skipped["without a .txt"] += 1
             continue
-        text = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+        try:
+            text = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+        except OSError as error:
+            yield broken_record(path.relative_to(folder).as_posix(), f"its .txt cannot be read ({error.strerror})")
+            continue
         caption = next((line.strip() for line in text.splitlines() if line.strip()), "")
         if not caption:
             skipped["with an empty .txt"] += 1

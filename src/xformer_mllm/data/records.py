@@ -9,26 +9,25 @@ A record is a plain dictionary, of a usable or of a broken sample:
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
 import random
 import re
-import warnings
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from xformer_mllm.data.transforms import Transform
-from xformer_mllm.model.images import load_image
+from xformer_mllm.model.images import load_image, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -128,22 +127,10 @@ def clean(caption: str) -> str:
 
 
 def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Open a record's image without decoding it. Raises ValueError or OSError naming it."""
+    """Open a record's image without decoding it. Raises ValueError or FileNotFoundError naming it."""
     if isinstance(source, Image.Image):
         return source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_image` has its own, lower limit
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{source!s}: no such image") from None
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ... on foreign bytes
-        where = name if isinstance(source, bytes) else source
-        reason = "not an image format Pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise ValueError(f"{where}: not a readable image ({reason})") from error
-    if isinstance(source, bytes):
-        image.filename = name  # for the errors of `load_image`  # type: ignore[attr-defined]
-    return image
+    return open_file(source, name) if isinstance(source, bytes) else open_file(Path(source), str(source))
 
 
 @dataclass(frozen=True)
@@ -321,13 +308,24 @@ def make_item(item: Item, record: Record, epoch: int) -> Any:
     return item(record, epoch)
 
 
-def check_broken(source: str, found: int, total: int, names: Collection[str], what: str = "images") -> None:
-    """Raise ValueError if more than 1 % is broken."""
+def check_broken(source: str, found: int, total: int, broken: Mapping[str, str], what: str = "images") -> None:
+    """Raise ValueError if more than 1 % is broken. broken: reasons by name, of the first ones at least."""
     if found > MAX_BROKEN_SHARE * total:
         raise ValueError(
             f"{source}: {found:,} of {total:,} {what} cannot be read, more than {MAX_BROKEN_SHARE:.0%}: "
-            f"{shorten(names)}; remove or replace them"
+            f"{_by_cause(broken)}; repair or remove them"
         )
+
+
+def _by_cause(broken: Mapping[str, str]) -> str:
+    """Join the first broken samples, those with the same reason together: "a, b: no caption; c: no image"."""
+    causes: dict[str, list[str]] = {}
+    for name, why in islice(broken.items(), MAX_NAMED):
+        where, _, rest = why.partition(": ")
+        is_named = Path(where).name.startswith(Path(name).name)  # a file's path, or the name itself
+        causes.setdefault(rest if rest and is_named else why, []).append(name)
+    first = "; ".join(f"{', '.join(names)}: {why}" for why, names in causes.items())
+    return first + ("; ..." if len(broken) > MAX_NAMED else "")
 
 
 def shorten(names: Collection[str]) -> str:

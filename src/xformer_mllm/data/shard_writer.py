@@ -58,7 +58,7 @@ def shard(config: ShardConfig) -> Path:
         total = found.size(split)
         records = chain.from_iterable(map(found.read, found.shards[split]))
     shards = count = failed = 0
-    names: list[str] = []
+    broken: dict[str, str] = {}
     with tqdm(records, total=total, unit="image") as bar:
         remaining = iter(bar)
         for first in remaining:
@@ -68,10 +68,10 @@ def shard(config: ShardConfig) -> Path:
                 stats = read_json(stats_file(path))
                 deque(samples, maxlen=0)  # skip them
             else:
-                stats = _write_shard(path, samples, shards, config, names)
+                stats = _write_shard(path, samples, shards, config, broken)
             shards += 1
             count, failed = count + stats["count"], failed + stats["failed"]
-            check_broken(config.source, failed, max(count, MIN_COUNTED), names, "samples")
+            check_broken(config.source, failed, max(count, MIN_COUNTED), broken, "samples")
     skipped = f"; {failed:,} broken samples skipped" if failed else ""
     print(f"{config.output_dir}: {count - failed:,} samples in {shards:,} shards{skipped}")
     return config.output_dir
@@ -94,9 +94,9 @@ def _write_settings(config: ShardConfig, split: str) -> None:
 
 
 def _write_shard(
-    path: Path, samples: Iterable[Record], number: int, config: ShardConfig, names: list[str]
+    path: Path, samples: Iterable[Record], number: int, config: ShardConfig, broken: dict[str, str]
 ) -> dict[str, int]:
-    """Write a shard and its stats file. The ids of broken samples go into `names`."""
+    """Write a shard and its stats file. Broken samples go into `broken`, with the reason."""
     digits = max(4, len(str(config.samples_per_shard - 1)))
     count = failed = 0
     try:
@@ -107,7 +107,7 @@ def _write_shard(
                     files = _files(record, f"{number:05}{index:0{digits}}", config.shortest_side)
                 except (ValueError, OSError) as error:
                     logger.warning("skipped: %s", error)
-                    names.append(record["id"])
+                    broken[record["id"]] = str(error)
                     failed += record.get("lost", 1)
                     continue
                 for name, content in files.items():

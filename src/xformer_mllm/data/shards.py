@@ -8,9 +8,10 @@
 A broken sample or shard becomes a broken record; its neighbours are read as usual.
 """
 
+import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -24,10 +25,17 @@ from xformer_mllm.data.records import (
     printable,
     question_of,
     record_of,
+    shorten,
 )
 from xformer_mllm.files import parse_json, read_json
 
+logger = logging.getLogger(__name__)
+
 TAR_END = bytes(1024)  # a tar file ends with two blocks of zeros
+SCATTERED = (
+    "the files of a sample do not follow each other in the shard; write it again in the order of names: "
+    "tar --sort=name -cf NEW.tar -C FOLDER ."
+)
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 Wanted = Callable[[int, str], bool]
@@ -75,14 +83,23 @@ def find_shards(source: str) -> TarShards:
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(path.glob("*.tar"))
+        files = _named(path.glob("*.tar"))
     elif "*" in source:
-        files = sorted(path.parent.glob(path.name))
+        files = _named(path.parent.glob(path.name))
     else:
         files = [Path(name) for name in _expanded(source)]
     if not any(file.is_file() for file in files):
         raise FileNotFoundError(f"{source}: no shards found; expected files named NAME.tar (docs/data.md)")
     return TarShards(source, {"": tuple(map(str, files))})
+
+
+def _named(files: Iterable[Path]) -> list[Path]:
+    """Sort files; hidden ones are left out, and those whose name is not UTF-8, with a warning."""
+    shown = sorted(file for file in files if not file.name.startswith("."))
+    foreign = [printable(str(file)) for file in shown if printable(str(file)) != str(file)]
+    if foreign:
+        logger.warning("skipped %s: the name is not UTF-8; rename it", shorten(foreign))
+    return [file for file in shown if printable(str(file)) == str(file)]
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -110,15 +127,22 @@ def stated_size(shard: Path) -> int | None:
 def read_shard(shard: Path, wanted: Wanted | None = None) -> Iterator[Record]:
     """Yield the records of a tar file; a truncated one ends with a broken record.
 
+    A sample's files follow each other; where they do not, the reason of the broken records says so.
+
     Its "lost" is the number of samples missing according to the stats file, 1 without one.
     """
     done = 0
+    scattered: bool | None = None  # unknown
     try:
         with tarfile.open(shard, "r:") as tar:
             for key, members in groupby(_files(tar), key=lambda member: _parts(member)[0]):
                 name = printable(f"{shard.stem}/{key}")
                 if wanted is None or wanted(done, name):
-                    yield _record(name, {_parts(member)[1]: member for member in members}, tar)
+                    record = _record(name, {_parts(member)[1]: member for member in members}, tar)
+                    if record.get("broken") in ("no image", "no caption"):
+                        scattered = _is_scattered(shard) if scattered is None else scattered
+                        record |= {"broken": SCATTERED} if scattered else {}
+                    yield record
                 done += 1
         fault = None if _is_complete(shard) else "cut short"
     except (tarfile.TarError, OSError) as error:
@@ -126,6 +150,20 @@ def read_shard(shard: Path, wanted: Wanted | None = None) -> Iterator[Record]:
     if fault:
         lost = max(1, (stated_size(shard) or 0) - done)
         yield broken_record(str(shard), f"the shard cannot be read to its end ({fault})", lost)
+
+
+def _is_scattered(shard: Path) -> bool:
+    """Return whether files of one sample have others between them, such as all images first. Reads names only."""
+    seen: set[str] = set()
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for key, _ in groupby(_files(tar), key=lambda member: _parts(member)[0]):
+                if key in seen:
+                    return True
+                seen.add(key)
+    except (tarfile.TarError, OSError):
+        pass  # where it is cut short is found by reading it
+    return False
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

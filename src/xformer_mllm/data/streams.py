@@ -305,7 +305,7 @@ class _Reader:
         self.worker, self._reader, self._stream = worker, reader, stream
         start = start or {"drawn": 0, "seen": 0, "broken": 0, "parts": [None] * len(stream.parts)}
         self._drawn, self._seen, self._broken = start["drawn"], start["seen"], start["broken"]
-        self._named: list[str] = []
+        self._named: dict[str, str] = {}  # the reasons of the first broken samples
         self._orders = [
             part.order(f"{stream.seed}/{number}", reader, readers, stream.buffer, state)
             for number, (part, state) in enumerate(zip(stream.parts, start["parts"], strict=True))
@@ -334,8 +334,8 @@ class _Reader:
     def _note_broken(self, why: str, name: str, lost: int) -> None:
         self._broken += lost
         self._seen += lost - 1
-        if len(self._named) <= MAX_NAMED:  # one more than is shown, for the "..." of the error
-            self._named.append(name)
+        if name not in self._named and len(self._named) <= MAX_NAMED:  # one more than is shown, for the error's "..."
+            self._named[name] = why
             if len(self._named) <= MAX_NAMED:
                 last = " (further ones are only counted)" if len(self._named) == MAX_NAMED else ""
                 logger.warning("skipped: %s%s", why, last)
@@ -343,25 +343,37 @@ class _Reader:
 
 
 class ValidationStream(IterableDataset):
-    """The items of all parts once, one from each part in turn, in a fixed order. Broken samples are skipped."""
+    """The items of all parts once, one from each part in turn, in a fixed order. Broken samples are skipped.
+
+    Raises ValueError if all are broken.
+    """
 
     def __init__(self, parts: Sequence[StreamPart], item: Item):
         self.parts, self.item = list(parts), item
 
     def __iter__(self) -> Iterator[Any]:
-        iterators = [self._items(part.records()) for part in self.parts]
+        broken: dict[str, str] = {}
+        iterators = [self._items(part.records(), broken) for part in self.parts]
+        is_empty = True
         while iterators:
             for items in list(iterators):
                 try:
-                    yield next(items)
+                    item = next(items)
                 except StopIteration:
                     iterators.remove(items)
+                    continue
+                is_empty = False
+                yield item
+        if is_empty and broken:
+            name = ", ".join(dict.fromkeys(part.name for part in self.parts))
+            check_broken(name, len(broken), len(broken), broken, "validation samples")
 
-    def _items(self, records: Iterator[Record]) -> Iterator[Any]:
+    def _items(self, records: Iterator[Record], broken: dict[str, str]) -> Iterator[Any]:
         for record in records:
             try:
                 item = make_item(self.item, record, 0)
             except (ValueError, OSError) as error:
                 logger.warning("skipped: %s", error)
+                broken[record["id"]] = str(error)
                 continue
             yield item

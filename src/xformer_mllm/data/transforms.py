@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from xformer_mllm.model.images import load_image
+from xformer_mllm.model.images import load_image, orientation_of
 
 SCALE = (0.5, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
 REDUCING_GAP = 2.0  # least ratio of a reduced JPEG's side to the result's, as in Pillow's `thumbnail`
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
-ORIENTATION = 0x0112  # in EXIF
+REDUCED = frozenset({"JPEG", "MPO"})  # formats that Pillow decodes at a reduced size
 
 
 Transform = Callable[[Image.Image, random.Random], torch.Tensor]
@@ -49,7 +49,9 @@ class TrainTransform:
         self.size, self.scale, self.flip = size, scale, flip
 
     def __call__(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
-        sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+        if image.format not in REDUCED:
+            image = load_image(image)
+        sideways = orientation_of(image) in SIDEWAYS
         width, height = (image.height, image.width) if sideways else image.size
         left, top, right, bottom = draw_crop(width, height, self.scale, rng)
         factor = min(right - left, bottom - top) / (self.size * REDUCING_GAP)

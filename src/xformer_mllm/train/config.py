@@ -26,7 +26,8 @@ SCENES = 24_000
 Config = TypeVar("Config")
 
 
-def _flag(field: str) -> str:
+def flag_of(field: str) -> str:
+    """Return the flag of a field."""
     return f"--{field.replace('_', '-')}"
 
 
@@ -100,15 +101,15 @@ class RunConfig:
         at_least_one = ("steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")
         for name in (*at_least_one, "logging_steps", "save_steps", "save_total_limit", "sample_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{flag_of(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_grad_norm", "num_workers", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{_flag(name)} must not be negative, but is {getattr(self, name)}")
+                raise ValueError(f"{flag_of(name)} must not be negative, but is {getattr(self, name)}")
         if self.feature_cache is not None and self.augment != "none" and self.data not in ("scenes", "easy-vqa"):
             raise ValueError("--feature-cache needs whole images; set --augment none")
         for name in ("learning_rate", "save_minutes"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} must be positive, not {getattr(self, name)}")
+                raise ValueError(f"{flag_of(name)} must be positive, not {getattr(self, name)}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"--min-learning-rate {self.min_learning_rate} is above the peak, --learning-rate {self.learning_rate}"

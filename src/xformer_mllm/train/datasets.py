@@ -56,12 +56,12 @@ def captions(config: RunConfig, image_size: int) -> tuple[Dataset, Records]:
     """
     if config.data in defaults.DATA:
         train = defaults.captions(config.data, "train", config.train_size or SCENES)
-        return _at_most(train, config), _first(defaults.captions(config.data, "validation", HELD_OUT_IMAGES))
+        return _at_most(train, config), _first(defaults.captions(config.data, "validation", HELD_OUT_IMAGES), train)
     _check_name(config.data)
     cleaned = config.clean_captions
     train = open_captions(config.data, "train", **_how(config, image_size), cleaned=cleaned)
     held_out = open_captions(config.data, "validation", images=config.images, cleaned=cleaned)
-    return _at_most(train, config), _first(held_out)
+    return _at_most(train, config), _first(held_out, train)
 
 
 def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
@@ -70,11 +70,11 @@ def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
     if config.data in defaults.DATA:
         train = defaults.questions(config.data, "train", config.train_size or SCENES, each)
         held_out = defaults.questions(config.data, "validation", HELD_OUT_IMAGES, 1)
-        return _at_most(train, config), [image[0] for image in _first(held_out)]
+        return _at_most(train, config), [image[0] for image in _first(held_out, train)]
     _check_name(config.data)
     train = open_questions(config.data, "train", **_how(config, image_size), questions_per_image=each)
     held_out = open_questions(config.data, "validation", images=config.images)
-    return _at_most(train, config), [image[0] for image in _first(held_out)]
+    return _at_most(train, config), [image[0] for image in _first(held_out, train)]
 
 
 def _check_name(data: str) -> None:
@@ -130,8 +130,9 @@ def _at_most(dataset: Any, config: RunConfig) -> Dataset:
     return FirstOf(dataset, config.train_size) if len(dataset) > config.train_size else dataset
 
 
-def _first(dataset: Dataset) -> list[Any]:
+def _first(dataset: Dataset, train: Dataset) -> list[Any]:
     found = records_of(dataset, HELD_OUT_IMAGES)
     if not found:
+        records_of(train, 1)  # raises the reason if the training images are broken, too
         raise ValueError("the source has no validation images; add more images")
     return found

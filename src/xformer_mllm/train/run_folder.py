@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from xformer_mllm.files import atomic_path, read_json, write_whole
-from xformer_mllm.train.config import CONFIG_FILE, RunConfig, differences, read_config
+from xformer_mllm.train.config import CONFIG_FILE, RunConfig, differences, flag_of, read_config
 
 LOG, SAMPLES, FREEZE, SUMMARY, MODEL = "log.jsonl", "samples.jsonl", "freeze.json", "summary.json", "model"
 START = "start.json"
@@ -47,6 +48,12 @@ def prepare(config: RunConfig, command: str) -> bool:
         _clear(folder)
         return True
     if changed := differences(config, there):
+        if (
+            is_finished(folder)
+            and config.steps > there.steps
+            and not differences(config, replace(there, steps=config.steps))
+        ):
+            raise ValueError(f"{folder}: is finished after {there.steps:,} steps; {_how_to_train_on(config, command)}")
         raise ValueError(
             f"{folder}: holds another run ({'; '.join(changed)}); "
             "choose another --output-dir, or --no-resume to delete that run"
@@ -58,6 +65,19 @@ def prepare(config: RunConfig, command: str) -> bool:
     delete_checkpoints(folder)  # left by a run killed between saving the model and deleting them
     print(f"{folder}: this run is finished; nothing to do (--no-resume to train it again)")
     return False
+
+
+def _how_to_train_on(config: RunConfig, command: str) -> str:
+    """Tell which flag takes a finished run's model, and which one it excludes."""
+    flag, other = {"train stage1": ("start_from", "second_encoder"), "train stage2": ("from_pretraining", "llm")}[
+        command
+    ]
+    default = {field.name: field.default for field in fields(config)}[other]
+    without = "" if getattr(config, other) == default else f" and no {flag_of(other)}"
+    return (
+        f"to train its model further, use {flag_of(flag)} {config.output_dir}{without}, and another --output-dir; "
+        "--no-resume deletes this run and trains all steps"
+    )
 
 
 def write_start(config: RunConfig) -> None:
