@@ -170,8 +170,11 @@ def second_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
     return Cost(patches) + frozen_tower(*sizes.stacks["mae_encoder"], read, tower.hidden_size)
 
 
-def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int) -> Cost:
-    """One pass of `queries` and `text` together; either may be 0. Only queries read the image."""
+def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int, projected: bool = False) -> Cost:
+    """One pass of `queries` and `text` together; either may be 0. Only queries read the image.
+
+    projected: the image's keys and values are those of an earlier pass.
+    """
     parts, width, heads = config.qformer_config, config.qformer_config.hidden_size, _heads(config)
     both = queries + text
     normed = both if text else 0  # queries alone are a view of a parameter
@@ -180,7 +183,8 @@ def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int) -> C
     after = norm(both, width) + dropout(both, width, parts)
     layer = linear(both, width, width) * 4 + attention(both, both, width, heads, masked=text > 0) + after
     layer += feed_forward(both, width, parts.intermediate_size) + after
-    cross = linear(queries, width, width) * 2 + linear(reads, parts.encoder_hidden_size, width) * 2
+    cross = linear(queries, width, width) * 2
+    cross += Cost() if projected else linear(reads, parts.encoder_hidden_size, width) * 2
     cross += attention(queries, reads, width, heads) + norm(queries, width) + dropout(queries, width, parts)
     crossing = len(range(0, parts.num_hidden_layers, parts.cross_attention_frequency)) if queries else 0
     return embedded + layer * parts.num_hidden_layers + cross * crossing
@@ -270,8 +274,10 @@ def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
     if work.stage == 1:
         parts["Q-Former, queries | text (ITG, ITC)"] = qformer(config, tokens, queries, text)
         parts["Q-Former, text (ITC)"] = qformer(config, tokens, 0, text)
-        parts["Q-Former, 3 pairs (ITM)"] = qformer(config, tokens, queries, text) * 3
-        parts["fusion, once and 3 pairs"] = fusion(config, tokens, queries) * 4
+        once = work.gpus == 1  # several processes project gathered images again
+        parts["Q-Former, 3 pairs (ITM)"] = qformer(config, tokens, queries, text, projected=once) * 3
+        passes = 1 if once and config.fusion == "concat" else 4
+        parts["fusion, once and 3 pairs"] = fusion(config, tokens, queries) * passes
         parts["heads of ITC, ITM, ITG"] = stage1_heads(config, work)
         if config.reconstruction:
             parts["MAE decoder"] = reconstruction(config, sizes, tokens)

@@ -1,6 +1,6 @@
 """How the MAE tokens reach the queries: the four ways that the paper compares, behind one interface.
 
-A fusion determines what the Q-Former reads (`qformer_inputs`) and what happens to its output (`forward`):
+A fusion determines what the Q-Former reads (`image_states`) and what happens to its output (`forward`):
 
     none                    Q-Former reads C                                    Z' = Z_q                  (BLIP-2)
     concat                  Q-Former reads [C; project(M)]                      Z' = Z_q
@@ -89,9 +89,13 @@ class FeedForward(nn.Module):
 class Fusion(nn.Module):
     """How M reaches the queries. By default it does not."""
 
-    def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
-        """Keyword arguments of the Q-Former, from C [B, N, D_c] and M [B, L, D_m]."""
-        return {"encoder_hidden_states": clip_tokens}
+    def image_states(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> torch.Tensor:
+        """C [B, N, D_c] and M [B, L, D_m] -> what the Q-Former's cross-attentions read, [B, N', D_c]."""
+        return clip_tokens
+
+    def qformer_inputs(self, mae_tokens: torch.Tensor | None) -> dict:
+        """Further keyword arguments of the Q-Former."""
+        return {}
 
     def mae_norms(self) -> list[nn.Module]:
         """The layer norms that read M."""
@@ -117,8 +121,8 @@ class Concatenation(Fusion):
     def mae_norms(self) -> list[nn.Module]:
         return [self.norm]
 
-    def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
-        return {"encoder_hidden_states": torch.cat([clip_tokens, self.project(self.norm(mae_tokens))], dim=1)}
+    def image_states(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> torch.Tensor:
+        return torch.cat([clip_tokens, self.project(self.norm(mae_tokens))], dim=1)
 
 
 class EarlyCrossAttention(Fusion):
@@ -141,8 +145,8 @@ class EarlyCrossAttention(Fusion):
     def mae_norms(self) -> list[nn.Module]:
         return [part for name, part in self.named_modules() if name.endswith("context_norm")]
 
-    def qformer_inputs(self, clip_tokens: torch.Tensor, mae_tokens: torch.Tensor | None) -> dict:
-        return {"encoder_hidden_states": clip_tokens, "mae_tokens": mae_tokens}
+    def qformer_inputs(self, mae_tokens: torch.Tensor | None) -> dict:
+        return {"mae_tokens": mae_tokens}
 
 
 def _then_read_mae(layer: nn.Module, _module, _args, kwargs, queries):

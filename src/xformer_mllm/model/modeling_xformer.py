@@ -300,7 +300,7 @@ class XFormerModel(XFormerPreTrainedModel):
         if self.training and any(layer.gradient_checkpointing for layer in self.qformer.encoder.layer):
             return image
         mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
-        states = self.fusion.qformer_inputs(image.clip_tokens, mae_tokens)["encoder_hidden_states"]
+        states = self.fusion.image_states(image.clip_tokens, mae_tokens)
         return dataclasses.replace(image, keys_values=project_image(self.qformer, states))
 
     def read(
@@ -403,13 +403,18 @@ class XFormerModel(XFormerPreTrainedModel):
         embeds = query_tokens if input_ids is None else self._embed(input_ids, query_tokens)
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = masks.to_additive(attention_mask, embeds.dtype)
+        read: dict[str, Any]
+        if image.keys_values is None:
+            read = {"encoder_hidden_states": self.fusion.image_states(image.clip_tokens, mae_tokens)}
+        else:
+            read = {"encoder_hidden_states": image.clip_tokens, "keys_values": image.keys_values}
         qformer_output = self.qformer(
             query_embeds=embeds,
             query_length=query_tokens.shape[1],
             attention_mask=attention_mask,
             **maps,
-            **({} if image.keys_values is None else {"keys_values": image.keys_values}),
-            **self.fusion.qformer_inputs(image.clip_tokens, mae_tokens),
+            **read,
+            **self.fusion.qformer_inputs(mae_tokens),
         )
         states = qformer_output.last_hidden_state
         queries, text_states = states[:, : query_tokens.shape[1]], states[:, query_tokens.shape[1] :]
