@@ -166,14 +166,22 @@ class CaptionItems(_Items):
     field: ClassVar[Field] = "captions"
 
     def __call__(self, record: Record, epoch: int) -> dict[str, Any]:
+        rng = self._rng(record, epoch)
+        text = self._caption(record, rng)
+        return {"id": record["id"], "image": self._image(record, rng), "caption": text}
+
+    def text_length(self, record: Record, epoch: int) -> int:
+        """Characters of the item's caption, without opening the image."""
+        return len(self._caption(record, self._rng(record, epoch)))
+
+    def _caption(self, record: Record, rng: random.Random) -> str:
         if not record["captions"]:
             raise ValueError(f"{record['id']}: no caption")
-        rng = self._rng(record, epoch)
         caption = rng.choice(record["captions"])
         text = clean(caption) if self.cleaned else caption
         if not text:
             raise ValueError(f"{record['id']}: the caption {caption!r} is empty after cleaning")
-        return {"id": record["id"], "image": self._image(record, rng), "caption": text}
+        return text
 
 
 @dataclass(frozen=True)
@@ -189,14 +197,22 @@ class QuestionItems(_Items):
     field: ClassVar[Field] = "questions"
 
     def __call__(self, record: Record, epoch: int) -> list[dict[str, Any]]:
-        if not record["questions"]:
-            raise ValueError(f"{record['id']}: no question")
         rng = self._rng(record, epoch)
-        questions = record["questions"]
-        if self.at_most is not None and len(questions) > self.at_most:
-            questions = rng.sample(questions, self.at_most)
+        questions = self._questions(record, rng)
         shared = {"image_id": record["id"], "image": self._image(record, rng)}
         return [{**shared, **question, "answer": rng.choice(question["answers"])} for question in questions]
+
+    def text_length(self, record: Record, epoch: int) -> int:
+        """Characters of the item's longest question, without opening the image."""
+        return max(len(question["question"]) for question in self._questions(record, self._rng(record, epoch)))
+
+    def _questions(self, record: Record, rng: random.Random) -> list[dict[str, Any]]:
+        questions = record["questions"]
+        if not questions:
+            raise ValueError(f"{record['id']}: no question")
+        if self.at_most is not None and len(questions) > self.at_most:
+            return rng.sample(questions, self.at_most)
+        return questions
 
 
 def split_indices(ids: Sequence[str], split: Split, validation_share: float) -> list[int]:
@@ -284,6 +300,16 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def text_lengths(self) -> list[int]:
+        """Characters of each item's longest text in this epoch; 0 for a broken record."""
+        lengths = []
+        for index in self.indices:
+            try:
+                lengths.append(self.item.text_length(self.rows[int(index)], int(self._epoch)))  # type: ignore[attr-defined]
+            except ValueError:
+                lengths.append(0)
+        return lengths
 
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
