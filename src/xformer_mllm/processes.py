@@ -25,9 +25,25 @@ TIMEOUT = timedelta(minutes=30)
 def join(timeout: timedelta = TIMEOUT) -> PartialState:
     """Join the process group, if there is one; return this process's rank and device."""
     process = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+    multiply_fp32_by_onednn()
     if process.num_processes > 1:
         atexit.register(_outlive_the_collectives)
     return process
+
+
+def multiply_fp32_by_onednn() -> None:
+    """Let a CPU's oneDNN multiply fp32 matrices where that is exact: on AMD's Zen 5 it is twice as fast as MKL.
+
+    The setting that chooses oneDNN also allows it to round to bf16, which it does where bf16 is faster (AMX). There it is
+    set back.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    some = torch.linspace(0, 1, 256 * 256).view(256, 256)
+    if not torch.allclose((some @ some).double(), some.double() @ some.double(), rtol=1e-5):
+        products.fp32_precision = before
 
 
 def _outlive_the_collectives() -> None:

@@ -36,7 +36,7 @@ class FirstOf(Subset):
             self.dataset.set_epoch(epoch)
 
     def text_lengths(self) -> list[int]:
-        return self.dataset.text_lengths()[: len(self)]
+        return self.dataset.text_lengths()[: len(self)]  # type: ignore[attr-defined]
 
 
 class NotDecoded:
