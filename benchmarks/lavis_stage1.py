@@ -99,10 +99,11 @@ def main() -> None:
     print(json.dumps({"torch": torch.__version__}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if "oneDNN" in request["precision"] else "none"
         model.train(request["train"])
         model.zero_grad()
         started = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=request["bf16"]):
+        with torch.autocast(device, torch.bfloat16, enabled=request["precision"] == "bf16"):
             output = model({"image": features, "text_input": request["texts"]})
         if request["train"]:
             output.loss.backward()

@@ -4,9 +4,11 @@
 
 LAVIS 1.0.2 from PyPI runs in an environment of its own (`lavis_stage1.py`). A step is tokenizing, forward and backward of
 a batch of image features with a caption each, on one thread, without an update; captions are of 32 tokens, or of 8 to 20,
-as COCO's are (LAVIS pads them to 32). The sides take turns, step by step, so that what else the machine does hits all
-alike; the median is reported. First, both compute ITC and ITG without dropout, which must be equal (ITM's negatives are
-drawn).
+as COCO's are (LAVIS pads them to 32), in batches as they come or of like lengths (`--group-by-length`). The sides take
+turns, step by step, so that what else the machine does hits all alike; the median is reported. First, both compute ITC
+and ITG without dropout, which must be equal (ITM's negatives are drawn).
+
+fp32 on a CPU: torch multiplies by MKL unless it is told otherwise, as `xformer train` does where oneDNN is as exact.
 """
 
 import argparse
@@ -31,12 +33,15 @@ from xformer_mllm.checkpoints import attention_for_device, bf16_is_fast
 from xformer_mllm.convert.layouts import BLIP2, LAVIS, as_they_are, translate
 from xformer_mllm.convert.sources import Source
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
+from xformer_mllm.processes import multiply_fp32_by_onednn
 from xformer_mllm.train.batches import Stage1Collator
+from xformer_mllm.train.loop import ALIKE_WITHIN
 
-LENGTHS = {"32": (32, 32), "8 to 20": (8, 20)}
+LENGTHS = {"32": (32, 32), "8 to 20": (8, 20), "8 to 20, grouped": (8, 20)}
 MAX_TOKENS = 32
 VOCABULARY = 30523  # BERT's and [DEC]
 NO_PIXELS = torch.zeros(3, 1, 1, dtype=torch.uint8)  # the features are given
+ONEDNN = "fp32 by oneDNN"
 EQUAL = 1e-4  # of the losses, relative
 SMALL = {"width": 256, "layers": 6, "heads": 4, "image_width": 512}
 PAPER = {"width": 768, "layers": 12, "heads": 12, "image_width": 1408}
@@ -81,13 +86,14 @@ class Ours:
         if compiled:
             self.model.compile()
 
-    def __call__(self, texts: list[str], bf16: bool, train: bool) -> dict:
+    def __call__(self, texts: list[str], precision: str, train: bool) -> dict:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if precision == ONEDNN else "none"
         self.model.train(train)
         self.model.zero_grad()
         started = time.perf_counter()
         batch = self.collate([{"id": text, "image": NO_PIXELS, "caption": text} for text in texts])
         inputs = {name: value.to(self.device) for name, value in batch.items() if name != "ids"}
-        with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=precision == "bf16"):
             output = self.model(**inputs, features=self.features)
         if train:
             output.loss.backward()
@@ -120,9 +126,12 @@ def config_of(sizes: dict) -> XFormerConfig:
     )
 
 
-def texts_of(rng: random.Random, batch: int, shortest: int, longest: int) -> list[str]:
-    """Captions of so many tokens, with [CLS] and [SEP]."""
-    lengths = [rng.randint(shortest, longest) - 2 for _ in range(batch)]
+def texts_of(rng: random.Random, batch: int, shortest: int, longest: int, grouped: bool = False) -> list[str]:
+    """Captions of so many tokens, with [CLS] and [SEP]; grouped: one batch of many that are sorted by length."""
+    batches = ALIKE_WITHIN if grouped else 1
+    lengths = sorted(rng.randint(shortest, longest) - 2 for _ in range(batch * batches))
+    start = batch * rng.randrange(batches)
+    lengths = lengths[start : start + batch]
     return [" ".join(f"w{rng.randrange(VOCABULARY - 6)}" for _ in range(length)) for length in lengths]
 
 
@@ -147,8 +156,13 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> dict:
     return sizes
 
 
+def onednn_is_exact() -> bool:
+    multiply_fp32_by_onednn()
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
 def check_equal(lavis: Lavis, ours: Ours, texts: list[str]) -> None:
-    theirs, own = (side(texts=texts, bf16=False, train=False) for side in (lavis, ours))
+    theirs, own = (side(texts=texts, precision="fp32", train=False) for side in (lavis, ours))
     for loss in ("itc", "itg"):
         difference = abs(theirs[loss] - own[loss]) / theirs[loss]
         print(f"{loss}: LAVIS {theirs[loss]:.6f}, ours {own[loss]:.6f}", file=sys.stderr)
@@ -172,26 +186,29 @@ def main() -> None:
         lavis = Lavis(arguments.python, Path(folder) / "sizes.json")
         ours = Ours(sizes)
         check_equal(lavis, ours, texts_of(random.Random(0), arguments.batch, 8, 20))
-        sides = {"LAVIS, fp32": (lavis, False), "ours, fp32": (ours, False)}
-        if bf16_is_fast():
-            sides |= {"LAVIS, bf16": (lavis, True), "ours, bf16": (ours, True)}
+        precisions = ["fp32", *([ONEDNN] if onednn_is_exact() else []), *(["bf16"] if bf16_is_fast() else [])]
+        sides = {
+            f"{name}, {precision}": (side, precision)
+            for precision in precisions
+            for name, side in (("LAVIS", lavis), ("ours", ours))
+        }
         if arguments.device == "cuda":
-            sides["ours, bf16, torch.compile"] = (Ours(sizes, compiled=True), True)
-        lines = ["| captions, tokens | side | s/step | LAVIS in fp32 is × |", "|---|---|---|---|"]
+            sides["ours, bf16, torch.compile"] = (Ours(sizes, compiled=True), "bf16")
+        lines = ["| captions, tokens | side | s/step | LAVIS in fp32 takes |", "|---|---|---|---|"]
         for name, (shortest, longest) in LENGTHS.items():
             taken: dict[str, list[float]] = {side: [] for side in sides}
             rng = random.Random(1)
             for number in range(arguments.rounds + 1):
-                texts = texts_of(rng, arguments.batch, shortest, longest)
-                for side, (step, bf16) in sides.items():
-                    seconds = step(texts=texts, bf16=bf16, train=True)["seconds"]
+                texts = texts_of(rng, arguments.batch, shortest, longest, name.endswith("grouped"))
+                for side, (step, precision) in sides.items():
+                    seconds = step(texts=texts, precision=precision, train=True)["seconds"]
                     if number:  # the first one warms up
                         taken[side].append(seconds)
                 print(f"{name} tokens: round {number} of {arguments.rounds}", file=sys.stderr)
             base = statistics.median(taken["LAVIS, fp32"])
             for side, seconds in taken.items():
                 middle = statistics.median(seconds)
-                lines.append(f"| {name} | {side} | {middle:.3f} | {base / middle:.2f} |")
+                lines.append(f"| {name} | {side} | {middle:.3f} | {base / middle:.2f} × |")
     lines += [
         "",
         f"`python benchmarks/peers.py {' '.join(sys.argv[1:])}`, seed 0, "
@@ -201,7 +218,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.output:
-        arguments.output.write_text(f"# A stage-1 step beside LAVIS's\n\n{text}", encoding="utf-8")
+        arguments.output.write_text(f"# A step of stage 1 beside LAVIS's\n\n{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":
