@@ -33,7 +33,7 @@ from xformer_mllm.checkpoints import attention_for_device, bf16_is_fast
 from xformer_mllm.convert.layouts import BLIP2, LAVIS, as_they_are, translate
 from xformer_mllm.convert.sources import Source
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
-from xformer_mllm.processes import multiply_fp32_by_onednn
+from xformer_mllm.processes import keep_freed_memory, multiply_fp32_by_onednn
 from xformer_mllm.train.batches import Stage1Collator
 from xformer_mllm.train.loop import ALIKE_WITHIN
 
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in training
     with tempfile.TemporaryDirectory() as folder:
         sizes = write_inputs(Path(folder), arguments)
         lavis = Lavis(arguments.python, Path(folder) / "sizes.json")

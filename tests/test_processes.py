@@ -1,4 +1,7 @@
-"""How fp32 matrices are multiplied on a CPU."""
+"""What a process sets for all of its work: how a CPU multiplies fp32 matrices, and what becomes of freed memory."""
+
+import resource
+import sys
 
 import pytest
 import torch
@@ -33,3 +36,17 @@ def test_a_cpu_that_rounds_keeps_its_setting(products, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     processes.multiply_fp32_by_onednn()
     assert products.fp32_precision == "none"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_is_kept_on_glibc_alone(monkeypatch):
+    """A block below the threshold, freed, is still the process's; elsewhere nothing is called."""
+    processes.keep_freed_memory()
+    block = torch.ones(2**22)  # 16 MB
+    del block
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**22)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # of 4,096 pages
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("ctypes.CDLL", None)
+    processes.keep_freed_memory()
