@@ -1,7 +1,10 @@
 """JSON files say where they are wrong, and are never half written."""
 
+import itertools
+
 import pytest
 
+from xformer_mllm import files
 from xformer_mllm.files import read_json, read_json_lines, write_whole
 
 
@@ -56,3 +59,33 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 10_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", " [ ] ", '\ufeff[1, 23, {"a": [1, "]"]}, "é\\n,["]', "[1.5e3,\n-2 , null]", "[[1], [2]]",
+        "[1, 2", "[1,, 2]", "[1 2]", "[1] x", "[,1]", "[1,]", '[{"a": 1}, {"b"}]', '["a', "[" * 100_000, f"[{'1' * 5000}]",
+    ],
+)  # fmt: skip
+def test_a_list_element_by_element_is_the_whole_list_or_its_error(tmp_path, monkeypatch, text, ahead):
+    monkeypatch.setattr(files, "READ_AHEAD", ahead)
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    assert files.is_json_list(path)
+
+    def outcome(read):
+        try:
+            return list(read(path))
+        except ValueError as error:
+            return str(error)
+
+    assert outcome(files.read_json_list) == outcome(files.read_json)
+
+
+def test_a_list_is_not_held(tmp_path):
+    """Elements come before the file is read to its end, where it is broken."""
+    path = tmp_path / "a.json"
+    path.write_text("[" + "1, " * 2_000_000 + "x")
+    assert list(itertools.islice(files.read_json_list(path), 1000)) == [1] * 1000

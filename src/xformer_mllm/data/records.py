@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -77,7 +77,7 @@ def question_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     answers = next((row[key] for key in ANSWERS if not is_missing(row.get(key))), None)
     question_id = row.get("question_id", row.get("questionId"))
     return {
-        "id": name if question_id is None else str(question_id),
+        "id": name if question_id is None else printable(str(question_id)),
         "question": _text_of(row.get("question"), "a question"),
         "answers": texts_of(answers, "an answer"),
     }
@@ -93,12 +93,13 @@ def texts_of(value: Any, what: str = "a caption") -> list[str]:
 
     A number becomes its text, and None is no text. Raises ValueError for anything else; `what` is its name there.
     """
-    values = value if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else [value]
+    single = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+    values = [value] if single else value
     return [text for each in values if (text := _text_of(each, what))]
 
 
 def _text_of(value: Any, what: str) -> str:
-    if isinstance(value, Mapping):
+    if not isinstance(value, str) and isinstance(value, Mapping):  # most are texts, and a Mapping is slow to tell
         value = next((value[key] for key in ("raw", "answer") if key in value), value)
     if value is None:
         return ""
@@ -117,7 +118,7 @@ def printable(name: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    return printable(text) == text
+    return text.isascii() or printable(text) == text
 
 
 def clean(caption: str) -> str:
@@ -215,15 +216,15 @@ class QuestionItems(_Items):
         return questions
 
 
-def split_indices(ids: Sequence[str], split: Split, validation_share: float) -> list[int]:
+def split_indices(ids: Iterable[str], split: Split, validation_share: float) -> array:
     """Select a split's records by a hash of the id, so that adding records moves no others between the splits.
 
     Validation has at least one record, the one with the lowest hash.
     """
-    hashes = [hash_of(name) for name in ids]
+    hashes = array("d", map(hash_of, ids))
     validation = {index for index, value in enumerate(hashes) if value < validation_share}
-    validation = validation or {min(range(len(ids)), key=hashes.__getitem__)}
-    return [index for index in range(len(ids)) if (index in validation) == (split == "validation")]
+    validation = validation or {min(range(len(hashes)), key=hashes.__getitem__)}
+    return array("q", (index for index in range(len(hashes)) if (index in validation) == (split == "validation")))
 
 
 def hash_of(name: str) -> float:
@@ -238,32 +239,10 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
-    def ids(self) -> Sequence[str]: ...
+    def ids(self) -> Iterable[str]: ...
 
     @property
     def counts(self) -> Mapping[Field, Sequence[int]]: ...  # the number of captions and questions of each record
-
-
-class Table:
-    """Rows in an Arrow table: compact, and shared by worker processes."""
-
-    def __init__(self, records: Iterable[Record]):
-        from datasets import Dataset as ArrowDataset  # the extra `train`
-
-        records = list(records)
-        columns = {name: [record[name] for record in records] for name in ("id", "image", "captions", "questions")}
-        columns["image"] = [str(image) for image in columns["image"]]
-        self.counts: dict[Field, array] = {field: array("i", map(len, columns[field])) for field in get_args(Field)}
-        self._table = ArrowDataset.from_dict(columns)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._table[index]
-
-    def ids(self) -> Sequence[str]:
-        return self._table["id"][:]
 
 
 class Images(Dataset):
