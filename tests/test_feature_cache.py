@@ -101,23 +101,23 @@ def test_features_are_those_of_the_image(model, tmp_path, monkeypatch, masked):
 def test_what_an_interrupted_filling_wrote_is_not_encoded_again(model, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD", 4)
     monkeypatch.setattr(feature_cache, "BATCH", 2)
-    write, encode, encoded, written = FeatureCache._write, FeatureCache._features, [], []
+    save, encode, encoded, written = feature_cache.save_file, model.xformer.frozen_features, [], []
 
-    def stop(self, *args):
+    def stop(*args):
         if written:
             raise KeyboardInterrupt
         written.append(1)
-        return write(self, *args)
+        save(*args)
 
-    def counted(self, model, pixels):
+    def counted(pixels, masked):
         encoded.append(len(pixels))
-        return encode(self, model, pixels)
+        return encode(pixels, masked)
 
-    monkeypatch.setattr(FeatureCache, "_write", stop)
-    monkeypatch.setattr(FeatureCache, "_features", counted)
+    monkeypatch.setattr(feature_cache, "save_file", stop)
+    monkeypatch.setattr(model.xformer, "frozen_features", counted)
     with pytest.raises(KeyboardInterrupt):
         cache_of(tmp_path, model).fill(model, Items(9), collate)
-    monkeypatch.setattr(FeatureCache, "_write", write)
+    monkeypatch.setattr(feature_cache, "save_file", save)
     encoded.clear()
     cache = cache_of(tmp_path, model)
     cache.fill(model, Items(9), collate)

@@ -282,18 +282,23 @@ def test_the_chat_template_is_the_tokenizers_own(start, name):
     model, processor = start(name, True)
     tokenizer = processor.tokenizer
     assert processor.turn == list(TURNS[name])
+    # Llama's template writes a space before the end, which a model need not learn, and the image splits another one off.
+    ignored = {processor.image_token_id, *(tokenizer.convert_tokens_to_ids(["▁"]) if name == "llama" else [])}
+
+    def tokens(ids):
+        return [token for token in ids if token not in ignored]
+
+    def tokenized(turns, **options):
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     for prompt, answer in itertools.product(["how many circles?", "a red"], ["3", "blue circles"]):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
         (before,), (said,) = processor.prompt_ids([prompt]), processor.target_ids([prompt], [answer])
-        ours = [token for token in [*before, *said, end_of(model)] if token != processor.image_token_id]
-        if name == "llama":  # its template writes a space before the end, which a model need not learn
-            whole = [token for token in whole if tokenizer.convert_ids_to_tokens(token) != "▁"]
-            ours = [token for token in ours if tokenizer.convert_ids_to_tokens(token) != "▁"]
+        assert tokens(before) == tokenized(turns[:1], add_generation_prompt=True)
+        ours, whole = tokens([*before, *said, end_of(model)]), tokenized(turns)
         assert ours == whole[: len(ours)]
         assert len(whole) - len(ours) <= 1  # a newline behind the end
-        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        assert processor._asked(prompt).replace("<image>", "") == asked
 
 
 def test_the_pipeline_speaks_by_the_chat_template_too(start, tmp_path):

@@ -7,10 +7,10 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from made import jpeg, shards, write_image, write_json
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from xformer_mllm.commands import InspectConfig
-from xformer_mllm.data.inspect import SAMPLES, _wrapped, contact_sheet, inspect
+from xformer_mllm.data.inspect import SAMPLES, contact_sheet, inspect
 from xformer_mllm.data.sources import open_captions
 
 
@@ -146,11 +146,19 @@ def test_contact_sheet_has_rows_of_six():
     assert six.getpixel((100, 100)) == (255, 0, 0)
 
 
-def test_texts_fill_the_lines_below_an_image():
-    assert _wrapped(["How many cats? one, 1", "Why? because"], 3) == ["How many cats? one, 1", "Why? because"]
-    many = _wrapped([f"Question {number} of many? yes" for number in range(5)], 3)
-    assert many == [*(f"Question {number} of many? yes" for number in range(2)), "Question 2 of many? yes …"]
-    long = _wrapped(["a red square " * 20], 3)
+def test_texts_fill_the_lines_below_an_image(monkeypatch):
+    lines = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, place, line, *_: lines.append(line))
+
+    def drawn(*texts):
+        lines.clear()
+        contact_sheet([(Image.new("RGB", (300, 300), "red"), list(texts))])
+        return list(lines)
+
+    assert drawn("How many cats? one, 1", "Why? because") == ["How many cats? one, 1", "Why? because"]
+    many = [f"Question {number} of many? yes" for number in range(8)]
+    assert drawn(*many) == [*many[:5], "Question 5 of many? yes …"]
+    long = drawn("a red square " * 20)
     assert (len(long), long[-1][-2:]) == (3, " …")
     assert max(map(len, long)) <= 34
 

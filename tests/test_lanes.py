@@ -109,7 +109,7 @@ def test_a_changed_configuration_reruns_what_builds_on_it(tmp_path):
 @with_stand_in
 def test_other_code_runs_again(tmp_path, monkeypatch):
     run_lanes([Lane("a", [job(tmp_path / "one")])])
-    monkeypatch.setattr(lanes, "_fingerprint", lambda sources: "changed")
+    monkeypatch.setattr(lanes, "fingerprint", lambda sources: "changed")
     run_lanes([Lane("a", [job(tmp_path / "one")])])
     assert len(ran(tmp_path)) == 2
 
@@ -119,11 +119,11 @@ def test_the_fingerprint_follows_the_content_of_the_sources(tmp_path, monkeypatc
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.py").write_text("1")
     (tmp_path / "variants.py").write_text("1")
-    before = lanes._fingerprint(("model", "variants.py"))
+    before = lanes.fingerprint(("model", "variants.py"))
     (tmp_path / "report.py").write_text("not a source of a result")
-    assert lanes._fingerprint(("model", "variants.py")) == before
+    assert lanes.fingerprint(("model", "variants.py")) == before
     (tmp_path / "model" / "a.py").write_text("2")
-    assert lanes._fingerprint(("model", "variants.py")) != before
+    assert lanes.fingerprint(("model", "variants.py")) != before
 
 
 @with_stand_in
@@ -202,17 +202,19 @@ def test_a_signal_ends_the_processes_and_their_children(tmp_path, signal_name):
 
 
 @with_stand_in
-def test_the_status_tells_step_losses_and_time_left(tmp_path):
+def test_the_status_tells_step_losses_and_time_left(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(lanes.time, "monotonic", lambda: now[0])
     lane = Lane("xformer", [job(tmp_path / "one", "hang", "stage 1"), job(tmp_path / "two")])
     assert lane.status() == "xformer: stage 1 (1 of 2), waiting"
     lane.start()
     try:
         (tmp_path / "one").mkdir(exist_ok=True)
-        (tmp_path / "one" / "log.jsonl").write_text(
-            '{"step": 5, "loss": 9.1, "itc_loss": 2.5, "lr": 1}\n{"step": 6, "lo'
-        )
-        assert lane.status() == "xformer: stage 1 (1 of 2)  step 5/10  itc 2.500"
-        lane._first = (time.monotonic() - 30, 2)
+        log = tmp_path / "one" / "log.jsonl"
+        log.write_text('{"step": 2, "loss": 9.2, "itc_loss": 2.6, "lr": 1}\n{"step": 3, "lo')
+        assert lane.status() == "xformer: stage 1 (1 of 2)  step 2/10  itc 2.600"
+        log.write_text('{"step": 5, "loss": 9.1, "itc_loss": 2.5, "lr": 1}\n{"step": 6, "lo')
+        now[0] += 30  # 10 seconds per step
         assert lane.status() == "xformer: stage 1 (1 of 2)  step 5/10  itc 2.500  ETA 0:50"
     finally:
         lane.stop()

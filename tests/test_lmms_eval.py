@@ -173,9 +173,9 @@ def test_batches_are_of_one_group_and_the_longest_first(adapter):
 
 
 def answer_alone(lm, text, document, **arguments):
-    inputs = lm._processor(images=image(document), text=text)
-    tokens = lm._model.generate(**inputs, do_sample=False, **arguments)[:, inputs["input_ids"].shape[1] :]
-    return lm._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+    inputs = lm.processor(images=image(document), text=text)
+    tokens = lm.model.generate(**inputs, do_sample=False, **arguments)[:, inputs["input_ids"].shape[1] :]
+    return lm.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
 
 @pytest.mark.parametrize("model", ["lm", "aware"])
@@ -198,12 +198,12 @@ def test_every_prompt_follows_its_image_which_is_read_once(lm, monkeypatch):
 
     def generate(pixel_values, input_ids, attention_mask, image_index, **_):
         for ids, place in zip(input_ids, image_index, strict=True):
-            text = lm._processor.tokenizer.decode(ids, skip_special_tokens=True)
+            text = lm.processor.tokenizer.decode(ids, skip_special_tokens=True)
             seen.append((text.strip(), pixel_values[place, :, 0, 0].tolist()))
         seen.append(len(pixel_values))
         return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
 
-    monkeypatch.setattr(lm._model, "generate", generate)
+    monkeypatch.setattr(lm.model, "generate", generate)
     loads = []
 
     def doc_to_visual(doc):
@@ -232,14 +232,14 @@ def test_every_prompt_follows_its_image_which_is_read_once(lm, monkeypatch):
 def test_prompt_is_the_one_asked_for_and_is_shown(adapter, lm, monkeypatch, capsys, prompt, shown):
     assert lm.prompt == "Question: {question} Answer:"
     texts = []
-    processor = lm._processor
+    processor = lm.processor
 
     def spy(images=None, text=None):
         texts.extend(text or [])
         return processor(images=images, text=text)
 
     spy.tokenizer = processor.tokenizer
-    monkeypatch.setattr(lm, "_processor", spy)
+    monkeypatch.setattr(lm, "processor", spy)
     lm.prompt = prompt
     lm.generate_until([asks("<image>Is it red?" + GQA, GREEDY, 0)])
     assert texts == [shown]
@@ -255,13 +255,13 @@ def test_until_of_the_task_is_kept_to(lm):
 
 
 def test_answer_ends_where_the_language_models_positions_do(lm, monkeypatch):
-    positions, lengths = lm._model.config.text_config.max_position_embeddings, []
+    positions, lengths = lm.model.config.text_config.max_position_embeddings, []
 
     def generate(input_ids, max_new_tokens, **_):
         lengths.append(input_ids.shape[1] + max_new_tokens)
         return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
 
-    monkeypatch.setattr(lm._model, "generate", generate)
+    monkeypatch.setattr(lm.model, "generate", generate)
     lm.generate_until([asks("What?", {"max_new_tokens": 10 * positions}, 0)])
     assert lengths == [positions + 1]  # the last token is not read
     with pytest.raises(ValueError, match=f"the language model reads at most {positions}"):
@@ -285,11 +285,11 @@ def test_no_requests(lm):
 
 def step_by_step(lm, text, continuation, document):
     """Mean negative log-probability and is_greedy, one token at a time behind what the processor makes of the prompt."""
-    inputs = lm._processor(images=image(document), text=text)
+    inputs = lm.processor(images=image(document), text=text)
     losses, greedy = [], []
-    for token in lm._processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]:
+    for token in lm.processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]:
         with torch.no_grad():
-            following = lm._model(**inputs).logits[0, -1].log_softmax(-1)
+            following = lm.model(**inputs).logits[0, -1].log_softmax(-1)
         losses.append(-following[token].item())
         greedy.append(following.argmax().item() == token)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
@@ -314,9 +314,9 @@ def test_loglikelihood_is_the_mean_loss_of_the_continuation(models, model):
 
 
 def test_what_greedy_decoding_says_is_greedy(lm):
-    tokenizer, text = lm._processor.tokenizer, "Question: What? Answer:"
-    inputs = lm._processor(images=image(0), text=text)
-    said = lm._model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    tokenizer, text = lm.processor.tokenizer, "Question: What? Answer:"
+    inputs = lm.processor(images=image(0), text=text)
+    said = lm.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     continuation = tokenizer.decode(said)
     assert tokenizer(continuation, add_special_tokens=False)["input_ids"] == said.tolist()
     requests = [asks("What?", continuation, 0), asks("What?", continuation + " red", 0)]

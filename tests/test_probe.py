@@ -28,8 +28,8 @@ def test_probe_reads_what_is_there_and_nothing_else(with_answer, low, high):
     sizes = {"train": 800, "validation": 200, "test": 200}
     scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}
     features = {split: planted(some, with_answer) for split, some in scenes.items()}
-    asked = {split: module._questions("ground", some) for split, some in scenes.items()}
-    validation, test = module._fit(asked, [features], ProbeConfig(epochs=8, batch_size=64, width=32))
+    asked = {split: module.attribute_questions("ground", some) for split, some in scenes.items()}
+    validation, test = module.fit_probe(asked, [features], ProbeConfig(epochs=8, batch_size=64, width=32))
     assert low <= test <= high
     assert low <= validation <= high + 0.05
 
@@ -51,8 +51,8 @@ def test_attention_is_what_it_says():
 
 def test_questions_have_true_answers_and_are_the_same_each_time():
     scenes = [draw_scene("test", i) for i in range(100)]
-    asked = module._questions("texture", scenes)
-    assert asked == module._questions("texture", scenes)
+    asked = module.attribute_questions("texture", scenes)
+    assert asked == module.attribute_questions("texture", scenes)
     for number, question, answer in asked:
         colour, shape = question.split()[4:6]
         things = [t for t in scenes[number].objects if (t.colour, t.shape) == (colour, shape)]
@@ -61,7 +61,7 @@ def test_questions_have_true_answers_and_are_the_same_each_time():
 
 def test_encoders_read_every_patch_in_order():
     """A change in one corner of the image changes the embedding of that corner's token, for each encoder."""
-    encoders = module._encoders(ProbeConfig())
+    encoders = module.load_encoders(ProbeConfig())
     image = render(draw_scene("test", 0))[None]
     with torch.no_grad():
         for name, encoder in encoders.items():
@@ -80,7 +80,7 @@ def test_features_are_standardised_on_train():
     def encoder(images: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(images.reshape(len(images), 4, -1)[:, :, :8].astype(np.float32))
 
-    features = module._features(encoder, scenes)
+    features = module.standardised_features(encoder, scenes)
     assert features["test"].shape == (20, 4, 8)
     torch.testing.assert_close(features["train"].mean((0, 1)), torch.zeros(8), atol=1e-4, rtol=0)
     torch.testing.assert_close(features["train"].std((0, 1)), torch.ones(8), atol=1e-4, rtol=0)

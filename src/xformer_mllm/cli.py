@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from xformer_mllm.files import printable
+
 
 @dataclass(frozen=True)
 class Command:
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `xformer` with `arguments` (those of the process if None) and return the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     for word in words:
-        shown = word.encode(errors="backslashreplace").decode()
+        shown = printable(word)
         if shown != word:
             return _say(f"the argument {shown!r} is not UTF-8; type it in UTF-8, or rename the file", 2)
     try:

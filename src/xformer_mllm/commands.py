@@ -9,6 +9,15 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+ANSWER_TOKENS = 8
+"""Maximum number of tokens of an answer to a visual question, a few words."""
+
+
+def flag_of(field: str) -> str:
+    """Return the flag of a field."""
+    return f"--{field.replace('_', '-')}"
+
+
 # ---------------------------------------------------------------------------------------------------------------- use
 
 
@@ -42,7 +51,7 @@ class AskConfig(InferenceConfig):
     """A path, or scene:SPLIT:INDEX for a scene of the embedded world, e.g. scene:test:3."""
     questions: Annotated[tuple[str, ...], tyro.conf.Positional]
     """One or more questions, each in quotes."""
-    max_new_tokens: int = 8
+    max_new_tokens: int = ANSWER_TOKENS
     """Maximum number of tokens of an answer."""
 
 
@@ -110,7 +119,7 @@ class DemoConfig:
             raise ValueError("--variants needs one or more different names")
         for name in ("stage1_steps", "stage2_steps", "train_size", "test_size"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+                raise ValueError(f"{flag_of(name)} must be at least 1, not {value}")
 
 
 @dataclass(kw_only=True)
@@ -401,7 +410,7 @@ class ShardConfig:
     def __post_init__(self) -> None:
         for name in ("samples_per_shard", "shortest_side"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{flag_of(name)} must be at least 1, not {getattr(self, name)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ publish

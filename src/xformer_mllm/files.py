@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, and reading of JSON with errors that name the line."""
+"""Atomic writing of files and folders, reading of JSON with errors that name the line, and names that can be printed."""
 
 import codecs
 import contextlib
@@ -80,6 +80,11 @@ def read_json_lines(path: Path) -> list[Any]:
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     return rows
+
+
+def printable(text: str) -> str:
+    """Replace what UTF-8 cannot encode, such as the bytes of a file name in another encoding, by its escape."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def check_new_folder(folder: Path) -> None:

@@ -21,7 +21,14 @@ from safetensors.torch import save_file
 
 from xformer_mllm import defaults
 from xformer_mllm.checkpoints import bf16_is_fast, load_model, model_folder
-from xformer_mllm.commands import AskConfig, CaptionConfig, FeaturesConfig, InferenceConfig, ReconstructConfig
+from xformer_mllm.commands import (
+    ANSWER_TOKENS,
+    AskConfig,
+    CaptionConfig,
+    FeaturesConfig,
+    InferenceConfig,
+    ReconstructConfig,
+)
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.files import atomic_path, read_json
 from xformer_mllm.model import masks
@@ -80,7 +87,9 @@ class GenerationSettings:
         }
 
 
-GREEDY_ANSWER = GenerationSettings(prompt=QUESTION_PROMPT, num_beams=1, length_penalty=0.0, max_new_tokens=8)
+GREEDY_ANSWER = GenerationSettings(
+    prompt=QUESTION_PROMPT, num_beams=1, length_penalty=0.0, max_new_tokens=ANSWER_TOKENS
+)
 """For the embedded questions, in `xformer ask` and `xformer evaluate`."""
 
 

@@ -135,8 +135,8 @@ class XFormer(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         several = self._world_size > 1
         self.device = self.accelerator.device if device is None or several else torch.device(device)
-        model, self._processor = load_model(Path(str(pretrained)), [XFormerForConditionalGeneration])
-        self._model = model.to(self.device)
+        model, self.processor = load_model(Path(str(pretrained)), [XFormerForConditionalGeneration])
+        self.model = model.to(self.device)
 
     # -------------------------------------------------------------------------------------------------- requests' parts
 
@@ -164,7 +164,7 @@ class XFormer(lmms):
                 images[request[3:]] = self._image(request)
         place = {document: number for number, document in enumerate(images)}
         return {
-            "pixel_values": self._processor(images=list(images.values()))["pixel_values"],
+            "pixel_values": self.processor(images=list(images.values()))["pixel_values"],
             "image_index": torch.tensor([place[request[3:]] for request in requests]),
         }
 
@@ -173,14 +173,14 @@ class XFormer(lmms):
 
     def _check_length(self, length: int) -> None:
         """Raises ValueError unless the language model reads more than `length` tokens."""
-        positions = getattr(self._model.config.text_config, "max_position_embeddings", sys.maxsize)
+        positions = getattr(self.model.config.text_config, "max_position_embeddings", sys.maxsize)
         if length >= positions:
             raise ValueError(
                 f"a prompt of {length} tokens (with the image's) leaves no position of the language model's {positions}"
             )
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
-        return [len(self._processor.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+        return [len(self.processor.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
 
     def _progress(self, texts: Sequence[str]) -> tqdm:
         """A progress bar on the first process, after printing the first prompt, which belongs to a score."""
@@ -213,9 +213,7 @@ class XFormer(lmms):
 
     def _generate(self, texts: list[str], batch: Sequence[Request], arguments: Mapping[str, Any]) -> list[str]:
         images = self._on_device(self._images(batch))
-        found = generate(
-            self._model, self._processor, texts, images["pixel_values"], images["image_index"], **arguments
-        )
+        found = generate(self.model, self.processor, texts, images["pixel_values"], images["image_index"], **arguments)
         return [answer.text for answer in found]
 
     @torch.inference_mode()
@@ -249,25 +247,25 @@ class XFormer(lmms):
 
     def _score(self, texts: list[str], continuations: list[str], batch: Sequence[Request]) -> list[tuple[float, bool]]:
         """Score prompt + continuation as in training; an encoder-decoder's decoder reads the continuation alone."""
-        tokenizer, prompts = self._processor.tokenizer, self._processor(text=texts)
-        prompt_ids = self._processor.prompt_ids(texts)
-        target_ids = self._processor.target_ids(texts, [continuation.strip() for continuation in continuations])
+        tokenizer, prompts = self.processor.tokenizer, self.processor(text=texts)
+        prompt_ids = self.processor.prompt_ids(texts)
+        target_ids = self.processor.target_ids(texts, [continuation.strip() for continuation in continuations])
         for request, prompt, target in zip(batch, prompt_ids, target_ids, strict=True):
             if not target:
                 raise ValueError(f"{request[4]}, document {request[3]}: an empty continuation has no likelihood")
             self._check_length(len(prompt) + len(target) - 1)
         targets = [torch.tensor(target) for target in target_ids]
         inputs = {**prompts, **self._images(batch)}
-        if self._processor.encoder_decoder:
+        if self.processor.encoder_decoder:
             following = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(self.device)
-            ids = self._model.language_model.prepare_decoder_input_ids_from_labels(following)
-            logits = self._model(**self._on_device(inputs | {"decoder_input_ids": ids})).logits.float()  # [B, T, V]
+            ids = self.model.language_model.prepare_decoder_input_ids_from_labels(following)
+            logits = self.model(**self._on_device(inputs | {"decoder_input_ids": ids})).logits.float()  # [B, T, V]
         else:
             rows = [torch.tensor(prompt + target) for prompt, target in zip(prompt_ids, target_ids, strict=True)]
             labels = [torch.cat([torch.full((len(p),), IGNORED), t]) for p, t in zip(prompt_ids, targets, strict=True)]
             inputs["input_ids"] = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
             inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            logits = self._model(**self._on_device(inputs)).logits[:, :-1].float()  # [B, T-1, V]
+            logits = self.model(**self._on_device(inputs)).logits[:, :-1].float()  # [B, T-1, V]
             following = pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, 1:].to(self.device)
         losses = cross_entropy(logits.transpose(1, 2), following, ignore_index=IGNORED, reduction="none")  # [B, T-1]
         scored = following != IGNORED

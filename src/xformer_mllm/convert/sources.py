@@ -116,9 +116,8 @@ def _unpickled(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     under "model". The tensors stay on disk until used, if the file's format allows it.
     """
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # in the checkpoints of the MAE's main_pretrain.py
+        # The MAE's main_pretrain.py saves its arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             try:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before torch 1.6 cannot be mapped

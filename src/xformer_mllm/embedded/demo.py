@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image
 
 from xformer_mllm import report
-from xformer_mllm.commands import BenchmarkConfig, DemoConfig, ReconstructConfig
+from xformer_mllm.commands import BenchmarkConfig, DemoConfig, ReconstructConfig, flag_of
 from xformer_mllm.embedded.lanes import Job, Lane, clock, cores, read_json, read_rows, run_lanes
 from xformer_mllm.evaluate.benchmark import Benchmark
 from xformer_mllm.evaluate.evaluation import open_benchmark
@@ -331,7 +331,7 @@ def demo_command(config: DemoConfig) -> str:
     words = ["xformer", "demo"]
     for name, value in asdict(config).items():
         if value != getattr(DemoConfig, name):
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             words += [flag] if value is True else [flag, *(value if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words)
 

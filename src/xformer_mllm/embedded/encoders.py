@@ -212,7 +212,7 @@ def train_lm(config: LmConfig) -> dict[str, float]:
 
     def loss(step: int) -> Tensor:
         first = step * config.batch_size
-        batch = pack([_scene_text(i, config, tokenizer) for i in range(first, first + config.batch_size)], tokenizer)
+        batch = pack([scene_text(i, config, tokenizer) for i in range(first, first + config.batch_size)], tokenizer)
         targets = batch.pop("targets")
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(**batch, use_cache=False).logits
@@ -230,7 +230,7 @@ def train_lm(config: LmConfig) -> dict[str, float]:
     return recipe["metrics"]
 
 
-def _scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
+def scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
     """Token ids of a training scene: description and segments, each with its number of target tokens at the end."""
     scene = draw_scene("train", index)
     rng = random.Random(f"{scene.key}/lm/{config.seed}")

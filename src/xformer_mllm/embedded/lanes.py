@@ -276,7 +276,7 @@ class Board:
 
 def job_keys(jobs: Sequence[Job]) -> dict[str, str]:
     """Title -> hash of the job's command, the commands of the jobs before it, and the code and weights they use."""
-    fingerprints = {sources: _fingerprint(sources) for sources in {job.sources for job in jobs}}
+    fingerprints = {sources: fingerprint(sources) for sources in {job.sources for job in jobs}}
     keys, so_far = {}, hashlib.sha256()
     for job in jobs:
         so_far.update("\0".join((*job.arguments, fingerprints[job.sources])).encode())
@@ -284,7 +284,8 @@ def job_keys(jobs: Sequence[Job]) -> dict[str, str]:
     return keys
 
 
-def _fingerprint(sources: Sequence[str]) -> str:
+def fingerprint(sources: Sequence[str]) -> str:
+    """Return a hash of the content of files and folders of the package."""
     digest = hashlib.sha256()
     for source in sources:
         path = PACKAGE / source

@@ -75,21 +75,21 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     sizes = {"train": config.train, "validation": config.validation, "test": config.test}
     scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}
-    features = {name: _features(encoder, scenes) for name, encoder in _encoders(config).items()}
+    features = {name: standardised_features(encoder, scenes) for name, encoder in load_encoders(config).items()}
     results: dict[str, dict[str, Any]] = {}
     progress = tqdm(ATTRIBUTES, desc="probe")
     for attribute in progress:
-        asked = {split: _questions(attribute, some) for split, some in scenes.items()}
+        asked = {split: attribute_questions(attribute, some) for split, some in scenes.items()}
         results[attribute] = _majority(asked)
         for name, parts in TOKENS.items():
-            validation, test = _fit(asked, [features[part] for part in parts], config)
+            validation, test = fit_probe(asked, [features[part] for part in parts], config)
             results[attribute][name] = test
             results[attribute]["validation"][name] = validation
         progress.write(f"{attribute} on validation: {results[attribute]['validation']}")
     return results
 
 
-def _encoders(config: ProbeConfig) -> dict[str, Any]:
+def load_encoders(config: ProbeConfig) -> dict[str, Any]:
     """Name -> function uint8[B, H, W, 3] -> tokens float[B, N, D], as X-Former reads them."""
     clip = CLIPVisionModel.from_pretrained(config.weights / "clip", attn_implementation="eager").eval()
     mae = ViTMAEForPreTraining.from_pretrained(config.weights / "mae", attn_implementation="eager").eval()
@@ -108,7 +108,7 @@ def _encoders(config: ProbeConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _features(encoder: Any, scenes: dict[str, list[Scene]]) -> dict[str, Tensor]:
+def standardised_features(encoder: Any, scenes: dict[str, list[Scene]]) -> dict[str, Tensor]:
     """Split -> float32[scenes, N, D], each channel standardised by its mean and deviation on train."""
     tokens = {}
     for split, some in scenes.items():
@@ -119,7 +119,7 @@ def _features(encoder: Any, scenes: dict[str, list[Scene]]) -> dict[str, Tensor]
     return {split: (t - mean) / (std + 1e-6) for split, t in tokens.items()}
 
 
-def _questions(attribute: str, scenes: list[Scene]) -> list[tuple[int, str, str]]:
+def attribute_questions(attribute: str, scenes: list[Scene]) -> list[tuple[int, str, str]]:
     """(scene number, question, answer) for every scene that allows this question."""
     form = QUESTION_TYPES[attribute][0]
     asked = []
@@ -144,7 +144,7 @@ def _majority(asked: dict[str, list[tuple[int, str, str]]]) -> dict[str, Any]:
     }
 
 
-def _fit(
+def fit_probe(
     asked: dict[str, list[tuple[int, str, str]]], features: list[dict[str, Tensor]], config: ProbeConfig
 ) -> tuple[float, float]:
     """Train one probe; returns its accuracy on validation at the best epoch, and on test at that epoch."""

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from xformer_mllm import defaults, report
 from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
-from xformer_mllm.commands import BenchmarkConfig, EvaluateConfig, ScoreConfig
+from xformer_mllm.commands import BenchmarkConfig, EvaluateConfig, ScoreConfig, flag_of
 from xformer_mllm.evaluate.benchmark import EXPORT_FILE, Benchmark, Scores
 from xformer_mllm.evaluate.coco_captions import CocoCaptions
 from xformer_mllm.evaluate.gqa import Gqa
@@ -132,7 +132,7 @@ def _check_same_settings(folder: Path, config: EvaluateConfig, settings: Mapping
         names.append("model")
     paths = ("data", "images", "model")
     differing = [
-        f"{_flag(name)} {old[name]!r}, not {new[name]!r}"
+        f"{flag_of(name)} {old[name]!r}, not {new[name]!r}"
         for name in names
         if name in old and old[name] != new[name] and not (name in paths and _same_place(old[name], new[name]))
     ]
@@ -210,12 +210,7 @@ def _check_numbers(config: BenchmarkConfig, *names: str) -> None:
     for name in names:
         number = getattr(config, name)
         if number is not None and number < 1:
-            raise ValueError(f"{_flag(name)} must be at least 1, not {number}")
-
-
-def _flag(name: str) -> str:
-    """Field name -> flag."""
-    return f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag_of(name)} must be at least 1, not {number}")
 
 
 def _split(config: BenchmarkConfig) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from xformer_mllm.commands import flag_of
 from xformer_mllm.files import write_whole
 
 CONFIG_FILE = "config.json"
@@ -24,11 +25,6 @@ NOT_LEARNED = {
 SCENES = 24_000
 
 Config = TypeVar("Config")
-
-
-def flag_of(field: str) -> str:
-    """Return the flag of a field."""
-    return f"--{field.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)

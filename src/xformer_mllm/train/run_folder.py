@@ -25,8 +25,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from xformer_mllm.commands import flag_of
 from xformer_mllm.files import atomic_path, read_json, write_whole
-from xformer_mllm.train.config import CONFIG_FILE, RunConfig, differences, flag_of, read_config
+from xformer_mllm.train.config import CONFIG_FILE, RunConfig, differences, read_config
 
 LOG, SAMPLES, FREEZE, SUMMARY, MODEL = "log.jsonl", "samples.jsonl", "freeze.json", "summary.json", "model"
 START = "start.json"
