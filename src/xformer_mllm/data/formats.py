@@ -25,14 +25,13 @@ from xformer_mllm.data.records import (
     broken_record,
     check_broken,
     is_missing,
-    printable,
     question_of,
     record_of,
     shorten,
     texts_of,
 )
 from xformer_mllm.data.table import Table
-from xformer_mllm.files import parse_json, read_json
+from xformer_mllm.files import parse_json, printable, read_json
 
 FOLDER_VALIDATION_SHARE = 0.1  # folders are small
 FOLDER_LAYOUT = "expected e.g. cat.jpg and cat.txt beside it, with the caption on its first line"

@@ -27,6 +27,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from xformer_mllm.data.transforms import Transform
+from xformer_mllm.files import printable
 from xformer_mllm.model.images import load_image, open_file
 
 logger = logging.getLogger(__name__)
@@ -110,11 +111,6 @@ def _text_of(value: Any, what: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{what} is {json.dumps(value, default=str)[:40]}, neither text nor a number")
     return str(value)
-
-
-def printable(name: str) -> str:
-    """Replace what UTF-8 cannot encode, such as the bytes of a file name in another encoding, by its escape."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _is_unicode(text: str) -> bool:
