@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from xformer_mllm.commands import InspectConfig, ShardConfig
-from xformer_mllm.data.formats import read_folder
+from xformer_mllm.data.folders import read_folder
 from xformer_mllm.data.inspect import inspect
 from xformer_mllm.data.shard_writer import shard
 from xformer_mllm.data.shards import read_shard

@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 from made import write_image, write_json
 
-from xformer_mllm.data.formats import read_csv_source, read_folder, read_json_lines_source, read_json_source
+from xformer_mllm.data.folders import read_folder
+from xformer_mllm.data.formats import read_csv_source, read_json_lines_source, read_json_source
 from xformer_mllm.data.records import QuestionItems
 from xformer_mllm.data.sources import find_source, open_captions, open_questions
 

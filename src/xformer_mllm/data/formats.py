@@ -1,70 +1,27 @@
-"""Sources read as a whole: a folder, JSON of BLIP, LLaVA, COCO, Karpathy or Visual Genome, JSON lines, CSV.
+"""Lists of images in one file: JSON of BLIP, LLaVA, COCO, Karpathy or Visual Genome, JSON lines, CSV."""
 
-Rows about the same image become one record with all its captions and questions.
-"""
-
-import csv
 import difflib
-import json
-import os
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from xformer_mllm.data.records import (
-    CAPTIONS,
-    IMAGE_SUFFIXES,
     VALIDATION_SHARE,
     Record,
     Rows,
     broken_record,
     check_broken,
-    is_missing,
-    question_of,
     record_of,
-    shorten,
     texts_of,
 )
+from xformer_mllm.data.rows import TEXT_ONLY, by_image, csv_rows, json_lines
 from xformer_mllm.data.table import Table
-from xformer_mllm.files import parse_json, printable, read_json
+from xformer_mllm.files import printable, read_json
 
-FOLDER_VALIDATION_SHARE = 0.1  # folders are small
-FOLDER_LAYOUT = "expected e.g. cat.jpg and cat.txt beside it, with the caption on its first line"
 KARPATHY_FIELDS = {"filename": str, "split": str, "sentences": list}
 KARPATHY_SPLITS = {"restval": "train", "val": "validation"}
-IMAGES = ("image", "file_name")  # the key of a row's image; the second is that of Hugging Face's imagefolder
-URLS = frozenset({"url", "URL"})
-METADATA = frozenset({"metadata.jsonl", "metadata.csv"})  # of imagefolder
-IMAGEFOLDER_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-UNNAMED = "\0"  # id of a question that is still to be numbered within its image
-PLACEHOLDER = "<image>"  # in the questions of LLaVA
-TEXT_ONLY = "without an image (text only)"
-DESCRIBE = frozenset(
-    {
-        "Create a compact narrative representing the image presented.",
-        "Describe the image concisely.",
-        "Give a brief description of the image.",
-        "Give a short and clear explanation of the subsequent image.",
-        "Offer a succinct explanation of the picture presented.",
-        "Present a compact description of the photo's key features.",
-        "Provide a brief description of the given image.",
-        "Relay a brief, clear account of the picture shown.",
-        "Render a clear and concise summary of the photo.",
-        "Share a concise interpretation of the image provided.",
-        "Summarize the visual content of the image.",
-        "Write a terse but informative summary of the picture.",
-    }
-)
-"""LLaVA's prompts for a brief description (its paper's table 11, and its pretraining data): their answer is a caption."""
 FORMS = {
     '[{"image", "caption"}]': ("image", "caption"),
     '[{"image", "question", "answer"}]': ("image", "question", "answer"),
@@ -111,44 +68,14 @@ class ListSource:
         check_broken(self.name, len(self.broken), total, self.broken, "records")
 
 
-def read_folder(folder: Path) -> ListSource:
-    """Read images with captions in .txt files beside them, in the folder and its subfolders.
-
-    Hidden files and folders are left out, and linked folders read. The caption is the first line with text; others may
-    follow, such as translations. A record's id is its path inside the folder. A folder with metadata.jsonl or
-    metadata.csv is Hugging Face's imagefolder instead. Raises ValueError if no image has a caption.
-    """
-    files, skipped = _files(folder)
-    if metadata := [file for file in files if file.name in METADATA]:
-        images = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
-        return _read_imagefolder(folder, metadata, images, skipped)
-    skipped |= {"without a .txt": 0, "with an empty .txt": 0, "in SVG, which is not supported": 0}
-    every = list(_folder_records(folder, files, skipped))
-    broken = {record["id"]: record["broken"] for record in every if "broken" in record}
-    records = [record for record in every if "broken" not in record]
-    if records:
-        kind = "a folder of images with a .txt beside each"
-        return ListSource(str(folder), kind, {"": Table(records)}, broken, skipped, FOLDER_VALIDATION_SHARE)
-    lists = [*folder.glob("annotations/captions_*.json"), *folder.glob("*.json"), *folder.glob("*.jsonl")]
-    if lists:
-        raise ValueError(
-            f"{folder}: no image has a .txt beside it; pass the file that lists the images: "
-            + " or ".join(map(str, sorted(lists)[:3]))
-        )
-    counts = [f"{count} {reason}" for reason, count in skipped.items() if count]
-    if counts:
-        raise ValueError(f"{folder}: no image with a caption ({', '.join(counts)}); {FOLDER_LAYOUT}")
-    raise ValueError(f"{folder}: no images found; expected files such as .jpg or .png, with a .txt beside each")
-
-
 def read_json_lines_source(file: Path, images: Path | None) -> ListSource:
     """Read JSON lines: a row of `read_json_source`'s lists per line."""
-    return _rows_source(file, "JSON lines", _lines(file), _bases(file, images))
+    return rows_source(file, "JSON lines", json_lines(file), _bases(file, images))
 
 
 def read_csv_source(file: Path, images: Path | None) -> ListSource:
     """Read CSV with a header: "image" or "file_name", and a caption, or a question with its answer."""
-    return _rows_source(file, "CSV", _csv_rows(file), _bases(file, images))
+    return rows_source(file, "CSV", csv_rows(file), _bases(file, images))
 
 
 def read_json_source(file: Path, content: Any, images: Path | None) -> ListSource:
@@ -158,17 +85,17 @@ def read_json_source(file: Path, content: Any, images: Path | None) -> ListSourc
     """
     bases = _bases(file, images)
     if is_karpathy(content):
-        return _list_source(file, "Karpathy's split", _karpathy_records(file, content), bases)
+        return list_source(file, "Karpathy's split", _karpathy_records(file, content), bases)
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        return _list_source(file, "COCO captions", {"": _coco(file, content)}, bases)
+        return list_source(file, "COCO captions", {"": _coco(file, content)}, bases)
     rows = iter(content if isinstance(content, list | Iterator) else ())
     first = next(rows, None)
     if isinstance(first, dict):
         rows = chain([first], rows)
         if "regions" in first:
-            return _list_source(file, "Visual Genome's regions", {"": _regions(rows, bases)}, bases)
+            return list_source(file, "Visual Genome's regions", {"": _regions(rows, bases)}, bases)
         kind = "LLaVA's conversations" if "conversations" in first else 'a JSON list of {"image", "caption"}'
-        return _rows_source(file, kind, ((f"row {index}", row) for index, row in enumerate(rows)), bases)
+        return rows_source(file, kind, ((f"row {index}", row) for index, row in enumerate(rows)), bases)
     raise ValueError(f"{file}: unknown format; {_known_forms(content)}; see docs/data.md")
 
 
@@ -191,15 +118,15 @@ def _known_forms(content: Any) -> str:
     return f"its keys are {keys}; nearest is {nearest}{f', but {missing} is missing' if missing else ''}; {forms}"
 
 
-def _rows_source(file: Path, kind: str, rows: Iterable[tuple[str, Any]], bases: list[Path]) -> ListSource:
+def rows_source(file: Path, kind: str, rows: Iterable[tuple[str, Any]], bases: list[Path]) -> ListSource:
     rows = iter(rows)
     first = list(islice(rows, 1))
     skipped = {TEXT_ONLY: 0}
-    records = _grouped(chain(first, rows), file, skipped)
-    return _list_source(file, kind, {"": records}, bases, skipped, first[0][1] if first else None)
+    records = by_image(chain(first, rows), file, skipped)
+    return list_source(file, kind, {"": records}, bases, skipped, first[0][1] if first else None)
 
 
-def _list_source(
+def list_source(
     file: Path,
     kind: str,
     splits: Mapping[str, Iterable[Record]],
@@ -231,235 +158,6 @@ def _usable(records: Iterable[Record], broken: dict[str, str]) -> Iterator[Recor
             broken[record["id"]] = record["broken"]
         else:
             yield record
-
-
-def _read_imagefolder(folder: Path, metadata: list[Path], images: int, skipped: dict[str, int]) -> ListSource:
-    """Read Hugging Face's imagefolder: images, and metadata.jsonl or .csv files about those below them.
-
-    images: their number. skipped: files that are not read. The folders train, validation and test, if all listed images
-    are in them, are the splits.
-    """
-    if len({file.parent for file in metadata}) < len(metadata):
-        raise ValueError(f"{folder}: has a metadata.jsonl and a metadata.csv; pass the file to read")
-
-    def rows() -> Iterator[tuple[str, Any]]:
-        for file in metadata:
-            name = file.relative_to(folder)
-            for where, row in _lines(file) if file.suffix == ".jsonl" else _csv_rows(file):
-                if isinstance(row, dict) and isinstance(row.get("file_name"), str):
-                    row = {**row, "file_name": (name.parent / row["file_name"]).as_posix()}
-                yield f"{name} {where}", row
-
-    skipped = {**skipped, TEXT_ONLY: 0}
-    every = rows()
-    first = list(islice(every, 1))
-    records = list(_grouped(chain(first, every), folder, skipped))
-    listed = [record for record in records if "broken" not in record]
-    skipped["not in the metadata"] = max(0, images - len(records))
-    names = [IMAGEFOLDER_SPLITS.get(Path(record["id"]).parts[0], "") for record in listed]
-    splits: dict[str, list[Record]] = {"": [record for record in records if "broken" in record]}
-    for name, record in zip(names, listed, strict=True):
-        splits.setdefault(name if all(names) else "", []).append(record)
-    kind = f"Hugging Face's imagefolder with {' and '.join(sorted({file.name for file in metadata}))}"
-    return _list_source(folder, kind, splits, [folder], skipped, first[0][1] if first else None)
-
-
-def _files(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """Find the files in a folder and its subfolders, sorted, and count what is left out, by reason.
-
-    Hidden files and folders, such as `._a.jpg` and `.ipynb_checkpoints`, are left out. Linked folders are read, except
-    where they lead back to a folder around them.
-    """
-    files: list[Path] = []
-    foreign: list[str] = []
-    closed: list[str] = []
-
-    def walk(inside: Path, around: frozenset[tuple[int, int]]) -> None:
-        about = inside.stat()
-        place = (about.st_dev, about.st_ino)
-        if place in around:
-            return
-        try:
-            entries = sorted(os.scandir(inside), key=lambda entry: entry.name)
-        except OSError:
-            closed.append(str(inside.relative_to(folder)))
-            return
-        for entry in entries:
-            path = inside / entry.name
-            if entry.name.startswith("."):
-                continue
-            if printable(entry.name) != entry.name:
-                if entry.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
-                    continue
-                foreign.append(printable(path.relative_to(folder).as_posix()))
-            elif entry.is_dir():
-                walk(path, around | {place})
-            else:
-                files.append(path)
-
-    walk(folder, frozenset())
-    skipped = {f"whose name is not UTF-8 ({shorten(foreign)})": len(foreign)} if foreign else {}
-    if closed:
-        skipped[f"folders that cannot be read ({shorten(closed)})"] = len(closed)
-    return sorted(files), skipped
-
-
-def _folder_records(folder: Path, files: list[Path], skipped: dict[str, int]) -> Iterator[Record]:
-    for path in files:
-        suffix = path.suffix.lower()
-        if suffix == ".svg":
-            skipped["in SVG, which is not supported"] += 1
-        if suffix not in IMAGE_SUFFIXES:
-            continue
-        if not path.with_suffix(".txt").is_file():
-            skipped["without a .txt"] += 1
-            continue
-        try:
-            text = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-        except OSError as error:
-            yield broken_record(path.relative_to(folder).as_posix(), f"its .txt cannot be read ({error.strerror})")
-            continue
-        caption = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        if not caption:
-            skipped["with an empty .txt"] += 1
-            continue
-        yield record_of(path.relative_to(folder).as_posix(), path, caption)
-
-
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the value of each line; a ValueError where it is not JSON."""
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", parse_json(line)
-                except json.JSONDecodeError as error:
-                    yield f"line {number}", ValueError(f"not valid JSON, {error.msg}")
-                except ValueError as error:
-                    yield f"line {number}", error
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each row by the header's names; a ValueError where it has more fields. Raises ValueError if it is not CSV."""
-    with file.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            for row in reader:
-                many = None in row
-                why = ValueError("more fields than the header; put texts with commas in quotes") if many else None
-                yield f"line {reader.line_num}", why or row
-        except csv.Error as error:
-            raise ValueError(f"{file}:{reader.reader.line_num}: not valid CSV ({error})") from None
-
-
-def _grouped(rows: Iterable[tuple[str, Any]], file: Path, skipped: dict[str, int]) -> Iterator[Record]:
-    """Yield one record per image, in the order of their first rows. skipped: rows of `TEXT_ONLY` are added to it."""
-    broken: list[Record] = []
-    hashes = array("q")  # of the rows' images
-    table = Table(_usable_rows(rows, file, skipped, broken, hashes))
-    yield from broken
-    for _, alike in groupby(table.select(_together(hashes)), key=lambda row: hash(row["image"])):
-        of_image: dict[str, list[Record]] = {}
-        for row in alike:
-            of_image.setdefault(row["image"], []).append(row)
-        for image, same in of_image.items():
-            captions = [caption for row in same for caption in row["captions"]]
-            questions: list[dict[str, Any]] = []
-            for row in same:
-                numbered = enumerate(row["questions"], len(questions))
-                questions += [
-                    {**each, "id": f"{image}/{number}"} if each["id"] == UNNAMED else each for number, each in numbered
-                ]
-            yield record_of(image, image, captions, questions)
-
-
-def _usable_rows(
-    rows: Iterable[tuple[str, Any]], file: Path, skipped: dict[str, int], broken: list[Record], hashes: array
-) -> Iterator[Record]:
-    """Yield each row as a record; broken ones go into `broken`, and the hashes of the others' images into `hashes`."""
-    foreign: dict[str, Record] = {}
-    for where, row in rows:
-        if isinstance(row, dict) and _is_text_only(row):
-            skipped[TEXT_ONLY] += 1
-            continue
-        if isinstance(row, dict) and row.keys() & URLS and not row.keys() & set(IMAGES):
-            raise ValueError(f"{file}: lists URLs, not images; download them with img2dataset (docs/data.md)")
-        try:
-            image = _image_of(row)
-            texts, asked = _conversation_of(row) if "conversations" in row else _texts_of_row(row)
-            answered = [question_of(UNNAMED, each) for each in asked]
-            if not all(each["question"] and each["answers"] for each in answered):
-                raise ValueError("an empty question or no answer")
-        except ValueError as error:
-            broken.append(broken_record(where, str(error)))
-            continue
-        record = record_of(image, image, texts, answered)
-        if "broken" in record:
-            foreign[image] = record
-            continue
-        hashes.append(hash(image))
-        yield record
-    broken += foreign.values()
-
-
-def _together(hashes: array) -> array:
-    """Order rows so that those with equal hashes follow each other, at the place of the first; int64 indices."""
-    _, first, group = numpy.unique(numpy.frombuffer(hashes, numpy.int64), return_index=True, return_inverse=True)
-    return array("q", numpy.argsort(first[group], kind="stable").tobytes())
-
-
-def _is_text_only(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a conversation without an image or a video, as some of LLaVA's are."""
-    seen = (value for key, value in row.items() if str(key).startswith(("image", "video")))
-    return "conversations" in row and all(map(is_missing, seen))
-
-
-def _image_of(row: Any) -> str:
-    """Return the path of a row's image. Raises ValueError with what is broken."""
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    image = next((row[key] for key in IMAGES if not is_missing(row.get(key))), None)
-    if image is None:
-        raise ValueError('no "image"')
-    if not isinstance(image, str):
-        raise ValueError(f'"image" is {json.dumps(image)[:40]}, not a path')
-    return image
-
-
-def _texts_of_row(row: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]]]:
-    """Return the captions and the questions of a row. Raises ValueError with what is broken."""
-    key = next((key for key in CAPTIONS if not is_missing(row.get(key))), None)
-    texts = texts_of(row[key]) if key else []
-    if "question" in row:
-        return texts, [row]
-    if not texts:
-        known = any(name in row for name in CAPTIONS)
-        raise ValueError("an empty caption" if known else 'neither "caption" nor "question"')
-    return texts, []
-
-
-def _conversation_of(row: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]]]:
-    """Return the captions and the questions of LLaVA's {"conversations": [{"from", "value"}]}.
-
-    Each human turn is a question without the placeholder of the image, and the next turn its answer. A single question
-    of `DESCRIBE` also makes its answer a caption. Raises ValueError with what is broken.
-    """
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError('"conversations" is not a list of {"from", "value"}')
-    speakers = [turn.get("from") for turn in turns]
-    if speakers != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError('the turns of "conversations" are not from "human" and "gpt" in turn')
-    asked: list[Mapping[str, Any]] = []
-    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-        question = human.get("value")
-        if isinstance(question, str):
-            question = question.replace(PLACEHOLDER, "").strip()
-        asked.append({"question": question, "answer": gpt.get("value")})
-    described = len(asked) == 1 and isinstance(question, str) and question in DESCRIBE
-    return texts_of(asked[0]["answer"]) if described else [], asked
 
 
 def _coco(file: Path, content: Mapping[str, Any]) -> Iterator[Record]:

@@ -23,13 +23,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from xformer_mllm.data.formats import (
-    ListSource,
-    read_csv_source,
-    read_folder,
-    read_json_lines_source,
-    read_json_source,
-)
+from xformer_mllm.data.folders import read_folder
+from xformer_mllm.data.formats import ListSource, read_csv_source, read_json_lines_source, read_json_source
 from xformer_mllm.data.huggingface import PREFIX, find_on_hub, is_saved, read_saved
 from xformer_mllm.data.records import CaptionItems, Field, Images, QuestionItems, Split, shorten, split_indices
 from xformer_mllm.data.shards import ShardSource, find_shards
