@@ -344,9 +344,10 @@ def test_memory_of_the_optimiser_and_of_several_gpus():
     assert one["AdamW's two moments (fp32)"] == 8 * trained
     assert one["gradient buckets of DDP (fp32)"] == 0
     assert two["gradient buckets of DDP (fp32)"] == 4 * trained
-    image = 17 * 32 * 4 + 9 * 40 * 2  # C in fp32, M (half of 16 patches, and CLS) in bf16
-    assert one["images to choose hard negatives from"] == 3 * 4 * image
-    assert two["images to choose hard negatives from"] == (8 + 3 * 4) * image
+    clip, mae = 17 * 32, 9 * 40  # half of 16 patches, and CLS
+    pairs = 3 * 4 * (4 * clip + 2 * mae)  # C in fp32, M in bf16
+    assert one["images to choose hard negatives from"] == pairs
+    assert two["images to choose hard negatives from"] == pairs + 8 * 2 * (clip + mae)
 
 
 BLIP2_GPUS = 16  # A100 of 40 GB, "less than 6 days for the first stage": BLIP-2 paper, pre-training settings

@@ -11,6 +11,7 @@ A broken sample or shard becomes a broken record; its neighbours are read as usu
 import logging
 import re
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -42,20 +43,20 @@ Wanted = Callable[[int, str], bool]
 
 
 @dataclass(frozen=True)
-class ShardSource:
+class ShardSource(ABC):
     """A source read sequentially, shard by shard. shards: by split; the key is "" if the source has no splits."""
 
     name: str
     shards: Mapping[str, Sequence[str]]
     format: ClassVar[str]
 
+    @abstractmethod
     def read(self, shard: str, wanted: Wanted | None = None) -> Iterator[Record]:
         """Yield the records of a shard, always in the same order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def size(self, split: str) -> int | None:
         """Return the number of samples, None if unknown without reading them."""
-        raise NotImplementedError
 
 
 class TarShards(ShardSource):

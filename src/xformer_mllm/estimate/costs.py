@@ -315,7 +315,8 @@ def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
         parts["Q-Former, 3 pairs (ITM)"] = qformer(config, tokens, queries, text, projected=True, kept=queries) * 3
         parts["fusion, once and 3 pairs"] = fusion(config, tokens, queries) * 4 + fusion_of_image(config, tokens)
         if work.gpus > 1:  # negative images are another process's
-            parts["projections of negative images"] = keys_and_values(config, tokens) + fusion_of_image(config, tokens)
+            read = norm(tokens.clip, config.clip_config.hidden_size) + keys_and_values(config, tokens)
+            parts["projections of negative images"] = read + fusion_of_image(config, tokens)
         parts["heads of ITC, ITM, ITG"] = stage1_heads(config, work)
         if config.reconstruction:
             parts["MAE decoder"] = reconstruction(config, sizes, tokens)
@@ -359,13 +360,12 @@ def vocabulary_gradient(config: XFormerConfig) -> int:
 
 
 def _candidates(config: XFormerConfig, work: Work) -> int:
-    """C (fp32) and M (bf16) of the images of all GPUs, and of the three pairs of each image on this GPU."""
+    """The frozen encoders' outputs (bf16) for the images of all GPUs; C (fp32) and M (bf16) of the three pairs of each."""
     tokens = tokens_of(config, 1)
-    image = FP32 * tokens.clip * config.clip_config.hidden_size
-    if tokens.mae:
-        image += BF16 * tokens.mae * _mae_width(config)
+    clip = tokens.clip * config.clip_config.hidden_size
+    mae = tokens.mae * _mae_width(config) if tokens.mae else 0
     everywhere = work.images * work.gpus if work.gpus > 1 else 0
-    return (everywhere + 3 * work.images) * image
+    return everywhere * BF16 * (clip + mae) + 3 * work.images * (FP32 * clip + BF16 * mae)
 
 
 def step_seconds(

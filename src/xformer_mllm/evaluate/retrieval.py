@@ -333,7 +333,7 @@ class _Work:
         def pairs(block: int, pixels: torch.Tensor) -> torch.Tensor:
             with bf16_autocast(self.device):
                 image = self.model.xformer.encode_image(pixels.to(self.device))
-            image = ImageTokens(image.clip_tokens, image.mae, None)  # `select` would copy pixels for every pair
+            image = ImageTokens(image.clip_tokens, image.mae)  # `select` would copy pixels for every pair
             image = self.model.xformer.project(image)
             together = PAIRS_PER_IMAGE * self.batch_size
             return torch.cat([self._match(image, captions, some) for some in blocks[block].nonzero().split(together)])

@@ -245,15 +245,17 @@ class XFormerModel(XFormerPreTrainedModel):
         if not features.keys() >= ({"clip"} if self.mae_encoder is None else {"clip", "mae"}):
             check_pixels(pixel_values)
         clip_states, *shallow = features["clip"].unbind(1) if "clip" in features else self._clip_states(pixel_values)
-        clip_tokens = self.clip_layernorm(clip_states.to(self.clip_layernorm.weight.dtype))
+        mae, pixels = None, None
         if shallow:  # an earlier CLIP layer in place of M
-            return ImageTokens(clip_tokens, unmasked(shallow[0]), None)
-        if self.mae_encoder is None:
-            return ImageTokens(clip_tokens, None, None)
-        if "mae" in features:
-            return ImageTokens(clip_tokens, unmasked(features["mae"]), None)
-        mae, pixels = encode_second(self.mae_encoder, self.config, pixel_values, mask_ratio, noise)
-        return ImageTokens(clip_tokens, mae, pixels)
+            mae = unmasked(shallow[0])
+        elif "mae" in features:
+            mae = unmasked(features["mae"])
+        elif self.mae_encoder is not None:
+            mae, pixels = encode_second(self.mae_encoder, self.config, pixel_values, mask_ratio, noise)
+        return ImageTokens(self._normed(clip_states), mae, pixels, clip_states)
+
+    def _normed(self, clip_states: torch.Tensor) -> torch.Tensor:
+        return self.clip_layernorm(clip_states.to(self.clip_layernorm.weight.dtype))
 
     def _clip_states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states of the CLIP layers that are used, [B, N, D_clip] each."""
@@ -303,6 +305,14 @@ class XFormerModel(XFormerPreTrainedModel):
         states = self.fusion.image_states(image.clip_tokens, mae_tokens)
         keys_values, mae_queries = project_image(self.qformer, states), self.fusion.mae_queries(mae_tokens)
         return dataclasses.replace(image, keys_values=keys_values, mae_queries=mae_queries)
+
+    def of_all_processes(self, image: ImageTokens, index: torch.Tensor) -> ImageTokens:
+        """Select images of all processes, int64[P], and project them.
+
+        The outputs of the frozen encoders are gathered: they need no gradient, and are narrower than what is made of them.
+        """
+        frozen = ImageTokens(image.clip_states, image.mae).map(lambda tensor: gather(tensor)[index])
+        return self.project(ImageTokens(self._normed(frozen.clip_tokens), frozen.mae))
 
     def read(
         self,
@@ -667,11 +677,10 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         """
         images, texts = (index.clamp(min=0) for index in negatives)
         missing = torch.cat(negatives) < 0
-        image = dataclasses.replace(image, pixels=None)
-        alone = world_size() == 1  # with several processes, only what is not projected is gathered
-        others = image.select(images) if alone else self.xformer.project(image.gathered().select(images))
+        own = dataclasses.replace(image, pixels=None, clip_states=None)
+        others = own.select(images) if world_size() == 1 else self.xformer.of_all_processes(image, images)
         logits, _ = self.match(
-            image.followed_by(others, image),
+            own.followed_by(others, own),
             torch.cat([ids, ids, gather(ids)[texts]]),
             torch.cat([text_mask, text_mask, gather(text_mask)[texts]]),
         )

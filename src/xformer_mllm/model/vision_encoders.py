@@ -4,6 +4,7 @@
 """
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from .configuration_xformer import XFormerConfig
-from .distributed import gather
 from .qformer import KeysValues
 from .reconstruction import patchify
 
@@ -162,13 +162,15 @@ class ImageTokens:
     """C and M of a batch of images, encoded once.
 
     pixels: the MAE's normalised input, the target of reconstruction.
+    clip_states: the CLIP encoder's output, of which C is the trained layer norm.
     keys_values: the Q-Former's, projected once, where an image is read several times.
     mae_queries: M's in the fusion, [B, 1+K, D_m], likewise.
     """
 
     clip_tokens: torch.Tensor
     mae: MaeTokens | None
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor | None = None
+    clip_states: torch.Tensor | None = None
     keys_values: KeysValues | None = None
     mae_queries: torch.Tensor | None = None
 
@@ -177,16 +179,12 @@ class ImageTokens:
         return _map(change, self, *others)
 
     def select(self, index: torch.Tensor) -> "ImageTokens":
-        """Select images: int64[P], each in [0, B)."""
-        return self.map(lambda tensor: tensor[index])
+        """Select images, without `clip_states`: int64[P], each in [0, B)."""
+        return dataclasses.replace(self, clip_states=None).map(lambda tensor: tensor[index])
 
     def followed_by(self, *others: "ImageTokens") -> "ImageTokens":
         """Images one after the other; `others` have the same fields."""
         return self.map(lambda *tensors: torch.cat(tensors), *others)
-
-    def gathered(self) -> "ImageTokens":
-        """C and M of the images of all processes, without what is projected: it is wider, and few of them are read."""
-        return ImageTokens(self.clip_tokens, self.mae, None).map(gather)
 
     def to(self, *args, **kwargs) -> "ImageTokens":
         """Move every tensor to another device."""
