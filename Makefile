@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Two threads of one process collapse on a small machine; the demo runs two processes of one thread side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-transformers lint docs bench clean
+.PHONY: demo test test-slow test-transformers lint docs bench bench-peers clean
 
 demo: .venv/demo.stamp
 	$(BIN)/xformer demo
@@ -43,6 +43,20 @@ docs: .venv/dev.stamp
 
 bench: .venv/demo.stamp
 	$(BIN)/python benchmarks/step.py
+
+# LAVIS needs packages of 2023, in an environment of its own. Its other requirements are not used (benchmarks/lavis_stage1.py).
+PEERS := .cache/peers
+
+bench-peers: .venv/demo.stamp $(PEERS)/stamp
+	$(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python
+	$(BIN)/python benchmarks/generate.py
+
+$(PEERS)/stamp: | .venv/bin/python
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 transformers==4.26.1 tokenizers==0.13.3 numpy==1.26.4
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps salesforce-lavis==1.0.2
+	@touch $@
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -227,7 +227,7 @@ def test_lavis_stage_1_gives_the_same_outputs(files, image, tmp_path):
         torch.testing.assert_close(scores(image, ids, mask).logits_per_image, similarity.amax(-1))
         itm = scores(image, ids, mask, use_image_text_matching_head=True).logits_per_image
         torch.testing.assert_close(itm, apply(tensors, "itm_head", both).mean(1), atol=1e-5, rtol=1e-4)
-        ours = model(image, ids, mask).itg_logits
+        ours = model.itg_logits(model(image, ids, mask).xformer_output.text_states)
     torch.testing.assert_close(ours[mask.bool()], words[mask.bool()], atol=1e-4, rtol=1e-4)
     assert model.temperature.item() == pytest.approx(0.05)
     assert set(differences(tmp_path / "out")) == {

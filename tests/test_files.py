@@ -1,7 +1,10 @@
 """JSON files say where they are wrong, and are never half written; text for messages."""
 
+import itertools
+
 import pytest
 
+from xformer_mllm import files
 from xformer_mllm.files import first_sentence, printable, read_json, read_json_lines, write_whole
 
 
@@ -78,3 +81,33 @@ def test_of_a_long_message_the_first_sentence_is_shown(message, shown):
 def test_what_utf8_cannot_encode_is_printed_as_its_escape():
     assert printable("gr\udcfcn.png") == "gr\\udcfcn.png"
     assert printable("grün.png") == "grün.png"
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 10_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", " [ ] ", '\ufeff[1, 23, {"a": [1, "]"]}, "é\\n,["]', "[1.5e3,\n-2 , null]", "[[1], [2]]",
+        "[1, 2", "[1,, 2]", "[1 2]", "[1] x", "[,1]", "[1,]", '[{"a": 1}, {"b"}]', '["a', "[" * 100_000, f"[{'1' * 5000}]",
+    ],
+)  # fmt: skip
+def test_a_list_element_by_element_is_the_whole_list_or_its_error(tmp_path, monkeypatch, text, ahead):
+    monkeypatch.setattr(files, "READ_AHEAD", ahead)
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    assert files.is_json_list(path)
+
+    def outcome(read):
+        try:
+            return list(read(path))
+        except ValueError as error:
+            return str(error)
+
+    assert outcome(files.read_json_list) == outcome(files.read_json)
+
+
+def test_a_list_is_not_held(tmp_path):
+    """Elements come before the file is read to its end, where it is broken."""
+    path = tmp_path / "a.json"
+    path.write_text("[" + "1, " * 2_000_000 + "x")
+    assert list(itertools.islice(files.read_json_list(path), 1000)) == [1] * 1000

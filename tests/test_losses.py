@@ -43,17 +43,49 @@ def test_itm_at_chance_is_the_logarithm_of_two():
     assert float(losses.itm_loss(torch.zeros(6, 2), torch.tensor([1, 1, 0, 0, 0, 0]))) == pytest.approx(math.log(2))
 
 
-def test_itg_equals_a_naive_loop_that_skips_padding():
-    logits, ids = torch.randn(3, 5, 11), torch.randint(0, 11, (3, 5))
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
-    rows, targets = [], []
-    for b in range(3):
-        for t in range(1, 5):
-            if mask[b, t]:
-                rows.append(logits[b, t - 1])
-                targets.append(int(ids[b, t]))
-    expected = naive_smoothed(torch.stack(rows), targets, 0.1)
-    assert float(losses.itg_loss(logits, ids, mask, 0.1)) == pytest.approx(expected, abs=1e-5)
+def test_itg_targets_are_the_following_tokens_without_padding():
+    ids, mask = torch.tensor([[7, 4, 5, 6], [7, 4, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert losses.itg_targets(ids, mask).tolist() == [[4, 5, 6, -100], [4, -100, -100, -100]]
+
+
+def cross_entropies(rows: int, dtype: torch.dtype | None = None):
+    """(ours, torch's) loss and gradients, over chunks of 4 of the rows, some without a target."""
+    states, targets = torch.randn(rows, 8), torch.randint(0, 11, (rows,))
+    targets[1::3] = losses.IGNORED
+    found = []
+    for function in (losses.linear_cross_entropy, by_torch):
+        given = (states, torch.ones(11, 8).cumsum(0) / 9, torch.arange(11) / 9)
+        leaves = [tensor.clone().requires_grad_() for tensor in given]
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = function(*leaves, targets, 0.1, 4)
+        (3 * loss).backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    return found
+
+
+def by_torch(states, weight, bias, targets, smoothing, _chunk):
+    logits = torch.nn.functional.linear(states, weight, bias).float()
+    return torch.nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 10])
+def test_cross_entropy_in_chunks_and_its_gradients_equal_torch(rows):
+    for ours, expected in zip(*cross_entropies(rows), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_cross_entropy_in_chunks_follows_autocast():
+    for ours, expected in zip(*cross_entropies(10, torch.bfloat16), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_without_a_target_cross_entropy_is_zero():
+    states = torch.randn(2, 8, requires_grad=True)
+    loss = losses.linear_cross_entropy(states, torch.randn(11, 8), torch.zeros(11), torch.tensor([-100, -100]))
+    loss.backward()
+    assert float(loss) == 0
+    assert not states.grad.any()
 
 
 def test_hard_negatives_are_never_excluded_ones():

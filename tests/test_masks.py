@@ -6,6 +6,7 @@ from conftest import randomise, tiny_config
 
 from xformer_mllm import XFormerModel
 from xformer_mllm.model import masks
+from xformer_mllm.variants import variant_config
 
 DRAWN = {
     masks.unimodal_mask: ["##...", "##...", "..##.", "..##.", "..##."],
@@ -94,3 +95,25 @@ def test_padding_changes_nothing(model, images, texts, make):
     torch.testing.assert_close(a.fused_queries, b.fused_queries, atol=1e-5, rtol=1e-5)
     kept = text_mask.bool()
     torch.testing.assert_close(a.text_states[kept], b.text_states[:, :7][kept], atol=1e-5, rtol=1e-5)
+
+
+def test_queries_alone_are_those_of_the_whole_pass(model, images, texts):
+    ids, text_mask = texts
+    mask = masks.bidirectional_mask(text_mask, 4)
+    with torch.no_grad():
+        image = model.encode_image(images)
+        whole, alone = (model.read(image, ids, mask, queries_only=only) for only in (False, True))
+        states, first = (model.encode_text(ids, text_mask, kept) for kept in (None, 1))
+    assert alone.text_states is None
+    torch.testing.assert_close(alone.fused_queries, whole.fused_queries, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(first, states[:, :1], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["qformer", "xformer", "concat", "early_cross_attention"])
+def test_projecting_an_image_once_changes_nothing(images, texts, variant):
+    model = randomise(XFormerModel(variant_config(variant, tiny_config()))).eval()
+    mask = masks.bidirectional_mask(texts[1], 4)
+    with torch.no_grad():
+        image = model.encode_image(images)
+        each, once = (model.read(source, texts[0], mask) for source in (image, model.project(image)))
+    torch.testing.assert_close(once.fused_queries, each.fused_queries, atol=1e-6, rtol=1e-6)

@@ -13,7 +13,6 @@ from xformer_mllm.data.records import (
     CaptionItems,
     Images,
     QuestionItems,
-    Table,
     check_broken,
     open_image,
     question_of,
@@ -21,6 +20,7 @@ from xformer_mllm.data.records import (
     split_indices,
     texts_of,
 )
+from xformer_mllm.data.table import Table
 from xformer_mllm.data.transforms import TrainTransform
 from xformer_mllm.model.images import load_image
 
@@ -201,7 +201,9 @@ def test_epoch_reaches_a_copy_in_shared_memory(tmp_path):
 
 def test_table_gives_back_what_went_in_and_survives_a_pickle():
     records = [{**CAPTIONED, "image": "a.jpg"}, {**ASKED, "image": "b.jpg"}]
-    table = pickle.loads(pickle.dumps(Table(records)))
+    original = Table(records)
+    table = pickle.loads(pickle.dumps(original))
+    del original  # and its file
     assert [table[0], table[1]] == records
     assert (len(table), list(table.ids())) == (2, ["a", "b"])
     assert (list(table.counts["captions"]), list(table.counts["questions"])) == ([3, 0], [0, 6])

@@ -9,9 +9,10 @@ import pytest
 from made import shard, shards, write_image
 from torch.utils.data import DataLoader
 
-from xformer_mllm.data.records import CaptionItems, Table, hash_of, record_of
+from xformer_mllm.data.records import CaptionItems, hash_of, record_of
 from xformer_mllm.data.shards import find_shards
 from xformer_mllm.data.streams import ListPart, Positioned, ShardPart, Stream, ValidationStream, in_split
+from xformer_mllm.data.table import Table
 
 ITEM = CaptionItems(None, 0)
 

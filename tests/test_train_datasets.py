@@ -17,6 +17,7 @@ from xformer_mllm.cli import main
 from xformer_mllm.train import datasets, run_folder
 from xformer_mllm.train.batches import Stage1Collator
 from xformer_mllm.train.config import Stage1Config, Stage2Config
+from xformer_mllm.train.loop import ShuffledBatches
 
 RUN = ["train", "stage1", "--variant", "qformer", "--batch-size", "3", "--steps", "8", "--logging-steps", "4"]
 RUN += ["--save-steps", "2", "--sample-steps", "8", "--warmup-steps", "2"]
@@ -136,6 +137,41 @@ def test_at_most_so_many_images_and_they_still_change(folder, shards):
         datasets.captions(config(data=str(shards), train_size=5), 32)
 
 
+def test_batches_of_like_lengths_have_little_padding_and_every_record():
+    lengths = torch.randint(5, 60, (1000,)).tolist()
+    alike, mixed = (ShuffledBatches(1000, 8, seed=0, lengths=given) for given in (lambda: lengths, None))
+    batches = list(alike)
+    assert sorted(index for batch in batches for index in batch) == list(range(1000))
+
+    def padding(batches: list) -> int:
+        return sum(max(lengths[index] for index in batch) - lengths[index] for batch in batches for index in batch)
+
+    assert padding(batches) < 0.1 * padding(list(mixed))
+    alike.first = 100
+    assert list(alike) == batches[100:]  # a resumed run
+    alike.first, alike.epoch = 0, 1
+    assert {frozenset(batch) for batch in alike} & {frozenset(batch) for batch in batches} == set()
+    shared = [list(ShuffledBatches(1000, 4, 0, rank, 2, lambda: lengths)) for rank in range(2)]
+    assert [[*one, *other] for one, other in zip(*shared, strict=True)] == batches
+
+
+def test_lengths_are_those_of_the_texts_of_the_epoch(mixture, folder, shards):
+    images = {"images": folder, "group_by_length": True}
+    train, _ = datasets.captions(config(data=str(mixture / "captions.jsonl"), train_size=20, **images), 32)
+    seen = set()
+    for epoch in range(3):
+        train.set_epoch(epoch)
+        seen.add(tuple(train.text_lengths()))
+        assert train.text_lengths() == [len(train[place]["caption"]) for place in range(20)]
+    assert len(seen) == 3
+    asked = config(Stage2Config, data=str(mixture / "questions.jsonl"), text="questions", **images)
+    train, _ = datasets.questions(asked, 32)
+    assert set(train.text_lengths()) == {len("what colour is it")}
+    for data in ("scenes", str(shards)):
+        with pytest.raises(ValueError, match=rf"--group-by-length: {data} is no list"):
+            datasets.captions(config(data=data, group_by_length=True), 32)
+
+
 def test_only_scenes_have_a_default_train_size():
     assert config().train_size == 24_000
     assert config(data="images").train_size is None
@@ -175,11 +211,11 @@ def stopped_and_resumed(run: Path, monkeypatch, *arguments: str) -> str:
     return (run / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("name", "workers"), [("folder", 0), ("mixture", 2)])
+@pytest.mark.parametrize(("name", "workers"), [("folder", 0), ("mixture", 2), ("alike", 0)])
 def test_a_resumed_run_sees_what_an_undisturbed_one_sees(folder, mixture, tmp_path, monkeypatch, name, workers):
     """Bit for bit: the same images, captions, crops and masks, from lists and from a mixture of lists (a stream)."""
-    data = str(folder if name == "folder" else mixture / "mixture.json")
-    arguments = ["--data", data, "--num-workers", str(workers)]
+    data = str(mixture / "mixture.json" if name == "mixture" else folder)
+    arguments = ["--data", data, "--num-workers", str(workers), *(["--group-by-length"] if name == "alike" else [])]
     assert main([*RUN, *arguments, "--output-dir", str(tmp_path / "undisturbed")]) == 0
     resumed = stopped_and_resumed(tmp_path / "resumed", monkeypatch, *arguments)
     assert resumed == (tmp_path / "undisturbed" / "log.jsonl").read_text()

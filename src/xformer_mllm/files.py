@@ -1,5 +1,7 @@
 """Atomic writing of files and folders, reading of JSON with errors that name the line, and text for messages."""
 
+import codecs
+import contextlib
 import json
 import os
 import re
@@ -9,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+READ_AHEAD = 2**20  # characters of a list
+_BEFORE_ELEMENT = re.compile(r"[ \t\n\r]*[\[,][ \t\n\r]*")
+_AFTER_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 
 
 def read_json(path: Path) -> Any:
@@ -31,6 +37,35 @@ def parse_json(text: str) -> Any:
         raise ValueError("lists or objects are nested too deeply") from None
     except ValueError:  # Python's limit on the conversion of text
         raise ValueError(f"a number has more than {sys.get_int_max_str_digits():,} digits") from None
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether the value of a JSON file is a list, by its first character."""
+    with path.open("rb") as file:
+        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def read_json_list(path: Path) -> Iterator[Any]:
+    """Yield the elements of a JSON file whose value is a list, without holding all of it. Raises as `read_json`."""
+    scan, done = json.JSONDecoder().raw_decode, 0
+    text, at, ahead = "", 0, READ_AHEAD
+    with contextlib.suppress(ValueError, RecursionError), path.open(encoding="utf-8-sig") as file:
+        while piece := file.read(ahead):
+            text, at = text[at:] + piece, 0
+            ahead = max(READ_AHEAD, len(text))  # twice as much for a longer element
+            while start := _BEFORE_ELEMENT.match(text, at):
+                try:
+                    value, end = scan(text, start.end())
+                except json.JSONDecodeError:  # not all of the element is here
+                    break
+                after = _AFTER_ELEMENT.match(text, end)
+                if after is None:  # a number may go on
+                    break
+                yield value
+                done, at = done + 1, end
+                if after[1] == "]" and not (text[after.end() :] + file.read()).strip():
+                    return
+    yield from read_json(path)[done:]  # raises with the place of the mistake, or the list is empty
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -7,11 +7,14 @@ import csv
 import difflib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from xformer_mllm.data.records import (
     CAPTIONS,
@@ -19,17 +22,16 @@ from xformer_mllm.data.records import (
     VALIDATION_SHARE,
     Record,
     Rows,
-    Table,
     broken_record,
     check_broken,
     is_missing,
-    printable,
     question_of,
     record_of,
     shorten,
     texts_of,
 )
-from xformer_mllm.files import parse_json, read_json
+from xformer_mllm.data.table import Table
+from xformer_mllm.files import parse_json, printable, read_json
 
 FOLDER_VALIDATION_SHARE = 0.1  # folders are small
 FOLDER_LAYOUT = "expected e.g. cat.jpg and cat.txt beside it, with the caption on its first line"
@@ -43,6 +45,7 @@ IMAGEFOLDER_SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+UNNAMED = "\0"  # id of a question that is still to be numbered within its image
 PLACEHOLDER = "<image>"  # in the questions of LLaVA
 TEXT_ONLY = "without an image (text only)"
 DESCRIBE = frozenset(
@@ -149,7 +152,7 @@ def read_csv_source(file: Path, images: Path | None) -> ListSource:
 
 
 def read_json_source(file: Path, content: Any, images: Path | None) -> ListSource:
-    """Read a JSON file with the given content. images: their folder, if not beside the file.
+    """Read a JSON file with the given content; a list may come as an iterator. images: their folder, if not beside it.
 
     Raises ValueError if the format is unknown, FileNotFoundError if the images are missing.
     """
@@ -158,12 +161,14 @@ def read_json_source(file: Path, content: Any, images: Path | None) -> ListSourc
         return _list_source(file, "Karpathy's split", _karpathy_records(file, content), bases)
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         return _list_source(file, "COCO captions", {"": _coco(file, content)}, bases)
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        if "regions" in content[0]:
-            return _list_source(file, "Visual Genome's regions", {"": _regions(content, bases)}, bases)
-        llava = "conversations" in content[0]
-        kind = "LLaVA's conversations" if llava else 'a JSON list of {"image", "caption"}'
-        return _rows_source(file, kind, ((f"row {index}", row) for index, row in enumerate(content)), bases)
+    rows = iter(content if isinstance(content, list | Iterator) else ())
+    first = next(rows, None)
+    if isinstance(first, dict):
+        rows = chain([first], rows)
+        if "regions" in first:
+            return _list_source(file, "Visual Genome's regions", {"": _regions(rows, bases)}, bases)
+        kind = "LLaVA's conversations" if "conversations" in first else 'a JSON list of {"image", "caption"}'
+        return _rows_source(file, kind, ((f"row {index}", row) for index, row in enumerate(rows)), bases)
     raise ValueError(f"{file}: unknown format; {_known_forms(content)}; see docs/data.md")
 
 
@@ -204,25 +209,28 @@ def _list_source(
 ) -> ListSource:
     """first: the first row, for the message that none is usable."""
     broken: dict[str, str] = {}
-    found: dict[str, list[Record]] = {}
-    for split, records in splits.items():
-        for record in records:
-            if "broken" in record:
-                broken[record["id"]] = record["broken"]
-            else:
-                found.setdefault(split, []).append(record)
-    if not found:
+    tables = {split: Table(_usable(records, broken)) for split, records in splits.items()}
+    tables = {split: table for split, table in tables.items() if len(table)}
+    if not tables:
         causes = [f"{name}: {why}" for name, why in list(broken.items())[:1]]
         causes += [f"{count:,} {reason}" for reason, count in (skipped or {}).items() if count]
         why = f" ({'; '.join(causes)})" if causes else ""
         known = not isinstance(first, dict) or any(set(keys) <= first.keys() for keys in FORMS.values())
         forms = "" if known else f"; {_known_forms(first)}"
         raise ValueError(f"{file}: no image with a caption or a question{why}{forms}")
-    base, dropped = _locate(found, bases, file)
-    for record in (record for records in found.values() for record in records):
-        record["image"] = str(base / Path(*Path(record["image"]).parts[dropped:]))
-    tables = {split: Table(records) for split, records in found.items()}
+    base, dropped = _locate(tables, bases, file)
+    for table in tables.values():
+        table.find_images_in(base, dropped)
     return ListSource(str(file), kind, tables, broken, skipped or {})
+
+
+def _usable(records: Iterable[Record], broken: dict[str, str]) -> Iterator[Record]:
+    """Yield the records that are not broken; the others go into `broken`."""
+    for record in records:
+        if "broken" in record:
+            broken[record["id"]] = record["broken"]
+        else:
+            yield record
 
 
 def _read_imagefolder(folder: Path, metadata: list[Path], images: int, skipped: dict[str, int]) -> ListSource:
@@ -346,8 +354,30 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _grouped(rows: Iterable[tuple[str, Any]], file: Path, skipped: dict[str, int]) -> Iterator[Record]:
     """Yield one record per image, in the order of their first rows. skipped: rows of `TEXT_ONLY` are added to it."""
-    captions: dict[str, list[str]] = {}
-    questions: dict[str, list[dict[str, Any]]] = {}
+    broken: list[Record] = []
+    hashes = array("q")  # of the rows' images
+    table = Table(_usable_rows(rows, file, skipped, broken, hashes))
+    yield from broken
+    for _, alike in groupby(table.select(_together(hashes)), key=lambda row: hash(row["image"])):
+        of_image: dict[str, list[Record]] = {}
+        for row in alike:
+            of_image.setdefault(row["image"], []).append(row)
+        for image, same in of_image.items():
+            captions = [caption for row in same for caption in row["captions"]]
+            questions: list[dict[str, Any]] = []
+            for row in same:
+                numbered = enumerate(row["questions"], len(questions))
+                questions += [
+                    {**each, "id": f"{image}/{number}"} if each["id"] == UNNAMED else each for number, each in numbered
+                ]
+            yield record_of(image, image, captions, questions)
+
+
+def _usable_rows(
+    rows: Iterable[tuple[str, Any]], file: Path, skipped: dict[str, int], broken: list[Record], hashes: array
+) -> Iterator[Record]:
+    """Yield each row as a record; broken ones go into `broken`, and the hashes of the others' images into `hashes`."""
+    foreign: dict[str, Record] = {}
     for where, row in rows:
         if isinstance(row, dict) and _is_text_only(row):
             skipped[TEXT_ONLY] += 1
@@ -357,17 +387,25 @@ def _grouped(rows: Iterable[tuple[str, Any]], file: Path, skipped: dict[str, int
         try:
             image = _image_of(row)
             texts, asked = _conversation_of(row) if "conversations" in row else _texts_of_row(row)
-            done = len(questions.get(image, ()))
-            answered = [question_of(f"{image}/{done + number}", each) for number, each in enumerate(asked)]
+            answered = [question_of(UNNAMED, each) for each in asked]
             if not all(each["question"] and each["answers"] for each in answered):
                 raise ValueError("an empty question or no answer")
         except ValueError as error:
-            yield broken_record(where, str(error))
+            broken.append(broken_record(where, str(error)))
             continue
-        captions.setdefault(image, []).extend(texts)
-        questions.setdefault(image, []).extend(answered)
-    for image, texts in captions.items():
-        yield record_of(image, image, texts, questions[image])
+        record = record_of(image, image, texts, answered)
+        if "broken" in record:
+            foreign[image] = record
+            continue
+        hashes.append(hash(image))
+        yield record
+    broken += foreign.values()
+
+
+def _together(hashes: array) -> array:
+    """Order rows so that those with equal hashes follow each other, at the place of the first; int64 indices."""
+    _, first, group = numpy.unique(numpy.frombuffer(hashes, numpy.int64), return_index=True, return_inverse=True)
+    return array("q", numpy.argsort(first[group], kind="stable").tobytes())
 
 
 def _is_text_only(row: Mapping[str, Any]) -> bool:
@@ -510,7 +548,7 @@ def _karpathy_records(file: Path, content: Any) -> dict[str, list[Record]]:
     return splits
 
 
-def _regions(content: list[Any], bases: list[Path]) -> Iterator[Record]:
+def _regions(content: Iterable[Any], bases: list[Path]) -> Iterator[Record]:
     """Read [{"id", "regions": [{"phrase"}]}], as region_descriptions.json: every phrase is a caption of the image."""
     second = {path.name for base in bases for path in (base / REGION_FOLDERS[1]).glob("*.jpg")}
     for index, image in enumerate(content):
@@ -529,13 +567,13 @@ def _bases(file: Path, images: Path | None) -> list[Path]:
     return [images] if images else [file.parent, file.absolute().parent.parent]
 
 
-def _locate(splits: Mapping[str, list[Record]], bases: list[Path], file: Path) -> tuple[Path, int]:
+def _locate(splits: Mapping[str, Table], bases: list[Path], file: Path) -> tuple[Path, int]:
     """Return the folder of the images, and how many leading folders of their paths to drop.
 
     Listed paths may begin with folders of their author's machine (BLIP's do). The first images are tried, at least one
     of which must exist.
     """
-    first = [Path(record["image"]) for records in splits.values() for record in records[:MAX_PROBED]]
+    first = [Path(record["image"]) for table in splits.values() for record in islice(table, MAX_PROBED)]
     for path in first:
         for base in bases:
             for dropped in range(len(path.parts)):

@@ -20,13 +20,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from xformer_mllm.data.transforms import Transform
+from xformer_mllm.files import printable
 from xformer_mllm.model.images import load_image, open_file
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def question_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     answers = next((row[key] for key in ANSWERS if not is_missing(row.get(key))), None)
     question_id = row.get("question_id", row.get("questionId"))
     return {
-        "id": name if question_id is None else str(question_id),
+        "id": name if question_id is None else printable(str(question_id)),
         "question": _text_of(row.get("question"), "a question"),
         "answers": texts_of(answers, "an answer"),
     }
@@ -93,12 +94,13 @@ def texts_of(value: Any, what: str = "a caption") -> list[str]:
 
     A number becomes its text, and None is no text. Raises ValueError for anything else; `what` is its name there.
     """
-    values = value if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else [value]
+    single = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+    values = [value] if single else value
     return [text for each in values if (text := _text_of(each, what))]
 
 
 def _text_of(value: Any, what: str) -> str:
-    if isinstance(value, Mapping):
+    if not isinstance(value, str) and isinstance(value, Mapping):  # most are texts, and a Mapping is slow to tell
         value = next((value[key] for key in ("raw", "answer") if key in value), value)
     if value is None:
         return ""
@@ -111,13 +113,8 @@ def _text_of(value: Any, what: str) -> str:
     return str(value)
 
 
-def printable(name: str) -> str:
-    """Replace what UTF-8 cannot encode, such as the bytes of a file name in another encoding, by its escape."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def _is_unicode(text: str) -> bool:
-    return printable(text) == text
+    return text.isascii() or printable(text) == text
 
 
 def clean(caption: str) -> str:
@@ -166,14 +163,22 @@ class CaptionItems(_Items):
     field: ClassVar[Field] = "captions"
 
     def __call__(self, record: Record, epoch: int) -> dict[str, Any]:
+        rng = self._rng(record, epoch)
+        text = self._caption(record, rng)
+        return {"id": record["id"], "image": self._image(record, rng), "caption": text}
+
+    def text_length(self, record: Record, epoch: int) -> int:
+        """Characters of the item's caption, without opening the image."""
+        return len(self._caption(record, self._rng(record, epoch)))
+
+    def _caption(self, record: Record, rng: random.Random) -> str:
         if not record["captions"]:
             raise ValueError(f"{record['id']}: no caption")
-        rng = self._rng(record, epoch)
         caption = rng.choice(record["captions"])
         text = clean(caption) if self.cleaned else caption
         if not text:
             raise ValueError(f"{record['id']}: the caption {caption!r} is empty after cleaning")
-        return {"id": record["id"], "image": self._image(record, rng), "caption": text}
+        return text
 
 
 @dataclass(frozen=True)
@@ -189,25 +194,33 @@ class QuestionItems(_Items):
     field: ClassVar[Field] = "questions"
 
     def __call__(self, record: Record, epoch: int) -> list[dict[str, Any]]:
-        if not record["questions"]:
-            raise ValueError(f"{record['id']}: no question")
         rng = self._rng(record, epoch)
-        questions = record["questions"]
-        if self.at_most is not None and len(questions) > self.at_most:
-            questions = rng.sample(questions, self.at_most)
+        questions = self._questions(record, rng)
         shared = {"image_id": record["id"], "image": self._image(record, rng)}
         return [{**shared, **question, "answer": rng.choice(question["answers"])} for question in questions]
 
+    def text_length(self, record: Record, epoch: int) -> int:
+        """Characters of the item's longest question, without opening the image."""
+        return max(len(question["question"]) for question in self._questions(record, self._rng(record, epoch)))
 
-def split_indices(ids: Sequence[str], split: Split, validation_share: float) -> list[int]:
+    def _questions(self, record: Record, rng: random.Random) -> list[dict[str, Any]]:
+        questions = record["questions"]
+        if not questions:
+            raise ValueError(f"{record['id']}: no question")
+        if self.at_most is not None and len(questions) > self.at_most:
+            return rng.sample(questions, self.at_most)
+        return questions
+
+
+def split_indices(ids: Iterable[str], split: Split, validation_share: float) -> array:
     """Select a split's records by a hash of the id, so that adding records moves no others between the splits.
 
     Validation has at least one record, the one with the lowest hash.
     """
-    hashes = [hash_of(name) for name in ids]
+    hashes = array("d", map(hash_of, ids))
     validation = {index for index, value in enumerate(hashes) if value < validation_share}
-    validation = validation or {min(range(len(ids)), key=hashes.__getitem__)}
-    return [index for index in range(len(ids)) if (index in validation) == (split == "validation")]
+    validation = validation or {min(range(len(hashes)), key=hashes.__getitem__)}
+    return array("q", (index for index in range(len(hashes)) if (index in validation) == (split == "validation")))
 
 
 def hash_of(name: str) -> float:
@@ -222,32 +235,10 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
-    def ids(self) -> Sequence[str]: ...
+    def ids(self) -> Iterable[str]: ...
 
     @property
     def counts(self) -> Mapping[Field, Sequence[int]]: ...  # the number of captions and questions of each record
-
-
-class Table:
-    """Rows in an Arrow table: compact, and shared by worker processes."""
-
-    def __init__(self, records: Iterable[Record]):
-        from datasets import Dataset as ArrowDataset  # the extra `train`
-
-        records = list(records)
-        columns = {name: [record[name] for record in records] for name in ("id", "image", "captions", "questions")}
-        columns["image"] = [str(image) for image in columns["image"]]
-        self.counts: dict[Field, array] = {field: array("i", map(len, columns[field])) for field in get_args(Field)}
-        self._table = ArrowDataset.from_dict(columns)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._table[index]
-
-    def ids(self) -> Sequence[str]:
-        return self._table["id"][:]
 
 
 class Images(Dataset):
@@ -284,6 +275,16 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def text_lengths(self) -> list[int]:
+        """Characters of each item's longest text in this epoch; 0 for a broken record."""
+        lengths = []
+        for index in self.indices:
+            try:
+                lengths.append(self.item.text_length(self.rows[int(index)], int(self._epoch)))  # type: ignore[attr-defined]
+            except ValueError:
+                lengths.append(0)
+        return lengths
 
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):

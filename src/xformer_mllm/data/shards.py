@@ -22,12 +22,11 @@ from xformer_mllm.data.records import (
     Record,
     broken_record,
     one_line,
-    printable,
     question_of,
     record_of,
     shorten,
 )
-from xformer_mllm.files import parse_json, read_json
+from xformer_mllm.files import parse_json, printable, read_json
 
 logger = logging.getLogger(__name__)
 

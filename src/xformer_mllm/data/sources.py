@@ -15,7 +15,7 @@ Lists become data sets with a length; shards, streamed data sets and mixtures be
 
 import logging
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from xformer_mllm.data.records import CaptionItems, Field, Images, QuestionItems
 from xformer_mllm.data.shards import ShardSource, find_shards
 from xformer_mllm.data.streams import BUFFER, ListPart, ShardPart, Stream, StreamPart, ValidationStream, in_split
 from xformer_mllm.data.transforms import Transform
-from xformer_mllm.files import read_json
+from xformer_mllm.files import is_json_list, read_json, read_json_list
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _find(source: str, images: Path | None) -> ListSource | ShardSource | Mixtur
     if path.suffix == ".csv":
         return read_csv_source(path, images)
     if path.suffix == ".json":
-        content = read_json(path)
+        content = read_json_list(path) if path.is_file() and is_json_list(path) else read_json(path)
         if isinstance(content, dict) and "sources" in content:
             return _read_mixture(path, content, images or path.parent)
         return read_json_source(path, content, images)
@@ -231,19 +231,19 @@ def list_part(source: ListSource, split: Split, field: Field, weight: float | No
     """
     rows = source.rows[_name_of(source.name, source.rows, split)]
     counts = rows.counts[field]
-    indices: Sequence[int] = [index for index, count in enumerate(counts) if count]
+    indices = array("q", (index for index, count in enumerate(counts) if count))  # forked workers share its memory
     if not indices:
         other: Field = "captions" if field == "questions" else "questions"
         hint = f"; it has {other} (xformer train stage2 --text {other})" if any(rows.counts[other]) else ""
         raise ValueError(f"{source.name}: no {field}{hint}")
     if "validation" not in source.rows:
-        ids = rows.ids()
-        chosen = split_indices([ids[index] for index in indices], split, source.validation_share)
+        ids = (name for name, count in zip(rows.ids(), counts, strict=True) if count)
+        chosen = split_indices(ids, split, source.validation_share)
         if not chosen:
             raise ValueError(f"{source.name}: one image cannot be split into training and validation; add more")
-        indices = [indices[index] for index in chosen]
+        indices = array("q", (indices[index] for index in chosen))
     weight = weight or float(sum(counts[index] for index in indices))
-    return ListPart(source.name, rows, array("q", indices), weight)  # forked workers share an array's memory
+    return ListPart(source.name, rows, indices, weight)
 
 
 def shard_part(source: ShardSource, split: Split, weight: float = 1.0) -> ShardPart:

@@ -170,50 +170,84 @@ def second_encoder(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
     return Cost(patches) + frozen_tower(*sizes.stacks["mae_encoder"], read, tower.hidden_size)
 
 
-def qformer(config: XFormerConfig, tokens: Tokens, queries: int, text: int, projected: bool = False) -> Cost:
+def qformer(
+    config: XFormerConfig, tokens: Tokens, queries: int, text: int, projected: bool = False, kept: int | None = None
+) -> Cost:
     """One pass of `queries` and `text` together; either may be 0. Only queries read the image.
 
     projected: the image's keys and values are those of an earlier pass.
+    kept: the positions that the last layer computes, if not all.
     """
     parts, width, heads = config.qformer_config, config.qformer_config.hidden_size, _heads(config)
     both = queries + text
     normed = both if text else 0  # queries alone are a view of a parameter
-    embedded = norm(normed, width) + dropout(both, width, parts)
-    reads = tokens.clip + (tokens.mae if config.fusion == "concat" else 0)
-    after = norm(both, width) + dropout(both, width, parts)
-    layer = linear(both, width, width) * 4 + attention(both, both, width, heads, masked=text > 0) + after
-    layer += feed_forward(both, width, parts.intermediate_size) + after
-    cross = linear(queries, width, width) * 2
-    cross += Cost() if projected else linear(reads, parts.encoder_hidden_size, width) * 2
-    cross += attention(queries, reads, width, heads) + norm(queries, width) + dropout(queries, width, parts)
-    crossing = len(range(0, parts.num_hidden_layers, parts.cross_attention_frequency)) if queries else 0
-    return embedded + layer * parts.num_hidden_layers + cross * crossing
+    cost = norm(normed, width) + dropout(both, width, parts)
+    for number in range(parts.num_hidden_layers):
+        last = number == parts.num_hidden_layers - 1
+        asking = both if kept is None or not last else kept
+        after = norm(asking, width) + dropout(asking, width, parts)
+        cost += linear(asking, width, width) * 2 + linear(both, width, width) * 2
+        cost += attention(asking, both, width, heads, masked=text > 0) + after
+        cost += feed_forward(asking, width, parts.intermediate_size) + after
+    reads = _read_by_qformer(config, tokens)
+    cross = linear(queries, width, width) * 2 + attention(queries, reads, width, heads)
+    cross += norm(queries, width) + dropout(queries, width, parts)
+    if queries:
+        cost += cross * _crossing(config) + (Cost() if projected else keys_and_values(config, tokens))
+    return cost
+
+
+def keys_and_values(config: XFormerConfig, tokens: Tokens) -> Cost:
+    """What the Q-Former's layers read of an image, projected."""
+    parts = config.qformer_config
+    one = linear(_read_by_qformer(config, tokens), parts.encoder_hidden_size, parts.hidden_size)
+    return one * 2 * _crossing(config)
+
+
+def _read_by_qformer(config: XFormerConfig, tokens: Tokens) -> int:
+    return tokens.clip + (tokens.mae if config.fusion == "concat" else 0)
+
+
+def _crossing(config: XFormerConfig) -> int:
+    """The number of layers that read the image."""
+    return len(range(0, config.qformer_config.num_hidden_layers, config.qformer_config.cross_attention_frequency))
 
 
 def fusion(config: XFormerConfig, tokens: Tokens, queries: int) -> Cost:
-    """The variant's addition to one pass of the Q-Former with queries."""
-    if config.fusion == "none":
+    """The variant's addition to one pass of the Q-Former with queries, without `fusion_of_image`."""
+    if config.fusion in ("none", "concat"):
         return Cost()
     parts, width, wide = config.qformer_config, config.qformer_config.hidden_size, _mae_width(config)
     inside, heads = parts.intermediate_size, _heads(config)
-    if config.fusion == "concat":
-        return norm(tokens.mae, wide) + linear(tokens.mae, wide, config.clip_config.hidden_size)
     if config.fusion == "early_cross_attention":
-        crossing = len(range(0, parts.num_hidden_layers, parts.cross_attention_frequency))
-        statistics = Cost(kept=crossing * tokens.mae * NORM_STATISTICS)  # all layers read the same M
-        layer = norm(queries, width) + _reads(queries, width, tokens.mae, wide, heads)
-        return layer * crossing + Cost(kept=FP32 * tokens.mae * wide) + statistics
-    mae_heads = config.second_encoder_config.num_attention_heads
-    block = norm(tokens.mae, wide) + norm(queries, width) + _reads(tokens.mae, wide, queries, width, mae_heads)
+        statistics = Cost(kept=_crossing(config) * tokens.mae * NORM_STATISTICS)  # all layers read the same M
+        layer = norm(queries, width) + linear(queries, width, width) + _reads(queries, width, tokens.mae, wide, heads)
+        return layer * _crossing(config) + Cost(kept=FP32 * tokens.mae * wide) + statistics
+    block = norm(queries, width) + _reads(
+        tokens.mae, wide, queries, width, config.second_encoder_config.num_attention_heads
+    )
     block += norm(tokens.mae, wide) + feed_forward(tokens.mae, wide, inside)
-    block += norm(tokens.mae, wide) + _reads(queries, width, tokens.mae, wide, heads)  # its queries are already kept
+    block += norm(tokens.mae, wide) + linear(queries, width, width)  # queries are already kept
+    block += _reads(queries, width, tokens.mae, wide, heads)
     block += norm(queries, width) + feed_forward(queries, width, inside)
-    return block * config.fusion_blocks
+    return block * config.fusion_blocks + _asks(config, tokens) * (config.fusion_blocks - 1)
+
+
+def fusion_of_image(config: XFormerConfig, tokens: Tokens) -> Cost:
+    """What the variant's addition computes of an image alone: in a dual cross-attention, the first block's queries of M."""
+    if config.fusion == "concat":
+        wide = _mae_width(config)
+        return norm(tokens.mae, wide) + linear(tokens.mae, wide, config.clip_config.hidden_size)
+    return _asks(config, tokens) if config.fusion == "dual_cross_attention" else Cost()
+
+
+def _asks(config: XFormerConfig, tokens: Tokens) -> Cost:
+    return norm(tokens.mae, _mae_width(config)) + linear(tokens.mae, _mae_width(config), _mae_width(config))
 
 
 def _reads(asking: int, width: int, answering: int, context: int, heads: int) -> Cost:
-    """The fusion's cross-attention after its norms."""
-    products = linear(asking, width, width) * 2 + linear(answering, context, width) * 2
+    """The fusion's cross-attention after its norms and the projection of its queries."""
+    products = linear(asking, width, width) + linear(answering, context, width) * 2
     return products + attention(asking, answering, width, heads)
 
 
@@ -238,16 +272,20 @@ def reconstruction(config: XFormerConfig, sizes: Sizes, tokens: Tokens) -> Cost:
 
 
 def stage1_heads(config: XFormerConfig, work: Work) -> Cost:
-    """ITC against the pairs of all GPUs, ITM on three pairs, ITG on each text token."""
+    """ITC against the pairs of all GPUs, ITM on three pairs, ITG on each text token but the first.
+
+    ITG's cross-entropy computes its gradients in the forward pass and keeps those of the states.
+    """
     width, shared = config.qformer_config.hidden_size, config.image_text_hidden_size
-    queries, tokens, vocabulary = config.num_query_tokens, work.text_tokens, config.qformer_config.vocab_size
+    queries, vocabulary = config.num_query_tokens, config.qformer_config.vocab_size
     pairs = work.images * work.gpus
     itc = linear(queries, width, shared) + linear(1, width, shared)
     compared = 4 * queries * shared * pairs  # each way: all queries of an image, or of all images, and one text
     itc += Cost(compared, 2 * compared, 2 * pairs * queries * BF16 + 3 * (queries + 1) * shared * FP32)
     itm = linear(3 * queries, width, 2)
-    itg = linear(tokens, width, width) + Cost(kept=BF16 * tokens * width) + norm(tokens, width)
-    itg += linear(tokens, width, vocabulary) + Cost(kept=FP32 * (tokens - 1) * vocabulary)
+    targets = work.text_tokens - 1
+    itg = linear(targets, width, width) + Cost(kept=BF16 * targets * width) + norm(targets, width)
+    itg += Cost(3 * 2 * targets * width * vocabulary, kept=FP32 * targets * width)
     return itc + itm + itg
 
 
@@ -273,19 +311,19 @@ def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
         parts["second encoder"] = second_encoder(config, sizes, tokens)
     if work.stage == 1:
         parts["Q-Former, queries | text (ITG, ITC)"] = qformer(config, tokens, queries, text)
-        parts["Q-Former, text (ITC)"] = qformer(config, tokens, 0, text)
-        once = work.gpus == 1  # several processes project gathered images again
-        parts["Q-Former, 3 pairs (ITM)"] = qformer(config, tokens, queries, text, projected=once) * 3
-        passes = 1 if once and config.fusion == "concat" else 4
-        parts["fusion, once and 3 pairs"] = fusion(config, tokens, queries) * passes
+        parts["Q-Former, text (ITC)"] = qformer(config, tokens, 0, text, kept=1)
+        parts["Q-Former, 3 pairs (ITM)"] = qformer(config, tokens, queries, text, projected=True, kept=queries) * 3
+        parts["fusion, once and 3 pairs"] = fusion(config, tokens, queries) * 4 + fusion_of_image(config, tokens)
+        if work.gpus > 1:  # negative images are another process's
+            parts["projections of negative images"] = keys_and_values(config, tokens) + fusion_of_image(config, tokens)
         parts["heads of ITC, ITM, ITG"] = stage1_heads(config, work)
         if config.reconstruction:
             parts["MAE decoder"] = reconstruction(config, sizes, tokens)
         return parts
     read = work.prompt_tokens if work.instruction_aware else 0
     passes = work.texts if work.instruction_aware else 1
-    parts["Q-Former"] = qformer(config, tokens, queries, read) * passes
-    parts["fusion"] = fusion(config, tokens, queries) * passes
+    parts["Q-Former"] = qformer(config, tokens, queries, read, kept=queries if read else None) * passes
+    parts["fusion"] = (fusion(config, tokens, queries) + fusion_of_image(config, tokens)) * passes
     parts["projection"] = linear(queries, config.qformer_config.hidden_size, config.text_config.hidden_size) * passes
     if config.reconstruction_in_stage2:
         parts["MAE decoder"] = reconstruction(config, sizes, tokens) * passes
@@ -309,9 +347,15 @@ def memory(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, int]:
         "gradient buckets of DDP (fp32)": FP32 * trained if work.gpus > 1 else 0,
         "AdamW's two moments (fp32)": 2 * FP32 * trained,
         "bf16 copies of trained weights": BF16 * sizes.cast,
+        "gradient of ITG's vocabulary (fp32)": FP32 * vocabulary_gradient(config) if work.stage == 1 else 0,
         "kept for the backward pass": work.images * total(costs(config, sizes, work).values()).kept,
         "images to choose hard negatives from": _candidates(config, work) if work.stage == 1 else 0,
     }
+
+
+def vocabulary_gradient(config: XFormerConfig) -> int:
+    """Values of ITG's weight and bias, whose gradients the forward pass keeps, once for all images."""
+    return config.qformer_config.vocab_size * (config.qformer_config.hidden_size + 1)
 
 
 def _candidates(config: XFormerConfig, work: Work) -> int:

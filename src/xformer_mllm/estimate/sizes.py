@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import (
+    TiedLinear,
     XFormerForConditionalGeneration,
     XFormerForPreTraining,
     XFormerPreTrainedModel,
@@ -23,7 +24,7 @@ class Sizes:
     parameters, trained: counts per part.
     stacks: for each frozen tower, the number of layers and of the weights in their linear layers.
     gated: whether the language model's feed-forward has a gate (as Llama's).
-    cast: trained weights that autocast copies to bf16: linear layers, and the embeddings tied to ITG's head.
+    cast: trained weights that autocast copies to bf16, for the backward pass too: linear layers but ITG's head.
     """
 
     parameters: dict[str, int]
@@ -53,7 +54,8 @@ def sizes_of(model: Any) -> Sizes:
     base = model.xformer
     towers = {"clip_encoder": base.clip_encoder, "mae_encoder": base.mae_encoder, "mae_decoder": base.mae_decoder}
     towers["language_model"] = getattr(model, "language_model", None)
-    cast = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad)
+    trained_linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    cast = sum(m.weight.numel() for m in trained_linear if not isinstance(m, TiedLinear))
     stacks = {name: _stack(tower) for name, tower in towers.items() if tower}
     return Sizes(
         parameters, trained, stacks, any(name.endswith("gate_proj") for name, _ in model.named_modules()), cast

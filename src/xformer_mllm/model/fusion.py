@@ -14,7 +14,7 @@ New output projections start at zero, so a model made from a BLIP-2 checkpoint s
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -60,12 +60,16 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(context_width, width)
         self.output = ZeroLinear(width, width)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, X, width], [B, Y, context_width] -> the residual for x, and the map [B, heads, X, Y] (eager only)."""
+    def ask(self, x: torch.Tensor) -> torch.Tensor:
+        """Project `x` [B, X, width] -> its queries, [B, X, width]."""
+        return self.query(self.norm(x))
+
+    def forward(self, asked: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries from `ask`, [B, Y, context_width] -> the residual for x, and the map [B, heads, X, Y] (eager only)."""
         context = self.context_norm(context)
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for states in (self.query(self.norm(x)), self.key(context), self.value(context))
+            for states in (asked, self.key(context), self.value(context))
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
@@ -101,8 +105,14 @@ class Fusion(nn.Module):
         """The layer norms that read M."""
         return []
 
-    def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor | None) -> Fused:
-        """Z_q [B, Q, D] and M -> Z' and M'."""
+    def mae_queries(self, mae_tokens: torch.Tensor | None) -> torch.Tensor | None:
+        """Project M's own queries, [B, L, D_m], for several calls of `forward`; None where M asks nothing."""
+        return None
+
+    def forward(
+        self, queries: torch.Tensor, mae_tokens: torch.Tensor | None, mae_queries: torch.Tensor | None = None
+    ) -> Fused:
+        """Z_q [B, Q, D], M, and `mae_queries` if they are projected already -> Z' and M'."""
         return Fused(queries, mae_tokens)
 
 
@@ -149,8 +159,8 @@ class EarlyCrossAttention(Fusion):
         return {"mae_tokens": mae_tokens}
 
 
-def _then_read_mae(layer: nn.Module, _module, _args, kwargs, queries):
-    return queries + layer(queries, kwargs["mae_tokens"])[0]
+def _then_read_mae(layer: Any, _module, _args, kwargs, queries):
+    return queries + layer(layer.ask(queries), kwargs["mae_tokens"])[0]
 
 
 class DualCrossAttentionBlock(nn.Module):
@@ -164,11 +174,13 @@ class DualCrossAttentionBlock(nn.Module):
         self.queries_read_mae = CrossAttention(width, mae_width, config.num_attention_heads, config)
         self.queries_feed_forward = FeedForward(width, config)
 
-    def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor):
+    def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor, mae_queries: torch.Tensor | None = None):
         """Z_q [B, Q, D], M [B, L, D_m] -> Z', M', the map [B, heads, Q, L] of the queries over M'."""
-        mae_tokens = mae_tokens + self.mae_reads_queries(mae_tokens, queries)[0]
+        if mae_queries is None:
+            mae_queries = self.mae_reads_queries.ask(mae_tokens)
+        mae_tokens = mae_tokens + self.mae_reads_queries(mae_queries, queries)[0]
         mae_tokens = mae_tokens + self.mae_feed_forward(mae_tokens)
-        read, attention = self.queries_read_mae(queries, mae_tokens)
+        read, attention = self.queries_read_mae(self.queries_read_mae.ask(queries), mae_tokens)
         queries = queries + read
         queries = queries + self.queries_feed_forward(queries)
         return queries, mae_tokens, attention
@@ -185,11 +197,17 @@ class DualCrossAttention(Fusion):
         reading = ("mae_reads_queries.norm", "mae_feed_forward.norm", "queries_read_mae.context_norm")
         return [part for name, part in self.named_modules() if name.endswith(reading)]
 
-    def forward(self, queries: torch.Tensor, mae_tokens: torch.Tensor | None) -> Fused:
+    def mae_queries(self, mae_tokens: torch.Tensor | None) -> torch.Tensor | None:
+        return self.blocks[0].mae_reads_queries.ask(mae_tokens)  # type: ignore[operator, union-attr]
+
+    def forward(
+        self, queries: torch.Tensor, mae_tokens: torch.Tensor | None, mae_queries: torch.Tensor | None = None
+    ) -> Fused:
         attentions = []
         for block in self.blocks:
-            queries, mae_tokens, attention = block(queries, mae_tokens)
+            queries, mae_tokens, attention = block(queries, mae_tokens, mae_queries)
             attentions.append(attention)
+            mae_queries = None  # the next block's M is another
         return Fused(queries, mae_tokens, tuple(attentions))
 
 

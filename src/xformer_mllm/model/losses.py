@@ -5,7 +5,9 @@ Nothing is random but the hard negatives. All results are fp32. The reconstructi
 """
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
+
+IGNORED = -100  # target of a position without loss
 
 
 def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
@@ -49,23 +51,83 @@ def sample_hard_negatives(similarity: torch.Tensor, excluded: torch.Tensor) -> t
 
 
 def itm_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Image-text matching: cross-entropy of [P, 2] logits, averaged over the queries; label 1 is a matching pair."""
+    """Image-text matching: cross-entropy of [P, 2] logits, averaged over the queries; label 1 is a pair; IGNORED is none."""
     return cross_entropy(logits.float(), labels)
 
 
-def itg_loss(logits: torch.Tensor, input_ids: torch.Tensor, text_mask: torch.Tensor, label_smoothing: float = 0.1):
-    """Image-grounded text generation: predict each token from those before it.
+def itg_targets(input_ids: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+    """Targets of image-grounded text generation: the token after each one, -100 where there is none.
 
     Args:
-        logits: [B, T, V] at every text position.
         input_ids: int64[B, T], the input ([DEC] first).
         text_mask: [B, T], 1 = token; padding is not a target.
-        label_smoothing: BLIP-2's 0.1.
     """
-    targets = input_ids.masked_fill(~text_mask.bool(), -100)[:, 1:]
-    return cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=label_smoothing
-    )
+    following = input_ids.masked_fill(~text_mask.bool(), IGNORED)[:, 1:]
+    return torch.nn.functional.pad(following, (0, 1), value=IGNORED)
 
 
-__all__ = ["image_text_similarity", "itc_loss", "itg_loss", "itm_loss", "sample_hard_negatives"]
+def linear_cross_entropy(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.1,
+    chunk: int = 256,
+) -> torch.Tensor:
+    """Mean cross-entropy of `linear(states, weight, bias)` over the rows with a target, without keeping any logits.
+
+    A vocabulary's logits are by far the widest tensor of a step. Here a chunk of rows is computed at a time, together with
+    its gradient, in the dtype of autocast and with the softmax in fp32. Has first derivatives only.
+
+    Args:
+        states: [N, D].
+        weight: [V, D].
+        bias: [V].
+        targets: int64[N], IGNORED (-100) in rows without one.
+        label_smoothing: BLIP-2's 0.1.
+        chunk: rows at a time. With BERT's vocabulary 256 of them are 31 MB, which an allocator still reuses.
+    """
+    return _LinearCrossEntropy.apply(states, weight, bias, targets, label_smoothing, chunk)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, label_smoothing, chunk):
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        kept, low = targets != IGNORED, weight.to(dtype)
+        rows = (kept / kept.sum().clamp(min=1)).unsqueeze(1)  # the weight of each row in the mean
+        loss = states.new_zeros((), dtype=torch.float32)
+        of_states, of_weight, of_bias = torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)
+        with torch.autocast(device, enabled=False):
+            for at in range(0, len(states), chunk):
+                some, share = states[at : at + chunk].to(dtype), rows[at : at + chunk]
+                target = targets[at : at + chunk].clamp(min=0).unsqueeze(1)
+                logits = linear(some, low, bias.to(dtype)).float()
+                normaliser = logits.logsumexp(1, keepdim=True)
+                truth = (1 - label_smoothing) * logits.gather(1, target)
+                loss += (share * (normaliser - truth - label_smoothing * logits.mean(1, keepdim=True))).sum()
+                gradient = logits.sub_(normaliser).exp_().sub_(label_smoothing / weight.shape[0])
+                gradient.scatter_add_(1, target, torch.full_like(truth, label_smoothing - 1)).mul_(share)
+                of_bias += gradient.sum(0)
+                gradient = gradient.to(dtype)
+                of_states[at : at + chunk] = gradient @ low
+                of_weight += gradient.t() @ some
+        ctx.save_for_backward(of_states, of_weight, of_bias)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        of_states, of_weight, of_bias = ctx.saved_tensors
+        return gradient * of_states, gradient * of_weight, gradient * of_bias, None, None, None
+
+
+__all__ = [
+    "image_text_similarity",
+    "itc_loss",
+    "itg_targets",
+    "itm_loss",
+    "linear_cross_entropy",
+    "sample_hard_negatives",
+]

@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from . import losses, masks
 from .configuration_xformer import XFormerConfig
-from .distributed import equally_long, gather, rank, share
+from .distributed import equally_long, gather, rank, share, world_size
 from .fusion import ZeroLinear, build_fusion
 from .outputs import (
     XFormerForConditionalGenerationOutput,
@@ -293,7 +293,7 @@ class XFormerModel(XFormerPreTrainedModel):
             norm.bias.copy_(-mean / deviation.clamp(min=1e-3))
 
     def project(self, image: ImageTokens) -> ImageTokens:
-        """Project the image's keys and values for the Q-Former once, for several calls of `read`.
+        """Project what of the images does not depend on a text once, for several calls of `read`.
 
         Not under gradient checkpointing, which is to keep less and can only follow what a layer itself computes.
         """
@@ -301,7 +301,8 @@ class XFormerModel(XFormerPreTrainedModel):
             return image
         mae_tokens = None if image.mae is None else image.mae.tokens.to(self.query_tokens.dtype)
         states = self.fusion.image_states(image.clip_tokens, mae_tokens)
-        return dataclasses.replace(image, keys_values=project_image(self.qformer, states))
+        keys_values, mae_queries = project_image(self.qformer, states), self.fusion.mae_queries(mae_tokens)
+        return dataclasses.replace(image, keys_values=keys_values, mae_queries=mae_queries)
 
     def read(
         self,
@@ -310,6 +311,7 @@ class XFormerModel(XFormerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        queries_only: bool = False,
     ) -> XFormerModelOutput:
         """Let the queries read C in the Q-Former, then M in the fusion: `forward` on images that are encoded already.
 
@@ -319,6 +321,7 @@ class XFormerModel(XFormerPreTrainedModel):
             attention_mask: bool[B, 1, Q+T, Q+T], one of `masks.py`, or [B, Q+T], 1 = token; None for queries alone.
             output_attentions: also return the queries' attention maps (eager attention only).
             output_hidden_states: also return the hidden states of the Q-Former's layers.
+            queries_only: the text's last states are not needed and not computed.
         """
         return self(
             image=image,
@@ -326,6 +329,7 @@ class XFormerModel(XFormerPreTrainedModel):
             attention_mask=attention_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            queries_only=queries_only,
             return_dict=True,
         )
 
@@ -350,10 +354,16 @@ class XFormerModel(XFormerPreTrainedModel):
         words = self.embeddings.word_embeddings(input_ids) + self.embeddings.position_embeddings(positions)
         return words if query_tokens is None else torch.cat([query_tokens.to(words.dtype), words], dim=1)
 
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Encode text alone with the Q-Former: int64[B, T] and its padding mask [B, T] -> [B, T, D]."""
+    def encode_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: int | None = None
+    ) -> torch.Tensor:
+        """Encode text alone with the Q-Former: int64[B, T] and its padding mask [B, T] -> [B, T, D].
+
+        kept: how many of the first states to return, all by default.
+        """
+        embeds = self._embed(input_ids)
         return self.qformer(
-            query_embeds=self._embed(input_ids), query_length=0, attention_mask=attention_mask
+            query_embeds=embeds, query_length=0, attention_mask=attention_mask, kept=kept
         ).last_hidden_state
 
     def reconstruct(self, output: XFormerModelOutput) -> torch.Tensor:
@@ -382,6 +392,7 @@ class XFormerModel(XFormerPreTrainedModel):
         image: ImageTokens | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        queries_only: bool = False,
     ) -> XFormerModelOutput:
         """Encode images, and texts separately (neither sees the other).
 
@@ -392,7 +403,7 @@ class XFormerModel(XFormerPreTrainedModel):
             qformer_input_ids, qformer_attention_mask: int64[texts, T], for `text_states`.
             output_attentions: also return attention maps (eager attention only).
             output_hidden_states: also return the hidden states of the Q-Former's layers.
-            image, input_ids, attention_mask: as in `read`, instead of `pixel_values`.
+            image, input_ids, attention_mask, queries_only: as in `read`, instead of `pixel_values`.
         """
         maps = self._maps(output_attentions, output_hidden_states)
         with_attentions = maps["output_attentions"]
@@ -408,6 +419,8 @@ class XFormerModel(XFormerPreTrainedModel):
             read = {"encoder_hidden_states": self.fusion.image_states(image.clip_tokens, mae_tokens)}
         else:
             read = {"encoder_hidden_states": image.clip_tokens, "keys_values": image.keys_values}
+        if queries_only and not any(maps.values()):
+            read["kept"] = query_tokens.shape[1]
         qformer_output = self.qformer(
             query_embeds=embeds,
             query_length=query_tokens.shape[1],
@@ -418,7 +431,7 @@ class XFormerModel(XFormerPreTrainedModel):
         )
         states = qformer_output.last_hidden_state
         queries, text_states = states[:, : query_tokens.shape[1]], states[:, query_tokens.shape[1] :]
-        fused = self.fusion(queries, mae_tokens)
+        fused = self.fusion(queries, mae_tokens, image.mae_queries)
         if qformer_input_ids is not None:
             text_states = self.encode_text(qformer_input_ids, qformer_attention_mask)
         return XFormerModelOutput(
@@ -427,7 +440,7 @@ class XFormerModel(XFormerPreTrainedModel):
             queries=queries,
             fused_queries=fused.queries,
             enriched_mae_tokens=fused.mae_tokens,
-            text_states=None if input_ids is None and qformer_input_ids is None else text_states,
+            text_states=text_states if text_states.shape[1] else None,
             mae_mask=None if image.mae is None else image.mae.mask,
             ids_restore=None if image.mae is None else image.mae.ids_restore,
             clip_attentions=qformer_output.cross_attentions if with_attentions else None,
@@ -473,7 +486,7 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
 
     def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Project the [CLS] state of texts -> [B, image_text_hidden_size], of unit length."""
-        states = self.xformer.encode_text(input_ids, attention_mask)
+        states = self.xformer.encode_text(input_ids, attention_mask, kept=1)
         return normalize(self.text_projection(states[:, 0]).float(), dim=-1)
 
     def match(
@@ -481,7 +494,7 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
     ) -> tuple[torch.Tensor, XFormerModelOutput]:
         """Match B image-text pairs: queries and text read each other -> ITM logits [B, 2]. maps: as in `read`."""
         mask = masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
-        output = self.xformer.read(image, input_ids, mask, **maps)
+        output = self.xformer.read(image, input_ids, mask, queries_only=True, **maps)
         return self.itm_head(output.fused_queries).mean(dim=1), output
 
     @can_return_tuple
@@ -522,8 +535,17 @@ class XFormerForImageTextRetrieval(XFormerPreTrainedModel):
 class TiedLinear(nn.Linear):
     """BERT's prediction of words, whose weight is the word embeddings'; the bias is the model's own parameter."""
 
-    def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(states, self.weight, bias)
+    def forward(
+        self,
+        states: torch.Tensor,
+        bias: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:
+        """[..., D] -> logits [..., V]; with targets int64[N], of states [N, D], their mean cross-entropy."""
+        if targets is None:
+            return nn.functional.linear(states, self.weight, bias)
+        return losses.linear_cross_entropy(states, self.weight, bias, targets, label_smoothing)
 
 
 class XFormerForPreTraining(XFormerForImageTextRetrieval):
@@ -550,6 +572,14 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
     def itg_logits(self, text_states: torch.Tensor) -> torch.Tensor:
         """Predict tokens with BERT's head, tied to the word embeddings: [B, T, D] -> [B, T, V]."""
         return self.itg_head(self.itg_transform(text_states), self.itg_bias)
+
+    def itg_loss(self, text_states: torch.Tensor, input_ids: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        """ITG's cross-entropy, of the states [B, T, D] that the tokens int64[B, T] have in the generating pass."""
+        states, targets = text_states.flatten(0, 1), losses.itg_targets(input_ids, text_mask).flatten()
+        if not torch.compiler.is_compiling():  # the vocabulary is wide: only what has a target is predicted
+            places = (targets != losses.IGNORED).nonzero().squeeze(1)
+            states, targets = states[places], targets[places]
+        return self.itg_head(self.itg_transform(states), self.itg_bias, targets, self.config.label_smoothing)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.itg_head
@@ -593,8 +623,7 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         causal = masks.multimodal_causal_mask(text_mask, config.num_query_tokens)
         maps = self._maps(output_attentions, output_hidden_states)
         output = self.xformer.read(image, generation_ids, causal, **maps)
-        itg_logits = self.itg_logits(output.text_states)
-        itg = losses.itg_loss(itg_logits, generation_ids, text_mask, config.label_smoothing) * share(text_mask[:, 1:])
+        itg = self.itg_loss(output.text_states, generation_ids, text_mask) * share(text_mask[:, 1:])
 
         image_features, text_features = self.image_features(output.fused_queries), self.text_features(ids, text_mask)
         image_to_text = losses.image_text_similarity(image_features, gather(text_features)) / self.temperature
@@ -609,8 +638,8 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
                 losses.sample_hard_negatives(image_to_text, same),
             )
         itm_logits, labels = self._match_with_negatives(image, ids, text_mask, negatives)
-        of_all_pairs = share(torch.ones_like(labels))
-        itm = losses.itm_loss(itm_logits, labels) * of_all_pairs
+        exists = labels != losses.IGNORED
+        itm = losses.itm_loss(itm_logits, labels) * share(exists)
 
         loss = config.itc_weight * itc + config.itm_weight * itm + config.itg_weight * itg
         reconstruction = None
@@ -624,25 +653,30 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
             itg_loss=itg,
             reconstruction_loss=reconstruction,
             itc_accuracy=(image_to_text.argmax(-1) == own).float().mean(),
-            itm_accuracy=(itm_logits.argmax(-1) == labels).float().mean() * of_all_pairs,
+            itm_accuracy=(itm_logits.argmax(-1) == labels).sum() / exists.sum() * share(exists),
             itm_logits=itm_logits,
-            itg_logits=itg_logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             xformer_output=output,
         )
 
     def _match_with_negatives(self, image, ids, text_mask, negatives) -> tuple[torch.Tensor, torch.Tensor]:
-        """ITM logits and labels of (image, its text), (negative image, text), (image, negative text)."""
-        negative_images, negative_texts = negatives
-        all_images, all_ids, all_masks = image.gathered(), gather(ids), gather(text_mask)
-        own = rank() * len(ids) + torch.arange(len(ids), device=ids.device)
-        images = torch.cat([own, negative_images, own])
-        texts = torch.cat([own, own, negative_texts])
-        labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-        exists = (images >= 0) & (texts >= 0)  # a batch of 1 has no negatives
-        images, texts, labels = images[exists], texts[exists], labels[exists]
-        logits, _ = self.match(all_images.select(images), all_ids[texts], all_masks[texts])
+        """ITM logits and labels of (image, its text), (negative image, text), (image, negative text): [3B, 2], int64[3B].
+
+        A negative that does not exist, as in a batch of 1, has the label IGNORED.
+        """
+        images, texts = (index.clamp(min=0) for index in negatives)
+        missing = torch.cat(negatives) < 0
+        image = dataclasses.replace(image, pixels=None)
+        alone = world_size() == 1  # with several processes, only what is not projected is gathered
+        others = image.select(images) if alone else self.xformer.project(image.gathered().select(images))
+        logits, _ = self.match(
+            image.followed_by(others, image),
+            torch.cat([ids, ids, gather(ids)[texts]]),
+            torch.cat([text_mask, text_mask, gather(text_mask)[texts]]),
+        )
+        labels = torch.cat([torch.ones_like(images), torch.zeros_like(missing, dtype=torch.long)])
+        labels[len(images) :].masked_fill_(missing, losses.IGNORED)
         return logits, labels
 
     @torch.no_grad()
@@ -766,7 +800,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         if image_index is not None:
             image = image.select(image_index)
         mask = masks.bidirectional_mask(attention_mask, self.config.num_query_tokens)
-        return self.xformer.read(image, input_ids, mask, **maps)
+        return self.xformer.read(image, input_ids, mask, queries_only=True, **maps)
 
     def _soft_prompt(self, output: XFormerModelOutput, image_index: torch.Tensor | None) -> torch.Tensor:
         """Project Z' for each text: -> [texts, Q, E]."""

@@ -20,7 +20,7 @@ class XFormerModelOutput(ModelOutput):
         queries: Z_q, [B, Q, D].
         fused_queries: Z', [B, Q, D].
         enriched_mae_tokens: M', [B, 1+K, D_mae].
-        text_states: [B, T, D], if text was given.
+        text_states: [B, T, D], if text was given, and unless only the queries are computed (`queries_only`).
         mae_mask: [B, L], 1 = masked.
         ids_restore: int64[B, L]; the order of M (see `vision_encoders.MaeTokens`).
         clip_attentions: a map [B, heads, Q, N] for each Q-Former layer that reads C, on request.
@@ -45,7 +45,7 @@ class XFormerModelOutput(ModelOutput):
 
 @dataclass
 class XFormerForPreTrainingOutput(ModelOutput):
-    """`loss`: the weighted sum of the losses; accuracies in [0, 1]; `itm_logits` [<=3B, 2]; `itg_logits` [B, T, V].
+    """`loss`: the weighted sum of the losses; accuracies in [0, 1]; `itm_logits` [3B, 2].
 
     `hidden_states` and `attentions` are the Q-Former's in the pass that generates, on request.
     """
@@ -58,7 +58,6 @@ class XFormerForPreTrainingOutput(ModelOutput):
     itc_accuracy: torch.Tensor | None = None
     itm_accuracy: torch.Tensor | None = None
     itm_logits: torch.Tensor | None = None
-    itg_logits: torch.Tensor | None = None
     hidden_states: tuple | None = None
     attentions: tuple | None = None
     xformer_output: XFormerModelOutput | None = None

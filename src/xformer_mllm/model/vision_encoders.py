@@ -4,7 +4,6 @@
 """
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from .configuration_xformer import XFormerConfig
-from .distributed import gather, world_size
+from .distributed import gather
 from .qformer import KeysValues
 from .reconstruction import patchify
 
@@ -164,34 +163,46 @@ class ImageTokens:
 
     pixels: the MAE's normalised input, the target of reconstruction.
     keys_values: the Q-Former's, projected once, where an image is read several times.
+    mae_queries: M's in the fusion, [B, 1+K, D_m], likewise.
     """
 
     clip_tokens: torch.Tensor
     mae: MaeTokens | None
     pixels: torch.Tensor | None
     keys_values: KeysValues | None = None
+    mae_queries: torch.Tensor | None = None
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "ImageTokens":
-        """Apply a function to every tensor."""
-        mae = None if self.mae is None else MaeTokens(*map(change, vars(self.mae).values()))
-        pixels = None if self.pixels is None else change(self.pixels)
-        keys_values = self.keys_values
-        if keys_values is not None:
-            keys_values = tuple((change(key), change(value)) for key, value in keys_values)
-        return ImageTokens(change(self.clip_tokens), mae, pixels, keys_values)
+    def map(self, change: Callable[..., torch.Tensor], *others: "ImageTokens") -> "ImageTokens":
+        """Apply a function to every tensor, together with the same one of `others`."""
+        return _map(change, self, *others)
 
     def select(self, index: torch.Tensor) -> "ImageTokens":
         """Select images: int64[P], each in [0, B)."""
         return self.map(lambda tensor: tensor[index])
 
+    def followed_by(self, *others: "ImageTokens") -> "ImageTokens":
+        """Images one after the other; `others` have the same fields."""
+        return self.map(lambda *tensors: torch.cat(tensors), *others)
+
     def gathered(self) -> "ImageTokens":
-        """The images of all processes, without their pixels, and where there are several without keys and values."""
-        keys_values = self.keys_values if world_size() == 1 else None  # wider than C: projecting again is cheaper
-        return dataclasses.replace(self, pixels=None, keys_values=keys_values).map(gather)
+        """C and M of the images of all processes, without what is projected: it is wider, and few of them are read."""
+        return ImageTokens(self.clip_tokens, self.mae, None).map(gather)
 
     def to(self, *args, **kwargs) -> "ImageTokens":
         """Move every tensor to another device."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+
+def _map(change: Callable[..., torch.Tensor], *nodes: Any) -> Any:
+    """Apply a function to the corresponding tensors of equal structures."""
+    if nodes[0] is None:
+        return None
+    if torch.is_tensor(nodes[0]):
+        return change(*nodes)
+    if isinstance(nodes[0], tuple):
+        return tuple(_map(change, *parts) for parts in zip(*nodes, strict=True))
+    parts = zip(*(vars(node).values() for node in nodes), strict=True)
+    return type(nodes[0])(*(_map(change, *part) for part in parts))
 
 
 def encode_mae(

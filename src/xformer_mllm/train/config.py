@@ -71,6 +71,8 @@ class RunConfig:
 
     max_text_tokens: int = 32
     """Maximum number of tokens of captions and answers, and of words of questions. Longer texts are truncated."""
+    group_by_length: bool = False
+    """Put texts of like lengths into a batch, so that less of it is padding. Needs a list of images of your own."""
     feature_cache: Path | None = None
     """Folder to cache the outputs of the frozen encoders in. Your own images need --augment none."""
     num_workers: int = 0

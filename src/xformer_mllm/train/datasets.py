@@ -35,6 +35,9 @@ class FirstOf(Subset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
+    def text_lengths(self) -> list[int]:
+        return self.dataset.text_lengths()[: len(self)]  # type: ignore[attr-defined]
+
 
 class NotDecoded:
     """Replaces the transform where an image's features are cached: only the header of its file is read."""
@@ -123,6 +126,10 @@ def _how(config: RunConfig, size: int) -> dict[str, Any]:
 
 
 def _at_most(dataset: Any, config: RunConfig) -> Dataset:
+    if config.group_by_length and not isinstance(dataset, Images):
+        raise ValueError(
+            f"--group-by-length: {config.data} is no list, whose texts are known beforehand; leave it out"
+        )
     if config.train_size is None:
         return dataset
     if isinstance(dataset, Stream):

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ from xformer_mllm.train.config import RunConfig
 from xformer_mllm.train.health import query_similarity
 from xformer_mllm.train.logs import SPEED, RunLog, Samples
 
+ALIKE_WITHIN = 50  # batches; transformers' Trainer sorts within as many
 IDS_SHOWN = 6
 
 Batch = dict[str, Any]
@@ -63,10 +64,21 @@ class ShuffledBatches(Sampler[list[int]]):
     An epoch is a permutation that depends on `seed` and `epoch` alone, cut into joint batches of all processes; the
     records that do not fill the last one are dropped, since ITC and ITM would be easy among few pairs. Data smaller
     than a joint batch is one batch per epoch, and processes without records of their own repeat the first ones.
+
+    lengths: called in each epoch for the lengths of the records' texts; batches are then of like lengths.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        lengths: Callable[[], Sequence[int]] | None = None,
+    ):
         self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
+        self.lengths = lengths
         self.epoch, self.first = 0, 0  # the batch to begin with
 
     def __len__(self) -> int:
@@ -79,9 +91,20 @@ class ShuffledBatches(Sampler[list[int]]):
         joint = self.batch_size * self.world
         if self.size < joint and self.world > 1:
             order = list(itertools.islice(itertools.cycle(order), joint))
+        elif self.lengths is not None:
+            order = _alike(order[: len(self) * joint], self.lengths(), joint, rng)
         for number in range(self.first, len(self)):
             start = number * joint + self.rank * self.batch_size
             yield order[start : start + self.batch_size]
+
+
+def _alike(order: list[int], lengths: Sequence[int], size: int, rng: torch.Generator) -> list[int]:
+    """Sort by length within windows of some batches, then shuffle the batches: batches of `size` differ in each epoch."""
+    window = ALIKE_WITHIN * size
+    parts = [sorted(order[at : at + window], key=lengths.__getitem__) for at in range(0, len(order), window)]
+    flat = [index for part in parts for index in part]
+    starts = size * torch.randperm(len(flat) // size, generator=rng)
+    return [index for start in starts.tolist() for index in flat[start : start + size]]
 
 
 class TrainingLoop:
@@ -188,7 +211,9 @@ class TrainingLoop:
             collate, rng = Positioned(collator, self._stream), torch.Generator()
             return None, DataLoader(self._stream, config.batch_size, collate_fn=collate, generator=rng, **workers)
         size = len(self.dataset)  # type: ignore[arg-type]
-        sampler = ShuffledBatches(size, config.batch_size, config.seed, process.process_index, process.num_processes)
+        lengths = self.dataset.text_lengths if config.group_by_length else None  # type: ignore[attr-defined]
+        share = (process.process_index, process.num_processes)
+        sampler = ShuffledBatches(size, config.batch_size, config.seed, *share, lengths)
         return sampler, DataLoader(self.dataset, batch_sampler=sampler, collate_fn=collator, **workers)
 
     def _steps(self) -> Iterator[tuple[list[Batch], float | None]]:
