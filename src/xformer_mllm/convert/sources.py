@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from xformer_mllm.checkpoints import check_language_model
 from xformer_mllm.commands import ConvertConfig
-from xformer_mllm.files import read_json
+from xformer_mllm.files import first_sentence, read_json
 from xformer_mllm.language_models import language_model_dir
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import language_model_class, without_dropout
@@ -65,15 +65,10 @@ def local(name: str, weights: bool = True) -> Path:
                 snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: no such file or folder, and not available on the Hub ({first_line(error)}); download it on a "
+            f"{name}: no such file or folder, and not available on the Hub ({first_sentence(error)}); download it on a "
             "machine with network access and pass its folder"
         ) from None
     return folder
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's message, which may be a page long."""
-    return str(error).strip().split("\n")[0][:160]
 
 
 def read_config(folder: Path, label: str) -> PreTrainedConfig:
@@ -92,7 +87,7 @@ def read_tokenizer(folder: Path, label: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{label}: no tokenizer could be read from it ({first_line(error)})") from None
+        raise ValueError(f"{label}: no tokenizer could be read from it ({first_sentence(error)})") from None
 
 
 def _read_folder(folder: Path, label: str) -> dict[str, torch.Tensor]:
@@ -123,7 +118,7 @@ def _unpickled(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling arbitrary bytes raises anything
-        raise ValueError(f"{file}: not a checkpoint that can be read safely ({first_line(error)})") from None
+        raise ValueError(f"{file}: not a checkpoint that can be read safely ({first_sentence(error)})") from None
     state = content.get("model", content) if isinstance(content, dict) else None
     tensors = {key: t for key, t in state.items() if isinstance(t, torch.Tensor)} if isinstance(state, dict) else {}
     if not tensors:
@@ -306,7 +301,7 @@ def _loaded(name: str, folder: Path, kind: Any, config: Any, dtype: str) -> Sour
             folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name}: {first_line(error)}") from None
+        raise ValueError(f"{name}: {first_sentence(error)}") from None
     tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in report["missing_keys"]}
     tensors |= {key: torch.empty(shape, device="meta") for key, shape, _ in report["mismatched_keys"]}
     left = dict.fromkeys(sorted(report["unexpected_keys"]), "")

@@ -52,17 +52,17 @@ def export(config: SceneExportConfig) -> Path:
     about = {key: value for key, value in asdict(config).items() if key != "output_dir"}
     folder = config.output_dir.absolute()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; name a new folder")
+        raise ValueError(f"{config.output_dir}: is a file; name a new folder")
     if (folder / EXPORT_FILE).is_file() and read_json(folder / EXPORT_FILE) == about:
-        print(f"{folder}: already there")
+        print(f"{config.output_dir}: already there")
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: not empty; name a new folder, or delete this one first")
+        raise ValueError(f"{config.output_dir}: not empty; name a new folder, or delete this one first")
     with atomic_path(folder) as partial:
         partial.mkdir()
         FORMATS[config.name](partial, lambda index: draw_scene(config.split, index, config.seed), config.size)
         _write_json(partial / EXPORT_FILE, about)
-    print(f"{folder}: {config.size:,} scenes as {config.name}")
+    print(f"{config.output_dir}: {config.size:,} scenes as {config.name}")
     return folder
 
 
