@@ -315,8 +315,9 @@ def costs(config: XFormerConfig, sizes: Sizes, work: Work) -> dict[str, Cost]:
         parts["Q-Former, 3 pairs (ITM)"] = qformer(config, tokens, queries, text, projected=True, kept=queries) * 3
         parts["fusion, once and 3 pairs"] = fusion(config, tokens, queries) * 4 + fusion_of_image(config, tokens)
         if work.gpus > 1:  # negative images are another process's
-            read = norm(tokens.clip, config.clip_config.hidden_size) + keys_and_values(config, tokens)
-            parts["projections of negative images"] = read + fusion_of_image(config, tokens)
+            normed = norm(tokens.clip, config.clip_config.hidden_size)
+            projected = keys_and_values(config, tokens) + fusion_of_image(config, tokens)
+            parts["projections of negative images"] = normed + projected
         parts["heads of ITC, ITM, ITG"] = stage1_heads(config, work)
         if config.reconstruction:
             parts["MAE decoder"] = reconstruction(config, sizes, tokens)
