@@ -279,6 +279,7 @@ def one_of_two(rank, port, data, output):
 
 
 def test_two_processes_give_the_file_of_one(parts, data, tmp_path):
+    processes.multiply_fp32_by_onednn()  # as `join` in each of the two
     scores, _ = retrieve(*parts, CocoRetrieval(data, "test"), tmp_path / "one", batch_size=3, k_test=5)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port
