@@ -55,7 +55,7 @@ for _ in range(2):
 def test_freed_memory_is_used_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     first, second = map(int, done.stdout.split())
-    assert second < first / 10
+    assert second < first / 4  # by default they are equal
 
 
 def test_elsewhere_nothing_is_set(monkeypatch):
