@@ -129,9 +129,9 @@ def test_the_gqa_export_has_consistency_and_choices(exported):
     assert benchmark.not_computed == {}
     scores = benchmark.score({record.id: record.answer for record in benchmark.records})
     assert scores["all"]["n"] == SIZE * exports.QUESTIONS_PER_IMAGE < len(benchmark.records)
-    always_yes = benchmark.score({record.id: "yes" for record in benchmark.records})
-    assert 0 < always_yes["all"]["consistency"] < 1
-    assert 0 < always_yes["all"]["validity"] < 1
+    always_no = benchmark.score({record.id: "no" for record in benchmark.records})
+    assert 0 < always_no["all"]["consistency"] < 1
+    assert 0 < always_no["all"]["validity"] < 1
 
 
 @pytest.mark.parametrize(("name", "split"), [("coco-captions", "test"), ("nocaps", "val")])
@@ -291,8 +291,10 @@ def test_gqa_has_the_official_form(exported):
 def test_the_program_of_a_question_is_written_as_gqas(exported):
     every = content(exported["gqa"], "testdev_all_questions.json")
     texts = {entry["question"]: entry["semanticStr"] for entry in every.values()}
-    words, text = next((words, text) for words, text in texts.items() if words.startswith("Does a "))
-    colour, shape = re.fullmatch(r"Does a (\w+) (\w+) exist in the image\?", words).groups()
+    form = re.compile(r"Does a (\w+) (\w+) exist in the image\?")
+    (colour, shape), text = next(
+        (found.groups(), text) for words, text in texts.items() if (found := form.fullmatch(words))
+    )
     assert text == f"select: {shape} (-)->filter color: {colour} [0]->exist: ? [1]"
 
 

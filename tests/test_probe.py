@@ -1,16 +1,21 @@
 """The attentive probe: reads what is in the tokens, does not invent what is not, and reports what it measured."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from xformer_mllm.checkpoints import load_model
 from xformer_mllm.commands import ProbeConfig
+from xformer_mllm.data.questions import QUESTION_PROMPT
+from xformer_mllm.defaults import shipped_model
 from xformer_mllm.embedded import probe as module
 from xformer_mllm.embedded.probe import AttentiveProbe, markdown, run_probe
 from xformer_mllm.embedded.world import SPLITS, draw_scene, render
+from xformer_mllm.inference import KINDS
 
 
 def planted(numbers, with_answer):
@@ -86,9 +91,9 @@ def test_features_are_standardised_on_train():
     torch.testing.assert_close(features["train"].std((0, 1)), torch.ones(8), atol=1e-4, rtol=0)
 
 
-def test_run_writes_json_and_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ATTRIBUTES", ("ground", "texture"))
-    record = run_probe(ProbeConfig(train=60, validation=30, test=30, epochs=1), tmp_path)
+def test_run_writes_json_and_page(tmp_path):
+    config = ProbeConfig(train=60, validation=30, test=30, epochs=1, attributes=("ground", "texture"))
+    record = run_probe(config, tmp_path)
     assert json.loads((tmp_path / "probe.json").read_text()) == record
     page = (tmp_path / "probe.md").read_text()
     assert page == markdown(record)
@@ -114,3 +119,50 @@ def test_reported_world_is_a_fair_test_of_the_premise():
     kept = [r for r in results.values() if r["mae"] - r["clip"] >= 0.15]
     assert len(kept) >= 2
     assert any(r["mae"] - r["random"] >= 0.10 for r in kept)
+
+
+def model_tokens(name, question):
+    """Tokens of a shipped model for 12 scenes, and the same from its own forward pass in fp32."""
+    model, processor = load_model(shipped_model(name), KINDS)
+    scenes = {split: [draw_scene("validation", i) for i in range(12)] for split in SPLITS}
+    asked = None
+    if question is not None:
+        asked = {split: [(number, question, "yes") for number in range(12)] for split in SPLITS}
+    with torch.no_grad():
+        found = module.model_features(model, processor, scenes, asked)
+        pixels = torch.stack([torch.from_numpy(render(scene)).permute(2, 0, 1) for scene in scenes["test"]])
+        if question is None:
+            return found, model.xformer(pixels), None
+        text = processor(text=[QUESTION_PROMPT.format(question=question)] * 12)
+        read = {
+            "qformer_input_ids": text["qformer_input_ids"],
+            "qformer_attention_mask": text["qformer_attention_mask"],
+        }
+        features = model.get_image_features(pixels, **read, return_dict=True)
+    return found, features.xformer_output, features.pooler_output
+
+
+@pytest.mark.parametrize("question", [None, "Does a red circle exist in the image?"])
+def test_a_models_tokens_are_those_of_its_forward_pass(question):
+    found, output, soft_prompt = model_tokens("xformer-stage1" if question is None else "xformer", question)
+    expected = {name: output[field] for name, field in module.MODEL_TOKENS.items()}
+    if soft_prompt is not None:
+        expected[module.SOFT_PROMPT] = soft_prompt
+    assert list(found) == list(expected)
+    for name, tokens in expected.items():
+        mean, deviation = tokens.mean((0, 1)), tokens.std((0, 1))
+        standardised = (tokens - mean) / (deviation + 1e-6)
+        similarity = torch.cosine_similarity(found[name][0]["test"].flatten(), standardised.flatten(), dim=0)
+        assert similarity > 0.99, name  # the probe reads bf16
+
+
+def test_a_models_probe_lies_beside_its_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(shipped_model("qformer"), run / "model")
+    config = ProbeConfig(model=run, train=60, validation=30, test=30, epochs=1, attributes=("ground",))
+    record = run_probe(config)
+    page = (run / "evaluation" / "probe.md").read_text()
+    assert f"`xformer data probe --model {run}`" in page
+    assert "| attribute | majority | C | Z_q | Z' | soft prompt | n |" in page
+    assert json.loads((run / "evaluation" / "probe.json").read_text()) == record
+    assert page in capsys.readouterr().out

@@ -36,6 +36,11 @@ COMMANDS = {
     "demo": Command(
         "Train X-Former and the Q-Former and compare them", "commands:DemoConfig", "embedded.demo:run_demo"
     ),
+    "study": Command(
+        "Train and compare variants, seeds and settings from one file",
+        "commands:StudyConfig",
+        "embedded.study:run_study",
+    ),
     "train stage1": Command(
         "Train stage 1: contrast, matching, generation and reconstruction",
         "train.config:Stage1Config",
@@ -100,7 +105,7 @@ COMMANDS = {
 
 GROUPS = {
     "Use": ("ask", "caption", "features", "reconstruct"),
-    "Train": ("demo", "train stage1", "train stage2", "train encoders", "train lm", "estimate"),
+    "Train": ("demo", "study", "train stage1", "train stage2", "train encoders", "train lm", "estimate"),
     "Evaluate": ("evaluate", "score", "queries"),
     "Data": ("data inspect", "data shard", "data export", "data probe"),
     "Publish": ("convert", "export"),

@@ -122,6 +122,20 @@ class DemoConfig:
                 raise ValueError(f"{flag_of(name)} must be at least 1, not {value}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Train and compare variants, seeds and settings from one file, on all cores; write table, figures and a page.
+
+    The file is JSON: {"title": ..., "variants": ["qformer", "xformer"], "seeds": [0, 1, 2]}, and further fields of
+    docs/training.md. Run the same command again to resume.
+    """
+
+    study: Annotated[Path, tyro.conf.Positional]
+    """JSON file of the study."""
+    output_dir: Path | None = None
+    """Folder for the runs, results.json and the page. Default: runs/studies/NAME, NAME being the file's."""
+
+
 @dataclass(kw_only=True)
 class Training:
     """Settings of one training."""
@@ -188,8 +202,12 @@ class EncodersConfig:
 
 @dataclass
 class ProbeConfig:
-    """Probe the frozen encoders: which attributes of scenes can be read from their tokens."""
+    """Probe frozen encoders, or a trained model: which attributes of scenes can be read from their tokens."""
 
+    model: Path | None = None
+    """Folder of a trained model, or of its run: probe its C, M, M', Z_q, Z' and soft prompt. Default: the encoders."""
+    attributes: tuple[str, ...] = ("texture", "count_texture", "ground", "size", "colour", "count")
+    """Types of questions to probe for."""
     weights: Path = Path(__file__).parent / "embedded" / "weights"
     """Folder with the encoders clip/ and mae/. Default: the shipped ones."""
     train: int = 8000

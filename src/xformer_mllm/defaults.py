@@ -3,6 +3,7 @@
 This is the one module outside `embedded/` that knows it; each part is imported when it is asked for.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,13 @@ def config() -> XFormerConfig:
     return embedded_config()
 
 
-def start_pretraining(variant: str, seed: int, second_encoder: str | None = None) -> tuple[Any, Any]:
+def start_pretraining(
+    variant: str, seed: int, second_encoder: str | None = None, settings: Sequence[str] = ()
+) -> tuple[Any, Any]:
     """Model and processor at the start of stage 1; see `embedded.start.start_pretraining`."""
     from xformer_mllm.embedded import start
 
-    return start.start_pretraining(variant, seed, second_encoder)
+    return start.start_pretraining(variant, seed, second_encoder, settings)
 
 
 def captions(data: str, split: str, size: int) -> Dataset:

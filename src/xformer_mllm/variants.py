@@ -3,8 +3,11 @@
 config = VARIANTS["concat"](XFormerConfig.paper())
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import Dinov2Config, ViTMAEConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -15,6 +18,27 @@ from xformer_mllm.model.configuration_xformer import XFormerConfig
 def _with(base: XFormerConfig, **changes) -> XFormerConfig:
     fields = copy.deepcopy(base).to_dict() | changes
     return XFormerConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+
+
+def with_settings(base: XFormerConfig, settings: Sequence[str]) -> XFormerConfig:
+    """Return `base` with other values of fields, given as "num_query_tokens=32" or "qformer_config.hidden_size=160".
+
+    Raises:
+        ValueError: for a field that the configuration does not have, or a value that does not fit.
+    """
+    fields = copy.deepcopy(base).to_dict()
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        *parents, last = name.split(".")
+        inside: Any = fields
+        for parent in parents:
+            inside = inside.get(parent) if isinstance(inside, dict) else None
+        if not equals or not isinstance(inside, dict) or last not in inside or isinstance(inside[last], dict):
+            raise ValueError(f"{setting}: expected NAME=VALUE with a field of the model's configuration")
+        with contextlib.suppress(json.JSONDecodeError):  # anything else is a string
+            value = json.loads(value)
+        inside[last] = value
+    return _with(base, **fields)
 
 
 def xformer(base: XFormerConfig) -> XFormerConfig:

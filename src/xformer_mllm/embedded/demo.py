@@ -27,7 +27,7 @@ from PIL import Image
 
 from xformer_mllm import report
 from xformer_mllm.commands import BenchmarkConfig, DemoConfig, ReconstructConfig, flag_of
-from xformer_mllm.embedded.lanes import Job, Lane, clock, cores, read_json, read_rows, run_lanes
+from xformer_mllm.embedded.lanes import Job, Lane, clock, cores, processor, read_json, read_rows, run_lanes
 from xformer_mllm.evaluate.benchmark import Benchmark
 from xformer_mllm.evaluate.evaluation import open_benchmark
 from xformer_mllm.evaluate.exact_match import compare
@@ -74,22 +74,33 @@ def run_demo(config: DemoConfig) -> Path:
     return page
 
 
-def jobs_of(config: DemoConfig, variant: str) -> list[Job]:
-    """The jobs of a variant in order. Equal budgets: only the variant's name differs between the lanes."""
+def jobs_of(
+    config: DemoConfig, variant: str, split: str = "test", stage1: Sequence[str] = (), stage2: Sequence[str] = ()
+) -> list[Job]:
+    """The jobs of a variant in order. Equal budgets: only the variant's name differs between the lanes.
+
+    Args:
+        split: of the scenes that are asked about.
+        stage1, stage2: further arguments of `xformer train`.
+    """
     lane = config.output_dir / variant
     steps = config.stage2_steps or (800 if config.llm == "opt" else 250)
     common = ("--data", config.data, "--train-size", str(config.train_size), "--seed", str(config.seed))
-    first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common)
+    first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common, *stage1)
     jobs = [_training_job("stage 1", lane / "stage1", first, config.stage1_steps, config.stage1_steps)]
     for text, ending in text_settings(config):
-        # A full-size language model needs seconds for a batch that the tiny one reads at once.
-        smaller = () if config.llm == "opt" else ("--batch-size", "8")
+        # A full-size language model needs seconds for a batch that the tiny one reads at once. An image has one caption:
+        # as many texts as with four questions.
+        batch = {"questions": (), "captions": ("--batch-size", "96")}[text]
+        smaller = batch if config.llm == "opt" else ("--batch-size", "8")
         second = ("train", "stage2", "--from-pretraining", str(lane / "stage1"), "--llm", config.llm, "--text", text)
         folder = lane / f"stage2{ending}"
         title = f"stage 2 on {text}"
         work = STAGE2_STEP * steps if config.llm == "opt" else None
-        jobs.append(_training_job(title, folder, (*second, *smaller, "--steps", str(steps), *common), steps, work))
-        jobs.append(_questions_job(config, title, folder, lane / f"questions{ending}"))
+        jobs.append(
+            _training_job(title, folder, (*second, *smaller, "--steps", str(steps), *common, *stage2), steps, work)
+        )
+        jobs.append(_questions_job(config, title, folder, lane / f"questions{ending}", split))
     return jobs
 
 
@@ -102,8 +113,8 @@ def _training_job(title: str, folder: Path, arguments: tuple[str, ...], steps: i
     return Job(title, folder, (*arguments, "--output-dir", str(folder)), TRAINING_SOURCES, steps, work)
 
 
-def _questions_job(config: DemoConfig, title: str, model: Path, folder: Path) -> Job:
-    asked = ("evaluate", str(model), "--benchmark", config.data, "--split", "test", "--size", str(config.test_size))
+def _questions_job(config: DemoConfig, title: str, model: Path, folder: Path, split: str) -> Job:
+    asked = ("evaluate", str(model), "--benchmark", config.data, "--split", split, "--size", str(config.test_size))
     words = (*asked, "--batch-size", "256", "--output-dir", str(folder))
     count = config.test_size * QUESTIONS_PER_SCENE if config.data == "scenes" else EASY_VQA_QUESTIONS
     return Job(f"questions after {title}", folder, words, QUESTION_SOURCES, work=count / QUESTIONS_PER_STEP)
@@ -300,7 +311,7 @@ def provenance(config: DemoConfig, lanes: Sequence[Lane], seconds: float) -> dic
     return {
         "Command": demo_command(config),
         "Seed": str(config.seed),
-        "Machine": f"{_processor()}, {cores()} cores, {platform.system()} {platform.machine()}",
+        "Machine": f"{processor()}, {cores()} cores, {platform.system()} {platform.machine()}",
         "Versions": ", ".join([*packages, f"Python {platform.python_version()}"]),
         "Finished": time.strftime("%Y-%m-%d %H:%M %Z"),
         "Wall time": f"{clock(seconds)} min for this call; jobs already finished were skipped",
@@ -334,11 +345,3 @@ def demo_command(config: DemoConfig) -> str:
             flag = flag_of(name)
             words += [flag] if value is True else [flag, *(value if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words)
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "processor unknown"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -247,6 +248,15 @@ def _stopping_signals() -> Iterator[None]:
 def cores() -> int:
     """The number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The name of the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "processor unknown"
 
 
 class Board:

@@ -1,9 +1,10 @@
-"""Probe frozen encoders: one attentive probe per attribute, trained on the questions of the embedded world.
+"""Probe tokens: one attentive probe per attribute, trained on the questions of the embedded world.
 
-The paper's premise is that CLIP's tokens leave out fine detail that MAE's keep. The probes measure it, with two
-controls: an untrained ViT, and both encoders together. A probe is one cross-attention from the question's words (a bag
-of words) to the tokens, a small MLP and a linear classifier. The epoch is chosen on validation; accuracy is reported
-on test.
+The paper's premise is that CLIP's tokens leave out fine detail that MAE's keep. The probes measure it on the frozen
+encoders, with two controls: an untrained ViT, and both encoders together. On a trained model (`--model`) they show where
+in the figure the detail is lost: C, M, M', Z_q, Z', soft prompt. A probe is one cross-attention from the question's words
+(a bag of words) to the tokens, a small MLP and a linear classifier. The epoch is chosen on validation; accuracy is
+reported on test, of a trained model on other validation scenes.
 
 Legend: B batch, N tokens of an encoder, D their width, H heads.
 """
@@ -22,16 +23,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel, ViTMAEConfig, ViTMAEForPreTraining
 
+from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
 from xformer_mllm.commands import ProbeConfig
+from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.embedded.encoders import normalised, provenance
 from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
 from xformer_mllm.embedded.world import Scene, draw_scene, render
 from xformer_mllm.files import write_whole
+from xformer_mllm.inference import KINDS, bf16_autocast
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration
 from xformer_mllm.model.vision_encoders import encode_mae, without_masking
 
-ATTRIBUTES = ("texture", "count_texture", "ground", "size", "colour", "count")
 TOKENS = {"random": ("random",), "clip": ("clip",), "mae": ("mae",), "both": ("clip", "mae")}
+MODEL_TOKENS = {
+    "C": "clip_tokens",
+    "M": "mae_tokens",
+    "M'": "enriched_mae_tokens",
+    "Z_q": "queries",
+    "Z'": "fused_queries",
+}
+SOFT_PROMPT = "soft prompt"
+
+Asked = dict[str, list[tuple[int, str, str]]]  # split -> (scene number, question, answer)
 
 
 class AttentiveProbe(nn.Module):
@@ -71,22 +85,74 @@ class AttentiveProbe(nn.Module):
 
 
 def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
-    """Attribute -> {"n", "majority", accuracy of each of TOKENS} on test, and the same on validation."""
+    """Attribute -> {"n", "majority", accuracy of each kind of tokens} on test, and the same on validation."""
     torch.set_num_threads(1)
     sizes = {"train": config.train, "validation": config.validation, "test": config.test}
     scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}
-    features = {name: standardised_features(encoder, scenes) for name, encoder in load_encoders(config).items()}
+    if config.model is None:
+        encoded = {name: standardised_features(encoder, scenes) for name, encoder in load_encoders(config).items()}
+        tokens = {name: [encoded[part] for part in parts] for name, parts in TOKENS.items()}
+    else:
+        # Test scenes are for final results; a model is looked into while it is being improved.
+        scenes["test"] = [draw_scene("validation", config.validation + i) for i in range(config.test)]
+        model, processor = load_model(config.model, KINDS)
+        aware = getattr(model.config, "instruction_aware", False) and model.config.text_config is not None
+        tokens = {} if aware else model_features(model, processor, scenes)
     results: dict[str, dict[str, Any]] = {}
-    progress = tqdm(ATTRIBUTES, desc="probe")
+    progress = tqdm(config.attributes, desc="probe")
     for attribute in progress:
         asked = {split: attribute_questions(attribute, some) for split, some in scenes.items()}
         results[attribute] = _majority(asked)
-        for name, parts in TOKENS.items():
-            validation, test = fit_probe(asked, [features[part] for part in parts], config)
+        if config.model is not None and aware:
+            tokens = model_features(model, processor, scenes, asked)
+            asked = {split: [(row, *asks[1:]) for row, asks in enumerate(some)] for split, some in asked.items()}
+        for name, features in tokens.items():
+            validation, test = fit_probe(asked, features, config)
             results[attribute][name] = test
             results[attribute]["validation"][name] = validation
         progress.write(f"{attribute} on validation: {results[attribute]['validation']}")
     return results
+
+
+@torch.inference_mode()
+def model_features(
+    model: Any, processor: Any, scenes: dict[str, list[Scene]], asked: Asked | None = None
+) -> dict[str, list[dict[str, Tensor]]]:
+    """Name of a model's tokens -> [split -> float32[scenes, tokens, width]], standardised on train.
+
+    With questions, the queries read them, and there is a row for each question instead of each scene.
+    """
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for split, some in scenes.items():
+        rows: list[tuple[int, str | None]] = [(number, None) for number in range(len(some))]
+        if asked is not None:
+            rows = [(number, question) for number, question, _ in asked[split]]
+        for first in range(0, len(rows), 250):
+            part = rows[first : first + 250]
+            pixels = torch.from_numpy(np.stack([render(some[number]) for number, _ in part])).permute(0, 3, 1, 2)
+            with bf16_autocast(model.device):
+                tokens = _model_tokens(model, processor, pixels.to(model.device), [question for _, question in part])
+            for name, values in tokens.items():
+                found.setdefault(name, {}).setdefault(split, []).append(values.float().cpu())
+    return {
+        name: [_standardised({split: torch.cat(parts) for split, parts in splits.items()})]
+        for name, splits in found.items()
+    }
+
+
+def _model_tokens(model: Any, processor: Any, pixels: Tensor, questions: list[str | None]) -> dict[str, Tensor]:
+    """The tokens of a model of either stage, [B, tokens, width]; those that its variant lacks are left out."""
+    if isinstance(model, XFormerForConditionalGeneration):
+        text = {}
+        if questions[0] is not None:
+            prompts = [QUESTION_PROMPT.format(question=question) for question in questions]
+            text = {k: v for k, v in processor(text=prompts).to(pixels.device).items() if k.startswith("qformer")}
+        features = model.get_image_features(pixels, **text, return_dict=True)
+        output, soft_prompt = features.xformer_output, {SOFT_PROMPT: features.pooler_output}
+    else:
+        output, soft_prompt = model.xformer(pixels), {}
+    tokens = {name: output[field] for name, field in MODEL_TOKENS.items() if output.get(field) is not None}
+    return tokens | soft_prompt
 
 
 def load_encoders(config: ProbeConfig) -> dict[str, Any]:
@@ -115,6 +181,10 @@ def standardised_features(encoder: Any, scenes: dict[str, list[Scene]]) -> dict[
         batches = [np.stack([render(s) for s in some[i : i + 250]]) for i in range(0, len(some), 250)]
         with torch.autocast("cpu", torch.bfloat16):
             tokens[split] = torch.cat([encoder(batch).float() for batch in batches])
+    return _standardised(tokens)
+
+
+def _standardised(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
     mean, std = tokens["train"].mean((0, 1)), tokens["train"].std((0, 1))
     return {split: (t - mean) / (std + 1e-6) for split, t in tokens.items()}
 
@@ -132,7 +202,7 @@ def attribute_questions(attribute: str, scenes: list[Scene]) -> list[tuple[int, 
     return asked
 
 
-def _majority(asked: dict[str, list[tuple[int, str, str]]]) -> dict[str, Any]:
+def _majority(asked: Asked) -> dict[str, Any]:
     """Accuracy of always giving the most frequent training answer."""
     train = [answer for _, _, answer in asked["train"]]
     most = max(sorted(set(train)), key=train.count)
@@ -144,9 +214,7 @@ def _majority(asked: dict[str, list[tuple[int, str, str]]]) -> dict[str, Any]:
     }
 
 
-def fit_probe(
-    asked: dict[str, list[tuple[int, str, str]]], features: list[dict[str, Tensor]], config: ProbeConfig
-) -> tuple[float, float]:
+def fit_probe(asked: Asked, features: list[dict[str, Tensor]], config: ProbeConfig) -> tuple[float, float]:
     """Train one probe; returns its accuracy on validation at the best epoch, and on test at that epoch."""
     torch.manual_seed(config.seed)
     answers = sorted({answer for _, _, answer in asked["train"]})
@@ -193,20 +261,58 @@ def _accuracy(model: AttentiveProbe, data: tuple[Tensor, Tensor, Tensor], featur
     return torch.cat(right).float().mean().item()
 
 
-def run_probe(config: ProbeConfig, output: Path = Path("docs/results")) -> dict[str, Any]:
-    """Run the probes, write probe.json and probe.md to `output`, and return the content of probe.json."""
+def run_probe(config: ProbeConfig, output: Path | None = None) -> dict[str, Any]:
+    """Run the probes, write probe.json and probe.md, and return the content of probe.json.
+
+    Args:
+        output: folder; by default docs/results, or that of the model's run.
+    """
     started = time.time()
+    if output is None:
+        output = Path("docs/results") if config.model is None else evaluation_folder(model_folder(config.model))
     results = probe(config)
+    model = "" if config.model is None else f" --model {config.model}"
     record = {
-        "command": "xformer data probe",
+        "command": f"xformer data probe{model}",
         "seed": config.seed,
         **provenance(started),
-        "config": {key: value for key, value in asdict(config).items() if key != "weights"},
+        "config": {
+            key: value for key, value in asdict(config).items() if key not in ("weights", "model", "attributes")
+        },
         "results": results,
     }
     write_whole(output / "probe.json", json.dumps(record, indent=2) + "\n")
-    write_whole(output / "probe.md", markdown(record))
+    page = markdown(record) if config.model is None else model_markdown(record)
+    write_whole(output / "probe.md", page)
+    if config.model is not None:
+        print(page + f"\n{output / 'probe.md'}")
     return record
+
+
+def model_markdown(record: dict[str, Any]) -> str:
+    """The record of a model's probes as a page: the command, and a column for each kind of tokens."""
+    results, config = record["results"], record["config"]
+    first = next(iter(results.values()))
+    names = list(first["validation"])[2:]
+    rows = [
+        f"| {attribute} | {r['majority']:.3f} | {' | '.join(f'{r[name]:.3f}' for name in names)} | {r['n']} |"
+        for attribute, r in results.items()
+    ]
+    return "\n".join(
+        [
+            "# What the tokens of a model hold",
+            "",
+            f"`{record['command']}`, seed {record['seed']}, {record['seconds']} s on {record['machine']}; "
+            f"torch {record['torch']}, transformers {record['transformers']}. Attentive probe: {config['train']} training "
+            f"scenes, best of {config['epochs']} epochs on {config['validation']} validation scenes, accuracy on "
+            f"{config['test']} other validation scenes.",
+            "",
+            f"| attribute | majority | {' | '.join(names)} | n |",
+            "|---|---|" + "---|" * (len(names) + 1),
+            *rows,
+            "",
+        ]
+    )
 
 
 def markdown(record: dict[str, Any]) -> str:

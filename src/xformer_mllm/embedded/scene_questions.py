@@ -11,7 +11,7 @@ Sources of the wording: counting and existence as in GVT's OC and MCI sets ("How
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import permutations
 
 from xformer_mllm.data.questions import Question
@@ -196,10 +196,13 @@ QUESTION_TYPES: dict[str, tuple[Callable[[Scene, random.Random], Asked], str | N
     "ground": (ground, "query", "global"),
 }
 # Counts are drawn twice as often, since they are often dropped.
-_DRAWN_TYPES = (*QUESTION_TYPES, "count", "count_texture")
+EVENLY = (*QUESTION_TYPES, "count", "count_texture")
+DETAIL = (*EVENLY, *3 * ("texture", "exists_texture", "count_texture"), "size")
+"""Types as often as `ask` draws them. The tiny language model learned from `EVENLY`. Every other question is drawn from
+`DETAIL`, so that a third asks for a texture: docs/decisions/embedded-world.md."""
 
 
-def ask(scene: Scene, count: int) -> list[Question]:
+def ask(scene: Scene, count: int, types: Sequence[str] = DETAIL) -> list[Question]:
     """`count` different questions about the scene, the same at every call.
 
     Their types differ as long as the scene allows more types; then types repeat.
@@ -207,12 +210,12 @@ def ask(scene: Scene, count: int) -> list[Question]:
     rng = random.Random(scene.key + "/questions")
     asked: dict[str, Question] = {}
     while True:
-        types: set[str] = set()
-        for question_type in rng.sample(_DRAWN_TYPES, len(_DRAWN_TYPES)):
+        drawn: set[str] = set()
+        for question_type in rng.sample(types, len(types)):
             form, structural, semantic = QUESTION_TYPES[question_type]
-            if question_type in types or not (pair := form(scene, rng)) or pair[0] in asked:
+            if question_type in drawn or not (pair := form(scene, rng)) or pair[0] in asked:
                 continue
-            types.add(question_type)
+            drawn.add(question_type)
             identity = f"{scene.key}/{len(asked)}"
             asked[pair[0]] = Question(identity, scene.key, *pair, question_type, structural, semantic)
             if len(asked) == count:

@@ -1,5 +1,6 @@
 """The start of stage 1 on the embedded scenes: the shipped encoders and a Q-Former of their width."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from xformer_mllm.checkpoints import attention_for_device, copy_weights, load_se
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 from xformer_mllm.model.modeling_xformer import XFormerForPreTraining
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
-from xformer_mllm.variants import variant_config, with_second_encoder
+from xformer_mllm.variants import variant_config, with_second_encoder, with_settings
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The shipped clip, mae, opt and qformer_tokenizer."""
@@ -42,7 +43,7 @@ def embedded_config() -> XFormerConfig:
 
 
 def start_pretraining(
-    variant: str = "xformer", seed: int = 0, second_encoder: str | None = None
+    variant: str = "xformer", seed: int = 0, second_encoder: str | None = None, settings: Sequence[str] = ()
 ) -> tuple[XFormerForPreTraining, XFormerProcessor]:
     """Model and processor at the start of stage 1: shipped frozen encoders, the rest initialised from `seed`.
 
@@ -50,11 +51,12 @@ def start_pretraining(
         variant: a name in `VARIANTS`.
         seed: of the initial weights.
         second_encoder: folder or Hub id of another MAE or vision tower; replaces the shipped MAE.
+        settings: fields of the configuration before the variant's own, as in `with_settings`.
 
     Raises:
-        ValueError: for an unknown variant, or one that does not fit the second encoder.
+        ValueError: for an unknown variant or setting, or a variant that does not fit the second encoder.
     """
-    base = embedded_config()
+    base = with_settings(embedded_config(), settings)
     if second_encoder is not None:
         base = with_second_encoder(base, AutoConfig.from_pretrained(second_encoder))
     elif variant == "dinov2":

@@ -130,6 +130,8 @@ class Stage1Config(RunConfig):
     """Model to start from: a folder of `xformer convert` or a trained model. Defaults to the embedded world's encoders."""
     second_encoder: str | None = None
     """Folder or Hub id of an MAE or another vision tower that replaces the embedded world's MAE."""
+    model_settings: tuple[str, ...] = ()
+    """Fields of the new model's configuration: num_query_tokens=32 fusion_blocks=2 qformer_config.hidden_size=160 ..."""
     output_dir: Path = Path("runs/stage1")
     """Folder of the run: config.json, log.jsonl, samples.jsonl, freeze.json, tensorboard/ and the final model/."""
 
@@ -137,6 +139,8 @@ class Stage1Config(RunConfig):
         super().__post_init__()
         if self.start_from is not None and self.second_encoder is not None:
             raise ValueError("--second-encoder cannot be combined with --start-from; give --mae to `xformer convert`")
+        if self.start_from is not None and self.model_settings:
+            raise ValueError("--model-settings cannot be combined with --start-from, whose model has its own")
 
     @property
     def starts_from(self) -> Path | None:

@@ -83,7 +83,7 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
         return continue_pretraining(config.start_from, config.variant)
     name = config.second_encoder
     if name is None:
-        return defaults.start_pretraining(config.variant, config.seed)
+        return defaults.start_pretraining(config.variant, config.seed, settings=config.model_settings)
     if Path(name).is_file():
         raise ValueError(
             f"--second-encoder {name}: a file; pass a folder or a Hub id, or convert a MAE's .pth file with "
@@ -93,7 +93,7 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
         check_on_hub("--second-encoder", name)
     variant_config(config.variant, defaults.config())  # report an unknown variant as such, not as the encoder's error
     try:
-        return defaults.start_pretraining(config.variant, config.seed, name)
+        return defaults.start_pretraining(config.variant, config.seed, name, config.model_settings)
     except AttributeError as error:  # a language model lacks a vision tower's settings
         raise ValueError(f"--second-encoder {name}: not a vision tower ({error})") from error
     except (ValueError, OSError) as error:
