@@ -11,7 +11,7 @@ import xformer_mllm
 from xformer_mllm.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig
 from xformer_mllm.embedded import encoders, tokenizers
 from xformer_mllm.embedded.scene_questions import EVENLY, ask
-from xformer_mllm.embedded.scenes import IN_ALT_TEXT, caption
+from xformer_mllm.embedded.scenes import ALT_TEXT, caption
 from xformer_mllm.embedded.world import draw_scene
 
 WEIGHTS = Path(xformer_mllm.__file__).parent / "embedded" / "weights"
@@ -121,7 +121,7 @@ def test_answers_and_captions_are_what_is_learned():
     targets = encoders.pack(scenes, tokenizer)["targets"]
     for index, row in enumerate(targets):
         scene = draw_scene("train", index)
-        texts = [*(q.answer for q in ask(scene, 2, EVENLY)), caption(scene, IN_ALT_TEXT)]
+        texts = [*(q.answer for q in ask(scene, 2, EVENLY)), caption(scene, ALT_TEXT)]
         assert tokenizer.decode(row[row != -100]) == tokenizer.decode(
             [
                 i

@@ -248,3 +248,10 @@ def test_an_estimate_is_a_range():
 def test_a_log_with_progress_bars_shows_its_last_lines(tmp_path):
     (tmp_path / "log").write_text("first\n10%\r20%\r30%\nValueError: the reason\n\n")
     assert lanes.tail(tmp_path / "log", 2) == ["30%", "ValueError: the reason"]
+
+
+def test_many_lanes_show_those_that_run(tmp_path):
+    finished = Lane("done", [])
+    waiting = [Lane(f"waiting {number}", [job(tmp_path / f"{number}")]) for number in range(lanes.MANY_LANES)]
+    assert lanes.status_lines([finished, *waiting]) == ["1 of 7 finished"]
+    assert lanes.status_lines([finished, waiting[0]]) == [finished.status(), waiting[0].status()]

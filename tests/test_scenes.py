@@ -7,11 +7,13 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from xformer_mllm import defaults
 from xformer_mllm.embedded.scene_questions import DETAIL, EVENLY, QUESTION_TYPES, ask
 from xformer_mllm.embedded.scenes import (
-    IN_ALT_TEXT,
+    ALT_TEXT,
+    DETAILED,
     NUMBERS,
-    TEXTURE_NAMED,
+    WRITTEN,
     SceneCaptions,
     SceneQuestions,
     caption,
@@ -33,7 +35,7 @@ def asked():
 
 def test_scenes_are_the_same_everywhere():
     scenes = [draw_scene(split, index) for split in SPLITS for index in range(20)]
-    for named, types, digest in ((IN_ALT_TEXT, EVENLY, ENCODERS_TEXTS), (TEXTURE_NAMED, DETAIL, TEXTS)):
+    for named, types, digest in ((ALT_TEXT, EVENLY, ENCODERS_TEXTS), (WRITTEN, DETAIL, TEXTS)):
         asked = ["".join(q.question + q.answer for q in ask(s, 5, types)) for s in scenes]
         texts = [caption(s, named) + description(s) + questions for s, questions in zip(scenes, asked, strict=True)]
         assert hashlib.sha256("\n".join(texts).encode()).hexdigest() == digest
@@ -97,10 +99,10 @@ def test_question_items_of_a_scene_are_adjacent():
     }
 
 
-@pytest.mark.parametrize(("texture_named", "low", "high"), [(IN_ALT_TEXT, 0.06, 0.12), (TEXTURE_NAMED, 0.26, 0.36)])
-def test_captions_leave_detail_out(texture_named, low, high):
+@pytest.mark.parametrize(("detail", "low", "high"), [(ALT_TEXT, 0.06, 0.12), (WRITTEN, 0.26, 0.36)])
+def test_captions_leave_detail_out(detail, low, high):
     scenes = [draw_scene("train", i) for i in range(MANY)]
-    texts = [caption(scene, texture_named) for scene in scenes]
+    texts = [caption(scene, detail) for scene in scenes]
     phrases = sum(1 + any(joint in text for joint in (" and ", " next to ", " with ")) for text in texts)
     textured = sum(word in TEXTURES for text in texts for word in text.split())
     sized_or_counted = sum(
@@ -112,10 +114,29 @@ def test_captions_leave_detail_out(texture_named, low, high):
     assert np.mean([len(text.split()) for text in texts]) < 9
 
 
-def test_captions_are_true():
+def test_detailed_captions_name_every_texture_that_a_group_shares():
+    for i in range(500):
+        scene = draw_scene("train", i)
+        words = set(caption(scene, DETAILED).split())
+        for colour, shape in {(t.colour, t.shape) for t in scene.objects}:
+            textures = {t.texture for t in scene.objects if (t.colour, t.shape) == (colour, shape)}
+            if len({(t.colour, t.shape) for t in scene.objects}) == 1 and len(textures) == 1:
+                assert textures <= words
+
+
+def test_the_data_scenes_detailed_has_them():
+    detailed = defaults.captions("scenes-detailed", "train", 50)
+    assert [item["caption"] for item in detailed] == [caption(draw_scene("train", i), DETAILED) for i in range(50)]
+    plain, same = (defaults.questions(name, "train", 5, 4) for name in ("scenes", "scenes-detailed"))
+    asked = [[[(q["question"], q["answer"]) for q in image] for image in data] for data in (plain, same)]
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("detail", [WRITTEN, DETAILED])
+def test_captions_are_true(detail):
     for i in range(2000):
         scene = draw_scene("test", i)
-        words = caption(scene).split()
+        words = caption(scene, detail).split()
         there = {word for t in scene.objects for word in (t.colour, t.shape, t.shape + "s", t.shape + "es", t.size)}
         there |= {t.texture for t in scene.objects} | {scene.ground}
         fill = {

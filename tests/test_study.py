@@ -55,6 +55,7 @@ def test_a_run_for_each_setting_seed_and_variant(tmp_path):
         ({"settings": {"x": ["--steps"]}}, "setting 'x' must be"),
         ({"settings": {"x": {"stage3": []}}}, "setting 'x' must be"),
         ({"demo": {"step": 3}}, "unknown field 'step' in demo"),
+        ({"demo": {"seed": 3}}, "unknown field 'seed' in demo"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, content, said):
@@ -77,6 +78,7 @@ def test_values_are_means_over_seeds_by_type():
         "all": (0.5, 4),
         "a": (0.75, 2),
         "b": (0.25, 2),
+        "mean of the types": (0.5, 4),
     }
     assert scores["a"]["by_seed"] == [1.0, 0.5]
 
@@ -146,10 +148,10 @@ def test_a_study_writes_its_results_and_page(tmp_path, monkeypatch):
     assert "by seed +25.0, +50.0" in text
     assert "zero-shot" in text
     assert f"xformer study {study}" in text
-    results = json.loads((root / "results.json").read_text())
+    results = json.loads((root / "mine.json").read_text())
     assert results["targets"]["questions"][""]["differences"]["xformer"]["a"]["value"] == 0.75
     assert results["minutes"] == {"qformer 0": 1.5, "xformer 0": 1.5, "qformer 1": 1.5, "xformer 1": 1.5}
     for target in ("questions", "captions"):
         drawing = (root / f"mine-{target}.svg").read_text()
-        assert drawing.count("<circle") == 2 + 3 * 2
+        assert drawing.count("<circle") == 2 + 4 * 2
         assert f"(mine-{target}.svg)" in text

@@ -13,6 +13,10 @@ ANSWER_TOKENS = 8
 """Maximum number of tokens of an answer to a visual question, a few words."""
 
 
+DATA = ("scenes", "scenes-detailed", "easy-vqa")
+"""The training data that comes with the package, or with its extra. The captions of `scenes-detailed` leave out less."""
+
+
 def flag_of(field: str) -> str:
     """Return the flag of a field."""
     return f"--{field.replace('_', '-')}"
@@ -133,7 +137,8 @@ class StudyConfig:
     study: Annotated[Path, tyro.conf.Positional]
     """JSON file of the study."""
     output_dir: Path | None = None
-    """Folder for the runs, results.json and the page. Default: runs/studies/NAME, NAME being the file's."""
+    """Folder for the runs and the results. Default: runs/studies/NAME, NAME being the file's. Studies that share a folder
+    share their runs."""
 
 
 @dataclass(kw_only=True)

@@ -12,9 +12,6 @@ from torch.utils.data import Dataset
 
 from xformer_mllm.model.configuration_xformer import XFormerConfig
 
-DATA = ("scenes", "easy-vqa")
-"""The data sets that come with the package, or with its extra."""
-
 OPT = Path(__file__).parent / "embedded" / "weights" / "opt"
 """The shipped language model."""
 
@@ -65,9 +62,9 @@ def captions(data: str, split: str, size: int) -> Dataset:
         from xformer_mllm.embedded.easy_vqa import EasyVqaCaptions
 
         return EasyVqaCaptions(split)  # type: ignore[arg-type]
-    from xformer_mllm.embedded.scenes import SceneCaptions
+    from xformer_mllm.embedded.scenes import DETAILED, WRITTEN, SceneCaptions
 
-    return SceneCaptions(split, size)
+    return SceneCaptions(split, size, detail=DETAILED if data == "scenes-detailed" else WRITTEN)
 
 
 def questions(data: str, split: str, size: int, questions_per_image: int) -> Dataset:

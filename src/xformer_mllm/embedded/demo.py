@@ -44,6 +44,9 @@ TRAINING_SOURCES = (
 )
 QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate", "inference.py", "commands.py", "embedded/benchmarks.py")
 
+# Stage 2 on captions: of a batch as many texts as with four questions about each image, and all that an image shows.
+ZERO_SHOT = ("--data", "scenes-detailed", "--batch-size", "96", "--learning-rate", "1e-3")
+
 IMAGES_TO_TRY = 4
 RECONSTRUCTED_IMAGES = 3
 ANALYSED_IMAGES = 200
@@ -89,17 +92,14 @@ def jobs_of(
     first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common, *stage1)
     jobs = [_training_job("stage 1", lane / "stage1", first, config.stage1_steps, config.stage1_steps)]
     for text, ending in text_settings(config):
-        # A full-size language model needs seconds for a batch that the tiny one reads at once. An image has one caption:
-        # as many texts as with four questions.
-        batch = {"questions": (), "captions": ("--batch-size", "96")}[text]
-        smaller = batch if config.llm == "opt" else ("--batch-size", "8")
+        # A full-size language model needs seconds for a batch that the tiny one reads at once.
+        smaller = () if config.llm == "opt" else ("--batch-size", "8")
+        changed = (*(ZERO_SHOT if text == "captions" and config.data == "scenes" else ()), *smaller, *stage2)
         second = ("train", "stage2", "--from-pretraining", str(lane / "stage1"), "--llm", config.llm, "--text", text)
         folder = lane / f"stage2{ending}"
         title = f"stage 2 on {text}"
         work = STAGE2_STEP * steps if config.llm == "opt" else None
-        jobs.append(
-            _training_job(title, folder, (*second, *smaller, "--steps", str(steps), *common, *stage2), steps, work)
-        )
+        jobs.append(_training_job(title, folder, (*second, "--steps", str(steps), *common, *changed), steps, work))
         jobs.append(_questions_job(config, title, folder, lane / f"questions{ending}", split))
     return jobs
 

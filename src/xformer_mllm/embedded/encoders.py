@@ -38,7 +38,7 @@ from transformers import (
 from xformer_mllm.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig, Training
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.embedded.scene_questions import EVENLY, ask
-from xformer_mllm.embedded.scenes import IN_ALT_TEXT, caption, description
+from xformer_mllm.embedded.scenes import ALT_TEXT, caption, description
 from xformer_mllm.embedded.tokenizers import lm_tokenizer, qformer_tokenizer
 from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 from xformer_mllm.files import atomic_path
@@ -99,7 +99,7 @@ def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
 
 def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene]) -> Tensor:
     """Similarities images x captions, float[B, B]; the learned scale is at most 50."""
-    text = tokenizer([caption(scene, IN_ALT_TEXT) for scene in scenes], padding=True, return_tensors="pt")
+    text = tokenizer([caption(scene, ALT_TEXT) for scene in scenes], padding=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(
             pixel_values=normalised(_images(scenes), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -239,7 +239,7 @@ def scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast)
         words = [word for word in words if rng.random() > 0.1]
     asked = ask(scene, config.questions_per_scene, EVENLY)
     pairs = [(QUESTION_PROMPT.format(question=question.question), str(question.answer)) for question in asked]
-    pairs.append((CAPTION_PROMPT, caption(scene, IN_ALT_TEXT)))
+    pairs.append((CAPTION_PROMPT, caption(scene, ALT_TEXT)))
 
     def encoded(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

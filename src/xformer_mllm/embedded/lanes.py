@@ -30,6 +30,7 @@ COMMAND = (sys.executable, "-m", "xformer_mllm")
 POLL_SECONDS = 0.5
 SECONDS_BETWEEN_LINES = 30  # if the output is not a terminal
 LINES_OF_A_FAILURE = 15
+MANY_LANES = 6
 ESTIMATE_AFTER = (15, 30)  # steps measured in every running lane before the first and the second estimate
 
 
@@ -202,12 +203,20 @@ def run_lanes(lanes: Sequence[Lane]) -> None:
                     update = "Updated: about" if len(estimates) < len(ESTIMATE_AFTER) else "About"
                     board.print(f"{update} {minutes(time.monotonic() - started_at + left)} in all on this machine.")
                     estimates.pop(0)
-                board.show([lane.status() for lane in lanes])
+                board.show(status_lines(lanes))
                 time.sleep(POLL_SECONDS)
-            board.show([lane.status() for lane in lanes])
+            board.show(status_lines(lanes))
         finally:
             for lane in lanes:
                 lane.stop()
+
+
+def status_lines(lanes: Sequence[Lane]) -> list[str]:
+    """Status of every lane, or of the running ones with a count of the others if there are many."""
+    if len(lanes) <= MANY_LANES:
+        return [lane.status() for lane in lanes]
+    finished = sum(lane.current is None for lane in lanes)
+    return [f"{finished} of {len(lanes)} finished", *(lane.status() for lane in lanes if lane.process is not None)]
 
 
 def remaining(lanes: Sequence[Lane], measured_steps: int) -> float | None:
@@ -271,7 +280,7 @@ class Board:
         if self.live:
             width = shutil.get_terminal_size().columns - 1
             up = f"\x1b[{self._drawn}F" if self._drawn else ""
-            print(up + "".join(f"{line[:width]}\x1b[K\n" for line in lines), end="", flush=True)
+            print(up + "".join(f"{line[:width]}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
             self._drawn = len(lines)
         elif time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
             print("   ".join(lines), flush=True)

@@ -2,7 +2,7 @@
 
 import random
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -10,11 +10,21 @@ from torch.utils.data import Dataset
 from xformer_mllm.embedded.scene_questions import PLURALS, ask
 from xformer_mllm.embedded.world import Scene, draw_scene, render
 
-# Probabilities that a phrase names what captions mostly leave out. CLIP and the language model learned from alt-text. Among
-# the paper's 14M pairs are COCO's and Visual Genome's, whose captions people wrote to describe, with more detail.
-IN_ALT_TEXT = 0.10  # texture
-TEXTURE_NAMED = 0.50
-SIZE_OR_NUMBER_NAMED = 0.15
+
+class Detail(NamedTuple):
+    """Probabilities that a phrase of a caption names what captions mostly leave out."""
+
+    texture: float
+    size_or_number: float
+
+
+ALT_TEXT = Detail(0.10, 0.15)
+"""Like web alt-text: what CLIP and the language model learned from."""
+WRITTEN = Detail(0.50, 0.15)
+"""Among the paper's 14M pairs are COCO's and Visual Genome's, which people wrote to describe: X-Former's captions."""
+DETAILED = Detail(1.0, 0.5)
+"""The data `scenes-detailed`."""
+
 GROUND_NAMED = 0.05
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -24,23 +34,23 @@ ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
 
-def caption(scene: Scene, texture_named: float = TEXTURE_NAMED) -> str:
-    """A caption: one or two main groups by colour and shape, and their texture with this probability; rarely more."""
+def caption(scene: Scene, detail: Detail = WRITTEN) -> str:
+    """A caption: one or two main groups by colour and shape, with as much detail as `detail` says."""
     rng = random.Random(scene.key + "/caption")
     groups: dict[tuple[str, str], list] = {}
     for obj in scene.objects:
         groups.setdefault((obj.colour, obj.shape), []).append(obj)
     largest_first = sorted(groups.values(), key=lambda group: (-len(group), rng.random()))
     main = largest_first[: rng.choice((1, 2))]
-    text = rng.choice(OPENINGS) + rng.choice(JOINTS).join(_phrase(group, rng, texture_named) for group in main)
+    text = rng.choice(OPENINGS) + rng.choice(JOINTS).join(_phrase(group, rng, detail) for group in main)
     return text + f" on a {scene.ground} ground" if rng.random() < GROUND_NAMED else text
 
 
-def _phrase(group: list, rng: random.Random, texture_named: float) -> str:
+def _phrase(group: list, rng: random.Random, detail: Detail) -> str:
     words = [group[0].colour, group[0].shape if len(group) == 1 else PLURALS[group[0].shape]]
-    if rng.random() < texture_named and len({obj.texture for obj in group}) == 1:
+    if rng.random() < detail.texture and len({obj.texture for obj in group}) == 1:
         words.insert(0, group[0].texture)
-    detailed = rng.random() < SIZE_OR_NUMBER_NAMED
+    detailed = rng.random() < detail.size_or_number
     if detailed and len({obj.size for obj in group}) == 1:
         words.insert(0, group[0].size)
     if len(group) == 1:
@@ -76,9 +86,9 @@ class SceneCaptions(Dataset):
     Item: {"id": str, "image": PIL.Image (RGB, 48x48), "caption": str}.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0):
+    def __init__(self, split: str, size: int, seed: int = 0, detail: Detail = WRITTEN):
         draw_scene(split, 0, seed)  # raises for an unknown split
-        self.split, self.size, self.seed = split, size, seed
+        self.split, self.size, self.seed, self.detail = split, size, seed, detail
 
     def __len__(self) -> int:
         return self.size
@@ -91,7 +101,7 @@ class SceneCaptions(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)
-        return {"id": scene.key, "image": image_of(scene), "caption": caption(scene)}
+        return {"id": scene.key, "image": image_of(scene), "caption": caption(scene, self.detail)}
 
 
 class SceneQuestions(Dataset):

@@ -14,7 +14,7 @@ Every run is a lane of the demo (stage 1, stage 2, questions): budget and data o
 not run again.
 
     runs/studies/NAME/[SETTING/]SEED/VARIANT/{stage1,stage2,questions}/    output of the commands
-    runs/studies/NAME/{results.json,NAME.md,NAME-*.svg}                     the results
+    runs/studies/NAME/{NAME.json,NAME.md,NAME-*.svg}                        the results, NAME being the file's
 """
 
 import json
@@ -35,6 +35,8 @@ from xformer_mllm.evaluate.exact_match import Prediction
 from xformer_mllm.files import read_json, read_json_lines, write_whole
 
 RESAMPLES = 2_000
+MEAN = "mean of the types"
+"""Does not depend on how often each type is asked."""
 TARGETS = {
     "questions": "Stage 2 with questions",
     "captions": "Stage 2 on captions only: zero-shot questions, as in the paper",
@@ -72,7 +74,8 @@ def read_study(path: Path) -> Study:
     study = Study(**content)
     if study.split not in ("test", "validation"):
         raise ValueError(f"{path}: split is {study.split!r}, but must be test or validation")
-    known = [part.name for part in fields(DemoConfig)]
+    own = ("variants", "seed", "zero_shot", "output_dir")
+    known = [part.name for part in fields(DemoConfig) if part.name not in own]
     if unknown := sorted(set(study.demo) - set(known)):
         raise ValueError(f"{path}: unknown field {unknown[0]!r} in demo; fields: {', '.join(known)}")
     for name in ("variants", "seeds", "settings"):
@@ -110,7 +113,8 @@ def run_study(config: StudyConfig) -> Path:
     Raises ValueError for an invalid file, or if a job fails.
     """
     study = read_study(config.study)
-    root = config.output_dir or Path("runs/studies") / config.study.stem
+    name = config.study.stem
+    root = config.output_dir or Path("runs/studies") / name
     root.mkdir(parents=True, exist_ok=True)
     lanes = lanes_of(study, root)
     run_lanes(lanes)
@@ -119,16 +123,16 @@ def run_study(config: StudyConfig) -> Path:
         "title": study.title,
         "command": f"xformer study {config.study}",
         "machine": f"{processor()}, {cores()} cores, one thread for each run",
-        "versions": {name: version(name) for name in ("xformer-mllm", "torch", "transformers")},
+        "versions": {package: version(package) for package in ("xformer-mllm", "torch", "transformers")},
         "minutes": {lane.variant: round(sum(lane.seconds.values()) / 60, 1) for lane in lanes},
         "study": {part.name: getattr(study, part.name) for part in fields(Study)},
     }
-    write_whole(root / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(root / f"{name}.json", json.dumps(results, indent=2) + "\n")
     figures = {}
     for target in results["targets"]:
-        figures[target] = f"{config.study.stem}-{target}.svg"
+        figures[target] = f"{name}-{target}.svg"
         write_whole(root / figures[target], figure(results, target))
-    page = root / f"{config.study.stem}.md"
+    page = root / f"{name}.md"
     write_whole(page, markdown(results, figures))
     print(page)
     return page
@@ -153,7 +157,8 @@ def gather(study: Study, root: Path) -> dict[str, Any]:
             folder = folder_of(root, setting, study.seeds[0]) / study.variants[0] / f"questions{ending}"
             scores = read_json(folder / "metrics.json")["scores"]
             targets.setdefault(target, {})[setting] = {
-                "majority": {group: score["majority"] for group, score in scores.items()},
+                "majority": {group: score["majority"] for group, score in scores.items()}
+                | {MEAN: float(np.mean([score["majority"] for group, score in scores.items() if _is_type(group)]))},
                 "variants": {variant: over_seeds(found) for variant, found in rows.items()},
                 "differences": {
                     variant: over_seeds(found, baseline) for variant, found in rows.items() if found is not baseline
@@ -162,12 +167,16 @@ def gather(study: Study, root: Path) -> dict[str, Any]:
     return {"targets": targets}
 
 
+def _is_type(group: str) -> bool:
+    return group != "all" and ":" not in group
+
+
 def over_seeds(
     runs: Sequence[Sequence[Prediction]], baseline: Sequence[Sequence[Prediction]] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Accuracy over the runs of several seeds, or its difference to the baseline's runs of the same seeds.
 
-    {"all" or a type of question: {"value", "ci95": [low, high], "by_seed": [...], "n"}}. ci95 is a percentile bootstrap of
+    {"all", a type of question or MEAN: {"value", "ci95": [low, high], "by_seed": [...], "n"}}. ci95 is a percentile bootstrap of
     both the seeds and the images, 95 %. With one seed it is one of the images alone.
 
     Raises ValueError if the runs were not asked the same questions.
@@ -192,17 +201,24 @@ def over_seeds(
     seed_weights = generator.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=RESAMPLES) / len(runs)
     resampled = np.einsum("ri,sig->rsg", image_weights, gains, optimize=True)
     total = np.maximum(image_weights @ asked, 1)
-    low, high = np.quantile(np.einsum("rs,rsg->rg", seed_weights, resampled) / total, (0.025, 0.975), axis=0)
-    by_seed = gains.sum(1) / asked.sum(0)
+    values = np.einsum("rs,rsg->rg", seed_weights, resampled) / total
+    low, high = np.quantile(_with_mean(values), (0.025, 0.975), axis=0)
+    by_seed = _with_mean(gains.sum(1) / asked.sum(0))
+    counts = [*asked.sum(0), len(first)]
     return {
         group: {
             "value": float(by_seed[:, column].mean()),
             "ci95": [float(low[column]), float(high[column])],
             "by_seed": [round(float(value), 4) for value in by_seed[:, column]],
-            "n": int(asked[:, column].sum()),
+            "n": int(counts[column]),
         }
-        for column, group in enumerate(groups)
+        for column, group in enumerate([*groups, MEAN])
     }
+
+
+def _with_mean(values: np.ndarray) -> np.ndarray:
+    """[..., all and types] -> [..., all, types and their mean]."""
+    return np.concatenate([values, values[..., 1:].mean(-1, keepdims=True)], axis=-1)
 
 
 def markdown(results: dict[str, Any], figures: dict[str, str]) -> str:
@@ -213,7 +229,8 @@ def markdown(results: dict[str, Any], figures: dict[str, str]) -> str:
         lines += [f"## {TARGETS[target]}", "", f"![{TARGETS[target]}]({figures[target]})", ""]
         for setting, found in settings.items():
             lines += [f"### {setting}", ""] if setting else []
-            lines += [*_accuracies(found), "", *_differences(found, study), ""]
+            lines += [*_accuracies(found), ""]
+            lines += [*_differences(found, study), ""] if found["differences"] else []
     longest = max(results["minutes"].values())
     packages = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines += [
@@ -239,8 +256,7 @@ def _accuracies(found: dict[str, Any]) -> list[str]:
 
 def _differences(found: dict[str, Any], study: dict[str, Any]) -> list[str]:
     """Points over the first variant; for all questions and texture also by seed."""
-    if not (differences := found["differences"]):
-        return []
+    differences = found["differences"]
     rows = [
         f"| points over {study['variants'][0]} | {' | '.join(differences)} |",
         "|---|" + "---|" * len(differences),

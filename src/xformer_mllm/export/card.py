@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from xformer_mllm import defaults
+from xformer_mllm.commands import DATA
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.export.facts import Facts, Metrics, benchmark_of, part_of, title_of, without_folders
 from xformer_mllm.model.modeling_xformer import FROZEN
@@ -129,7 +129,7 @@ def training(facts: Facts) -> str:
         parts.append(f"Data: {', '.join(f'[{name}](https://huggingface.co/datasets/{name})' for name in datasets)}.")
     for run in facts.runs:
         shown = {key: without_folders(value) for key, value in run.items() if key != "command"}
-        if run.get("data") in defaults.DATA:
+        if run.get("data") in DATA:
             shown.pop("augment", None)  # only external images are augmented
         data = f" on `{shown['data']}`" if "data" in shown else ""
         content = json.dumps(shown, indent=2, ensure_ascii=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from xformer_mllm.commands import flag_of
+from xformer_mllm.commands import DATA, flag_of
 from xformer_mllm.files import write_whole
 
 CONFIG_FILE = "config.json"
@@ -32,7 +32,8 @@ class RunConfig:
     """Arguments of both stages."""
 
     data: str = "scenes"
-    """Training data: scenes (embedded world), easy-vqa, a folder, .json, .jsonl, .csv, .tar or hf:NAME (docs/data.md)."""
+    """Training data: scenes (embedded world), scenes-detailed (with captions that leave out less), easy-vqa, a folder,
+    .json, .jsonl, .csv, .tar or hf:NAME (docs/data.md)."""
     images: Path | None = None
     """Image folder of a .json, .jsonl or .csv file. Defaults to the folder of that file."""
     train_size: int | None = None
@@ -92,7 +93,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an invalid value."""
-        if self.train_size is None and self.data == "scenes":
+        if self.train_size is None and self.data.startswith("scenes") and self.data in DATA:
             object.__setattr__(self, "train_size", SCENES)
         if self.train_size is not None and self.train_size < 1:
             raise ValueError(f"--train-size must be at least 1, not {self.train_size}")
@@ -103,7 +104,7 @@ class RunConfig:
         for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_grad_norm", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag_of(name)} must not be negative, but is {getattr(self, name)}")
-        if self.feature_cache is not None and self.augment != "none" and self.data not in ("scenes", "easy-vqa"):
+        if self.feature_cache is not None and self.augment != "none" and self.data not in DATA:
             raise ValueError("--feature-cache needs whole images; set --augment none")
         for name in ("learning_rate", "save_minutes"):
             if not getattr(self, name) > 0:

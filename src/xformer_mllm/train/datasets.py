@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from xformer_mllm import defaults
+from xformer_mllm.commands import DATA
 from xformer_mllm.data.records import Images
 from xformer_mllm.data.sources import SOURCE_FORMS, open_captions, open_questions, source_exists
 from xformer_mllm.data.streams import Stream
@@ -57,7 +58,7 @@ def captions(config: RunConfig, image_size: int) -> tuple[Dataset, Records]:
 
     Raises FileNotFoundError or ValueError as `data/sources.py`.
     """
-    if config.data in defaults.DATA:
+    if config.data in DATA:
         train = defaults.captions(config.data, "train", config.train_size or SCENES)
         return _at_most(train, config), _first(defaults.captions(config.data, "validation", HELD_OUT_IMAGES), train)
     _check_name(config.data)
@@ -70,7 +71,7 @@ def captions(config: RunConfig, image_size: int) -> tuple[Dataset, Records]:
 def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
     """Questions with answers for training, grouped by image, and one about each of a few held-out images."""
     each = config.questions_per_image
-    if config.data in defaults.DATA:
+    if config.data in DATA:
         train = defaults.questions(config.data, "train", config.train_size or SCENES, each)
         held_out = defaults.questions(config.data, "validation", HELD_OUT_IMAGES, 1)
         return _at_most(train, config), [image[0] for image in _first(held_out, train)]
@@ -83,7 +84,7 @@ def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
 def _check_name(data: str) -> None:
     """Raise FileNotFoundError that also names the sources of the package, which `data/sources.py` does not know."""
     if not source_exists(data):
-        raise FileNotFoundError(f"{data}: no such data source; expected scenes, easy-vqa, {SOURCE_FORMS}")
+        raise FileNotFoundError(f"{data}: no such data source; expected {', '.join(DATA)}, {SOURCE_FORMS}")
 
 
 def undecoded(dataset: Any, broken: dict[str, str]) -> Any:
