@@ -14,8 +14,10 @@ from transformers import AutoTokenizer
 
 from xformer_mllm.checkpoints import load_language_model
 from xformer_mllm.data.questions import QUESTION_PROMPT
-from xformer_mllm.embedded.encoders import ask, description, draw_scene
+from xformer_mllm.embedded.scene_questions import EVENLY, ask
+from xformer_mllm.embedded.scenes import description
 from xformer_mllm.embedded.start import WEIGHTS
+from xformer_mllm.embedded.world import draw_scene
 from xformer_mllm.language_models import chat_turn
 from xformer_mllm.model.processing_xformer import XFormerProcessor, image_processor
 
@@ -31,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     scenes = [draw_scene("validation", index) for index in range(arguments.scenes)]
-    asked = [(scene, question) for scene in scenes for question in ask(scene, 2)]
+    asked = [(scene, question) for scene in scenes for question in ask(scene, 2, EVENLY)]
     model, tokenizer = load_language_model(arguments.llm)
     rows, examples = [], []
     for name, turn in (("plain text", None), ("chat template", chat_turn(tokenizer)[0])):

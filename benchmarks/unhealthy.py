@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from xformer_mllm import defaults
 from xformer_mllm.train import datasets, stages
 from xformer_mllm.train.config import Stage1Config
 
-start, captions = stages.start_pretraining, datasets.captions
+start, captions = defaults.start_pretraining, datasets.captions
 
 
 class OthersCaptions(Dataset):
@@ -39,14 +40,14 @@ def others_captions(config: Stage1Config, image_size: int) -> tuple[Any, Any]:
     return OthersCaptions(train), held_out
 
 
-def equal_queries(variant: str, seed: int) -> tuple[Any, Any]:
-    model, processor = start(variant, seed)
+def equal_queries(variant: str, seed: int, **others: Any) -> tuple[Any, Any]:
+    model, processor = start(variant, seed, **others)
     torch.nn.init.zeros_(model.xformer.query_tokens)
     return model, processor
 
 
-def unscaled_pixels(variant: str, seed: int) -> tuple[Any, Any]:
-    model, processor = start(variant, seed)
+def unscaled_pixels(variant: str, seed: int, **others: Any) -> tuple[Any, Any]:
+    model, processor = start(variant, seed, **others)
     model.config.clip_std = [deviation / 255 for deviation in model.config.clip_std]
     return model, processor
 
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=24)
     arguments = parser.parse_args()
     for name in arguments.cases:
-        stages.start_pretraining, datasets.captions, settings = CASES[name]
+        defaults.start_pretraining, datasets.captions, settings = CASES[name]
         fields = {"steps": arguments.steps, "batch_size": arguments.batch_size, "sample_steps": arguments.steps}
         config = Stage1Config(
             output_dir=arguments.output / name, logging_steps=10, warmup_steps=20, **fields, **settings

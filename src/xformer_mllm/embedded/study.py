@@ -18,6 +18,7 @@ not run again.
 """
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -176,8 +177,8 @@ def over_seeds(
 ) -> dict[str, dict[str, Any]]:
     """Accuracy over the runs of several seeds, or its difference to the baseline's runs of the same seeds.
 
-    {"all", a type of question or MEAN: {"value", "ci95": [low, high], "by_seed": [...], "n"}}. ci95 is a percentile bootstrap of
-    both the seeds and the images, 95 %. With one seed it is one of the images alone.
+    {"all", a type of question or MEAN: {"value", "ci95": [low, high], "by_seed": [...], "n"}}. ci95 is a percentile
+    bootstrap of both the seeds and the images, 95 %. With one seed it is one of the images alone.
 
     Raises ValueError if the runs were not asked the same questions.
     """
@@ -233,15 +234,15 @@ def markdown(results: dict[str, Any], figures: dict[str, str]) -> str:
             lines += [*_differences(found, study), ""] if found["differences"] else []
     longest = max(results["minutes"].values())
     packages = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    lines += [
+    made_by = (
         f"Made by `{results['command']}`: {demo.stage1_steps} steps of stage 1 and {demo.stage2_steps or 800} of stage 2 "
         "for every run, the same images in the same order for all variants of a seed, questions about "
         f"{demo.test_size:,} {study['split']} scenes. Seeds {', '.join(map(str, study['seeds']))} decide initial weights, "
         "data order, masks and negatives; the encoders and the language model are the same. Brackets: 95 % bootstrap "
         "interval over seeds and images. `majority` is the most frequent training answer to the type of question. The "
-        f"longest run took {longest:.0f} minutes beside others: {results['machine']}, {packages}.",
-        "",
-    ]
+        f"longest run took {longest:.0f} minutes beside others: {results['machine']}, {packages}."
+    )
+    lines += [textwrap.fill(made_by, 118, break_long_words=False, break_on_hyphens=False), ""]
     return "\n".join(lines)
 
 
