@@ -12,5 +12,6 @@ OTHER_ENVIRONMENT = {"lavis_stage1.py"}  # runs beside LAVIS's own packages
 @pytest.mark.parametrize(
     "path", [p for p in BENCHMARKS if p.name not in OTHER_ENVIRONMENT], ids=lambda path: path.name
 )
-def test_imports(path):
+def test_imports(path, monkeypatch):
+    monkeypatch.syspath_prepend(path.parent)  # as for `python benchmarks/…`: some share a module
     assert "main" in runpy.run_path(str(path), run_name="imported")
