@@ -44,8 +44,18 @@ def ship(config: ShipConfig) -> None:
             weights = load_file(folder / "model.safetensors")
             rounded = {key: t.to(torch.bfloat16) if t.is_floating_point() else t for key, t in weights.items()}
             save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+            _forget_folders(folder / "config.json")
             write_whole(folder / "recipe.json", json.dumps(_recipe(source, folder, config.demo), indent=2) + "\n")
         print(f"{target}: {sum(file.stat().st_size for file in target.rglob('*')) / 1e6:.1f} MB")
+
+
+def _forget_folders(path: Path) -> None:
+    """Remove the names of folders on this machine, which transformers notes in a configuration."""
+    config = read_json(path)
+    for part in (config, *config.values()):
+        if isinstance(part, dict):
+            part.pop("_name_or_path", None)
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _recipe(run: Path, folder: Path, demo: Path) -> dict:
