@@ -1,13 +1,16 @@
 """Configurations survive their JSON, and impossible ones say why in one line."""
 
 import json
+import re
 
 import pytest
 from conftest import TOWERS, tiny_config
 from transformers import AutoConfig, LlamaConfig, ResNetConfig, SwinConfig, ViTMAEConfig
 
 from xformer_mllm import VARIANTS, XFormerConfig
-from xformer_mllm.variants import variant_config
+from xformer_mllm.embedded import start
+from xformer_mllm.train.config import Stage1Config
+from xformer_mllm.variants import variant_config, with_settings
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -90,3 +93,43 @@ def test_a_variant_leaves_its_base_alone():
     for variant in VARIANTS.values():
         variant(base)
     assert base.to_dict() == before
+
+
+def test_settings_are_fields_by_name():
+    base = start.embedded_config()
+    changed = with_settings(
+        base, ["num_query_tokens=32", "qformer_config.hidden_size=144", "reconstruction_weight=0.5"]
+    )
+    assert (changed.num_query_tokens, changed.qformer_config.hidden_size, changed.reconstruction_weight) == (
+        32,
+        144,
+        0.5,
+    )
+    assert base.num_query_tokens == 12
+    assert variant_config("qformer", changed).num_query_tokens == 32
+    untouched = with_settings(base, [])
+    assert untouched.to_dict() == base.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("num_query_token=3", "num_query_token=3: expected NAME=VALUE"),
+        ("qformer_config.hidden=3", "expected NAME=VALUE with a field"),
+        ("qformer_config=3", "expected NAME=VALUE"),
+        ("num_query_tokens", "expected NAME=VALUE"),
+        ("a.b.c=3", "expected NAME=VALUE"),
+        ("fusion_blocks=two", "a value of another kind"),
+        ("fusion_blocks=0", "must be 1 or more"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(setting, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        with_settings(start.embedded_config(), [setting])
+
+
+def test_settings_reach_the_model_and_only_a_new_one(tmp_path):
+    model, _ = start.start_pretraining("xformer", settings=["fusion_blocks=2"])
+    assert len(model.xformer.fusion.blocks) == 2
+    with pytest.raises(ValueError, match="cannot be combined with --start-from"):
+        Stage1Config(start_from=tmp_path, model_settings=("fusion_blocks=2",))

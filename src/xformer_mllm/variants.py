@@ -38,7 +38,12 @@ def with_settings(base: XFormerConfig, settings: Sequence[str]) -> XFormerConfig
         with contextlib.suppress(json.JSONDecodeError):  # anything else is a string
             value = json.loads(value)
         inside[last] = value
-    return _with(base, **fields)
+    try:
+        return _with(base, **fields)
+    except TypeError as error:
+        raise ValueError(
+            f"{' '.join(settings)}: a value of another kind than the configuration's ({error})"
+        ) from error
 
 
 def xformer(base: XFormerConfig) -> XFormerConfig:
