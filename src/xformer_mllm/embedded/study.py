@@ -129,12 +129,11 @@ def run_study(config: StudyConfig) -> Path:
         "study": {part.name: getattr(study, part.name) for part in fields(Study)},
     }
     write_whole(root / f"{name}.json", json.dumps(results, indent=2) + "\n")
-    figures = {}
-    for target in results["targets"]:
-        figures[target] = f"{name}-{target}.svg"
-        write_whole(root / figures[target], figure(results, target))
+    for target, settings in results["targets"].items():
+        for setting, found in settings.items():
+            write_whole(root / figure_name(name, target, setting), figure(found, TARGETS[target], setting))
     page = root / f"{name}.md"
-    write_whole(page, markdown(results, figures))
+    write_whole(page, markdown(results, name))
     print(page)
     return page
 
@@ -222,14 +221,20 @@ def _with_mean(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values, values[..., 1:].mean(-1, keepdims=True)], axis=-1)
 
 
-def markdown(results: dict[str, Any], figures: dict[str, str]) -> str:
-    """The results as a page: a section for each target of stage 2, with a figure and the tables."""
+def figure_name(study: str, target: str, setting: str) -> str:
+    """The file with the figure of one setting, beside the page."""
+    return "-".join(filter(None, [study, target, setting.replace(" ", "-")])) + ".svg"
+
+
+def markdown(results: dict[str, Any], name: str) -> str:
+    """The results as a page: a section for each target of stage 2, a figure and tables for each setting."""
     study, demo = results["study"], DemoConfig(**results["study"]["demo"])
     lines = [f"# {results['title']}", ""]
     for target, settings in results["targets"].items():
-        lines += [f"## {TARGETS[target]}", "", f"![{TARGETS[target]}]({figures[target]})", ""]
+        lines += [f"## {TARGETS[target]}", ""]
         for setting, found in settings.items():
             lines += [f"### {setting}", ""] if setting else []
+            lines += [f"![Accuracy by type of question]({figure_name(name, target, setting)})", ""]
             lines += [*_accuracies(found), ""]
             lines += [*_differences(found, study), ""] if found["differences"] else []
     longest = max(results["minutes"].values())
@@ -281,12 +286,11 @@ def _cell(score: dict[str, Any], form: str) -> str:
 COLOURS = ("#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 
 
-def figure(results: dict[str, Any], target: str) -> str:
-    """SVG: a row for each type of question, a dot with its interval for each variant, the majority as a bar."""
-    setting, found = next(iter(results["targets"][target].items()))
+def figure(found: dict[str, Any], title: str, setting: str) -> str:
+    """SVG: a row for each type of question, a dot with its interval for each variant, the majority dashed."""
     variants = found["variants"]
     groups = list(next(iter(variants.values())))
-    step, left, width, top = 9 * len(variants) + 10, 130, 420, 46
+    step, left, width, top = 9 * len(variants) + 10, 130, max(420, 85 * len(variants) + 160), 46
     height = top + step * len(groups) + 30
 
     def x(value: float) -> float:
@@ -295,14 +299,15 @@ def figure(results: dict[str, Any], target: str) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {height}" font-family="sans-serif" '
         f'font-size="11"><rect width="100%" height="100%" fill="#fff"/>'
-        f'<text x="8" y="16" font-size="13">{TARGETS[target]}: accuracy, {escape(setting or "default settings")}</text>'
+        f'<text x="8" y="16" font-size="13">{escape(", ".join(filter(None, [title, setting])))}</text>'
     ]
     for place, name in enumerate(variants):
-        at = left + place * max(80, width // len(variants))
+        at = left + place * 85
         parts.append(
             f'<circle cx="{at}" cy="30" r="4" fill="{COLOURS[place % 8]}"/><text x="{at + 8}" y="34">'
             f"{escape(report.display_name(name))}</text>"
         )
+    parts.append(f'<text x="{left + width}" y="34" text-anchor="end">dashed: most frequent answer</text>')
     for tick in range(0, 11, 2):
         parts.append(
             f'<path d="M{x(tick / 10)} {top}V{height - 24}" stroke="#ddd"/>'
