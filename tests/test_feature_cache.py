@@ -17,7 +17,20 @@ from xformer_mllm.train import datasets, feature_cache
 from xformer_mllm.train.config import Stage1Config
 from xformer_mllm.train.feature_cache import FeatureCache
 
-STEPS = ["--batch-size", "3", "--steps", "5", "--logging-steps", "2", "--sample-steps", "5", "--warmup-steps", "1"]
+STEPS = [
+    "--bf16",
+    "no",
+    "--batch-size",
+    "3",
+    "--steps",
+    "5",
+    "--logging-steps",
+    "2",
+    "--sample-steps",
+    "5",
+    "--warmup-steps",
+    "1",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -234,8 +234,8 @@ def second_reference(source: Source, target: Target, example: Example) -> tuple[
     return "reconstruction loss", mae(pixels.float(), noise=example.noise).loss
 
 
-# The largest allowed difference, relative to the largest value.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
+# The largest allowed difference, relative to the largest value. Two neighbouring numbers in fp16 are 1e-3 apart.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 2e-3}
 
 
 @dataclass(frozen=True)
