@@ -51,6 +51,7 @@ def test_a_run_for_each_setting_seed_and_variant(tmp_path):
         ({"variant": ["xformer"]}, "unknown field 'variant'; fields: title, variants"),
         ({"split": "train"}, "split is 'train', but must be test or validation"),
         ({"seeds": [1, 1]}, "seeds must be one or more different values"),
+        ({"seeds": "3"}, "seeds must be one or more different values"),
         ({"variants": []}, "variants must be one or more different values"),
         ({"settings": {"x": ["--steps"]}}, "setting 'x' must be"),
         ({"settings": {"x": {"stage3": []}}}, "setting 'x' must be"),

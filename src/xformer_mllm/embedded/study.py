@@ -80,7 +80,8 @@ def read_study(path: Path) -> Study:
     if unknown := sorted(set(study.demo) - set(known)):
         raise ValueError(f"{path}: unknown field {unknown[0]!r} in demo; fields: {', '.join(known)}")
     for name in ("variants", "seeds", "settings"):
-        if not (values := getattr(study, name)) or len(set(values)) < len(values):
+        values = getattr(study, name)
+        if isinstance(values, str) or not values or len(set(values)) < len(values):
             raise ValueError(f"{path}: {name} must be one or more different values")
     return study
 
