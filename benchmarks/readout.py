@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from xformer_mllm.commands import ProbeConfig
+from xformer_mllm.embedded.commands import ProbeConfig
 from xformer_mllm.embedded.probe import load_encoders, standardised_features
 from xformer_mllm.embedded.world import GRID, TEXTURES, Scene, draw_scene
 

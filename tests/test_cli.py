@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from xformer_mllm import cli
-from xformer_mllm.commands import ProbeConfig
 from xformer_mllm.defaults import shipped_model
+from xformer_mllm.embedded.commands import ProbeConfig
 from xformer_mllm.train.config import Stage2Config, write_config
 from xformer_mllm.variants import VARIANTS
 
@@ -123,6 +123,13 @@ def test_unknown_data_and_impossible_numbers_are_one_line(capsys, tmp_path):
         cli.main(["train", "stage1", "--steps", "0", *output])
     assert exited.value.code == 2
     assert "--steps must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_wrong_settings_and_attributes_are_one_line(capsys, tmp_path):
+    words = ("train", "stage1", "--model-settings", "num_query_token=3", "--output-dir", str(tmp_path / "run"))
+    assert error_line(capsys, *words).startswith("--model-settings num_query_token=3: expected NAME=VALUE")
+    line = error_line(capsys, "data", "probe", "--attributes", "textures")
+    assert line.startswith("--attributes textures: not a type of question; choose from count_all")
 
 
 def test_a_wrong_configuration_file_is_one_line(capsys, tmp_path):

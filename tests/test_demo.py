@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from xformer_mllm import cli, report
-from xformer_mllm.commands import DemoConfig
 from xformer_mllm.embedded import demo, lanes
+from xformer_mllm.embedded.commands import DemoConfig
 from xformer_mllm.embedded.demo import jobs_of, run_demo
 
 

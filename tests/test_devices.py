@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import llm_inputs, randomise, tiny_config
 from test_attach import answers, host, tiny_mae, with_trained_fusion
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, QuantoConfig
 
 from xformer_mllm import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.attach import attach_xformer
@@ -101,10 +101,10 @@ def quantisers() -> dict:
 
         return TorchAoConfig(Int8WeightOnlyConfig())
 
-    return {**found, "torchao": torchao}
+    return {**found, "torchao": torchao, "quanto": lambda: QuantoConfig(weights="int8")}
 
 
-PACKAGES = {"8 bit": "bitsandbytes", "4 bit": "bitsandbytes", "torchao": "torchao"}
+PACKAGES = {"8 bit": "bitsandbytes", "4 bit": "bitsandbytes", "torchao": "torchao", "quanto": "optimum.quanto"}
 
 
 @pytest.mark.parametrize("name", PACKAGES)

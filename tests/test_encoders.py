@@ -8,8 +8,8 @@ import torch
 from transformers import CLIPVisionModel, OPTForCausalLM, PreTrainedTokenizerFast, ViTMAEForPreTraining
 
 import xformer_mllm
-from xformer_mllm.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig
 from xformer_mllm.embedded import encoders, tokenizers
+from xformer_mllm.embedded.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig
 from xformer_mllm.embedded.scene_questions import EVENLY, ask
 from xformer_mllm.embedded.scenes import ALT_TEXT, caption
 from xformer_mllm.embedded.world import draw_scene

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tyro
 
-from xformer_mllm.commands import SceneExportConfig
 from xformer_mllm.embedded import exports
 from xformer_mllm.embedded.benchmarks import EasyVqa, Scenes
+from xformer_mllm.embedded.commands import SceneExportConfig
 from xformer_mllm.embedded.exports import FORMATS, export, vqa_answer_type, vqa_question_type
 from xformer_mllm.embedded.gqa_export import entailed, equivalent, gqa_program
 from xformer_mllm.embedded.scene_questions import PLURALS, ask, name

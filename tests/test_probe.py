@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from xformer_mllm.checkpoints import load_model
-from xformer_mllm.commands import ProbeConfig
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.defaults import shipped_model
 from xformer_mllm.embedded import probe as module
+from xformer_mllm.embedded.commands import ProbeConfig
 from xformer_mllm.embedded.probe import AttentiveProbe, markdown, run_probe
 from xformer_mllm.embedded.world import SPLITS, draw_scene, render
 from xformer_mllm.inference import KINDS

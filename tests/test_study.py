@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from xformer_mllm.commands import StudyConfig
 from xformer_mllm.embedded import study as module
+from xformer_mllm.embedded.commands import StudyConfig
 from xformer_mllm.embedded.study import lanes_of, over_seeds, read_study, run_study
 
 

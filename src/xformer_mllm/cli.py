@@ -34,11 +34,11 @@ COMMANDS = {
         "Mask images and reconstruct them, side by side", "commands:ReconstructConfig", "inference:reconstruct"
     ),
     "demo": Command(
-        "Train X-Former and the Q-Former and compare them", "commands:DemoConfig", "embedded.demo:run_demo"
+        "Train X-Former and the Q-Former and compare them", "embedded.commands:DemoConfig", "embedded.demo:run_demo"
     ),
     "study": Command(
         "Train and compare variants, seeds and settings from one file",
-        "commands:StudyConfig",
+        "embedded.commands:StudyConfig",
         "embedded.study:run_study",
     ),
     "train stage1": Command(
@@ -53,10 +53,12 @@ COMMANDS = {
     ),
     "train encoders": Command(
         "Train the embedded world's tiny CLIP and MAE",
-        "commands:EncodersConfig",
+        "embedded.commands:EncodersConfig",
         "embedded.encoders:train_encoders",
     ),
-    "train lm": Command("Train the embedded world's tiny OPT", "commands:LmConfig", "embedded.encoders:train_lm"),
+    "train lm": Command(
+        "Train the embedded world's tiny OPT", "embedded.commands:LmConfig", "embedded.encoders:train_lm"
+    ),
     "estimate": Command(
         "Estimate a recipe's memory, FLOPs and hours",
         "commands:EstimateConfig",
@@ -85,12 +87,12 @@ COMMANDS = {
     "data shard": Command("Write any source as webdataset shards", "commands:ShardConfig", "data.shard_writer:shard"),
     "data export": Command(
         "Write the embedded scenes in a benchmark's official files",
-        "commands:SceneExportConfig",
+        "embedded.commands:SceneExportConfig",
         "embedded.exports:export",
     ),
     "data probe": Command(
         "Measure what frozen CLIP, MAE and random tokens hold",
-        "commands:ProbeConfig",
+        "embedded.commands:ProbeConfig",
         "embedded.probe:run_probe",
     ),
     "convert": Command(

@@ -23,6 +23,7 @@ from xformer_mllm import defaults
 from xformer_mllm.checkpoints import bf16_is_fast, load_model, model_folder
 from xformer_mllm.commands import (
     ANSWER_TOKENS,
+    SCENES,
     AskConfig,
     CaptionConfig,
     FeaturesConfig,
@@ -330,7 +331,7 @@ def _batches(
     config: InferenceConfig, names: Sequence[str], model: Any, processor: Any, folder: Path | None = None
 ) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
     """Names and pixels uint8[B, 3, S, S]; warns of images unlike the training data of the model in `folder`."""
-    only_scenes = folder is not None and _run_settings(folder).get("data") in ("scenes", "scenes-detailed")
+    only_scenes = folder is not None and _run_settings(folder).get("data") in SCENES
     for batch in _chunks(names, config.batch_size):
         images = [open_image(name) for name in batch]
         for name, image in zip(batch, images, strict=True):

@@ -26,7 +26,8 @@ from typing import Any
 from PIL import Image
 
 from xformer_mllm import report
-from xformer_mllm.commands import BenchmarkConfig, DemoConfig, ReconstructConfig, flag_of
+from xformer_mllm.commands import BenchmarkConfig, ReconstructConfig, flag_of
+from xformer_mllm.embedded.commands import DemoConfig
 from xformer_mllm.embedded.lanes import Job, Lane, clock, cores, processor, read_json, read_rows, run_lanes
 from xformer_mllm.evaluate.benchmark import Benchmark
 from xformer_mllm.evaluate.evaluation import open_benchmark
@@ -42,7 +43,14 @@ TRAINING_SOURCES = (
     *("files.py", "processes.py", "embedded/weights"),
     *(f"embedded/{name}.py" for name in WORLD),
 )
-QUESTION_SOURCES = (*TRAINING_SOURCES, "evaluate", "inference.py", "commands.py", "embedded/benchmarks.py")
+QUESTION_SOURCES = (
+    *TRAINING_SOURCES,
+    "evaluate",
+    "inference.py",
+    "commands.py",
+    "embedded/commands.py",
+    "embedded/benchmarks.py",
+)
 
 # Stage 2 on captions: of a batch as many texts as with four questions about each image, and all that an image shows.
 ZERO_SHOT = ("--data", "scenes-detailed", "--batch-size", "96", "--learning-rate", "1e-3")

@@ -35,8 +35,8 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from xformer_mllm.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig, Training
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
+from xformer_mllm.embedded.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig, Training
 from xformer_mllm.embedded.scene_questions import EVENLY, ask
 from xformer_mllm.embedded.scenes import ALT_TEXT, caption, description
 from xformer_mllm.embedded.tokenizers import lm_tokenizer, qformer_tokenizer

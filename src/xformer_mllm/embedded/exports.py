@@ -24,8 +24,8 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from xformer_mllm.commands import SceneExportConfig
 from xformer_mllm.data.questions import Question
+from xformer_mllm.embedded.commands import SceneExportConfig
 from xformer_mllm.embedded.gqa_export import gqa_choices, gqa_entries, gqa_look
 from xformer_mllm.embedded.scene_questions import PLURALS, ask, name
 from xformer_mllm.embedded.scenes import caption

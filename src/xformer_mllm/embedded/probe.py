@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import CLIPVisionModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
-from xformer_mllm.commands import ProbeConfig
 from xformer_mllm.data.questions import QUESTION_PROMPT
+from xformer_mllm.embedded.commands import ProbeConfig
 from xformer_mllm.embedded.encoders import normalised, provenance
 from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
 from xformer_mllm.embedded.world import Scene, draw_scene, render
@@ -85,7 +85,12 @@ class AttentiveProbe(nn.Module):
 
 
 def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
-    """Attribute -> {"n", "majority", accuracy of each kind of tokens} on test, and the same on validation."""
+    """Attribute -> {"n", "majority", accuracy of each kind of tokens} on test, and the same on validation.
+
+    Raises ValueError for an unknown attribute.
+    """
+    if unknown := [name for name in config.attributes if name not in QUESTION_TYPES]:
+        raise ValueError(f"--attributes {unknown[0]}: not a type of question; choose from {', '.join(QUESTION_TYPES)}")
     torch.set_num_threads(1)
     sizes = {"train": config.train, "validation": config.validation, "test": config.test}
     scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}

@@ -29,7 +29,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from xformer_mllm import report
-from xformer_mllm.commands import DemoConfig, StudyConfig
+from xformer_mllm.embedded.commands import DemoConfig, StudyConfig
 from xformer_mllm.embedded.demo import jobs_of, text_settings
 from xformer_mllm.embedded.lanes import Lane, cores, processor, run_lanes
 from xformer_mllm.evaluate.exact_match import Prediction
@@ -262,7 +262,7 @@ def _accuracies(found: dict[str, Any]) -> list[str]:
 
 
 def _differences(found: dict[str, Any], study: dict[str, Any]) -> list[str]:
-    """Points over the first variant; for all questions and texture also by seed."""
+    """Points over the first variant, and those of each seed."""
     differences = found["differences"]
     rows = [
         f"| points over {study['variants'][0]} | {' | '.join(differences)} |",
@@ -283,7 +283,7 @@ def _cell(score: dict[str, Any], form: str) -> str:
     return f"{score['value']:{form}} [{low}, {high}]"
 
 
-# The first six of Okabe and Ito's colours, which people who confuse red and green can tell apart.
+# Grey, then Okabe and Ito's colours, which people who confuse red and green can tell apart.
 COLOURS = ("#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 
 

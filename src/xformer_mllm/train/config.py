@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from xformer_mllm.commands import DATA, flag_of
+from xformer_mllm.commands import DATA, SCENES, flag_of
 from xformer_mllm.files import write_whole
 
 CONFIG_FILE = "config.json"
@@ -22,7 +22,7 @@ NOT_LEARNED = {
     "feature_cache",
 }  # fmt: skip
 
-SCENES = 24_000
+SCENES_SIZE = 24_000
 
 Config = TypeVar("Config")
 
@@ -93,8 +93,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an invalid value."""
-        if self.train_size is None and self.data.startswith("scenes") and self.data in DATA:
-            object.__setattr__(self, "train_size", SCENES)
+        if self.train_size is None and self.data in SCENES:
+            object.__setattr__(self, "train_size", SCENES_SIZE)
         if self.train_size is not None and self.train_size < 1:
             raise ValueError(f"--train-size must be at least 1, not {self.train_size}")
         at_least_one = ("steps", "batch_size", "gradient_accumulation_steps", "max_text_tokens")

@@ -19,7 +19,7 @@ from xformer_mllm.data.records import Images
 from xformer_mllm.data.sources import SOURCE_FORMS, open_captions, open_questions, source_exists
 from xformer_mllm.data.streams import Stream
 from xformer_mllm.data.transforms import EvalTransform, TrainTransform
-from xformer_mllm.train.config import SCENES, RunConfig, Stage2Config
+from xformer_mllm.train.config import SCENES_SIZE, RunConfig, Stage2Config
 
 HELD_OUT_IMAGES = 4
 
@@ -59,7 +59,7 @@ def captions(config: RunConfig, image_size: int) -> tuple[Dataset, Records]:
     Raises FileNotFoundError or ValueError as `data/sources.py`.
     """
     if config.data in DATA:
-        train = defaults.captions(config.data, "train", config.train_size or SCENES)
+        train = defaults.captions(config.data, "train", config.train_size or SCENES_SIZE)
         return _at_most(train, config), _first(defaults.captions(config.data, "validation", HELD_OUT_IMAGES), train)
     _check_name(config.data)
     cleaned = config.clean_captions
@@ -72,7 +72,7 @@ def questions(config: Stage2Config, image_size: int) -> tuple[Dataset, Records]:
     """Questions with answers for training, grouped by image, and one about each of a few held-out images."""
     each = config.questions_per_image
     if config.data in DATA:
-        train = defaults.questions(config.data, "train", config.train_size or SCENES, each)
+        train = defaults.questions(config.data, "train", config.train_size or SCENES_SIZE, each)
         held_out = defaults.questions(config.data, "validation", HELD_OUT_IMAGES, 1)
         return _at_most(train, config), [image[0] for image in _first(held_out, train)]
     _check_name(config.data)

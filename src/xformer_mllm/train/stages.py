@@ -40,7 +40,7 @@ from xformer_mllm.train.datasets import Records
 from xformer_mllm.train.feature_cache import FeatureCache, WithFeatures
 from xformer_mllm.train.logs import RunLog, Samples
 from xformer_mllm.train.loop import TrainingLoop, start_accelerator, uses_bf16
-from xformer_mllm.variants import variant_config
+from xformer_mllm.variants import variant_config, with_settings
 
 STANDARDISED_OVER = 256  # images, whose tokens' statistics the fresh layer norms start with
 SAMPLE_TOKENS = 20
@@ -81,6 +81,12 @@ def run_stage1(config: Stage1Config) -> Path:
 def _start(config: Stage1Config) -> tuple[Any, Any]:
     if config.start_from is not None:
         return continue_pretraining(config.start_from, config.variant)
+    try:
+        with_settings(
+            defaults.config(), config.model_settings
+        )  # report a wrong one as such, not as the encoder's error
+    except ValueError as error:
+        raise ValueError(f"--model-settings {error}") from error
     name = config.second_encoder
     if name is None:
         return defaults.start_pretraining(config.variant, config.seed, settings=config.model_settings)
