@@ -68,7 +68,7 @@ $(PEERS)/stamp: | .venv/bin/python
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,easy-vqa,gguf,lora,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,serve,easy-vqa,gguf,lora,dev,docs]'
 	@touch $@ .venv/demo.stamp
 
 clean:

@@ -33,6 +33,9 @@ COMMANDS = {
     "reconstruct": Command(
         "Mask images and reconstruct them, side by side", "commands:ReconstructConfig", "inference:reconstruct"
     ),
+    "serve": Command(
+        "Serve a model: web page and OpenAI-compatible API", "commands:ServeConfig", "serve.server:serve"
+    ),
     "demo": Command(
         "Train X-Former and the Q-Former and compare them", "embedded.commands:DemoConfig", "embedded.demo:run_demo"
     ),
@@ -106,7 +109,7 @@ COMMANDS = {
 }
 
 GROUPS = {
-    "Use": ("ask", "caption", "features", "reconstruct"),
+    "Use": ("ask", "caption", "features", "reconstruct", "serve"),
     "Train": ("demo", "study", "train stage1", "train stage2", "train encoders", "train lm", "estimate"),
     "Evaluate": ("evaluate", "score", "queries"),
     "Data": ("data inspect", "data shard", "data export", "data probe"),
@@ -116,7 +119,10 @@ GROUPS = {
 
 RUN_AGAIN = ("train stage1", "train stage2")  # they take --config FILE
 
-EXTRAS = {"easy_vqa": "easy-vqa", "gguf": "gguf", "pycocoevalcap": "eval", "peft": "lora"}
+EXTRAS = {
+    **{"easy_vqa": "easy-vqa", "gguf": "gguf", "pycocoevalcap": "eval", "peft": "lora"},
+    **dict.fromkeys(("fastapi", "gradio", "uvicorn", "prometheus_client", "httpx", "anyio", "pydantic"), "serve"),
+}
 """Package that only some commands need -> the extra that installs it; others come with `train`."""
 
 

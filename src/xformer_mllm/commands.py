@@ -91,6 +91,52 @@ class ReconstructConfig(InferenceConfig):
     """Seed of the mask, which is the same for every image."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Serve a model: a web page, and an OpenAI-compatible API under /v1.
+
+    Without MODEL, the three models that ship with the package are served.
+    """
+
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of a stage-2 model, or of its run. Default: the shipped X-Former."""
+    baseline: Path | None = None
+    """Another stage-2 model, which the page asks the same questions. Default with the shipped X-Former: its Q-Former."""
+    stage1: Path | None = None
+    """Stage-1 model for /v1/embeddings, and for captions and reconstructions on the page. Default with the shipped
+    X-Former: its stage 1."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for other machines, which should go with --api-key."""
+    port: int = 8000
+    """Port to listen on."""
+    page: bool = True
+    """Whether to serve the web page besides the API."""
+    api_key: str | None = None
+    """Key that clients must send, and the page's password. Default: XFORMER_API_KEY of the environment, or none."""
+    allow_url_host: tuple[str, ...] = ()
+    """Hosts from which images are fetched by URL. By default clients send images as data URLs only."""
+    max_batch: int = 16
+    """Maximum number of answers that are generated together."""
+    max_waiting: int = 64
+    """Maximum number of waiting requests; more are refused with status 429."""
+    max_tokens: int = 256
+    """Maximum number of tokens of an answer."""
+    max_pixels: int = 32_000_000
+    """Maximum number of pixels of an image."""
+    max_body: int = 20_000_000
+    """Maximum number of bytes of a request."""
+    seconds: float = 60
+    """Maximum duration of a request."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for invalid settings."""
+        for name in ("max_batch", "max_waiting", "max_tokens", "max_pixels", "max_body", "seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{flag_of(name)} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"--port must be between 0 and 65535, not {self.port}")
+
+
 # ----------------------------------------------------------------------------------------------------------- evaluate
 
 

@@ -106,7 +106,7 @@ def generate(
     model: Any,
     processor: Any,
     prompts: Sequence[str],
-    pixel_values: torch.Tensor,
+    pixel_values: torch.Tensor | None,
     image_index: torch.Tensor | None = None,
     probabilities: bool = False,
     **options: Any,
@@ -115,23 +115,24 @@ def generate(
 
     Args:
         prompts: R texts, each after its image.
-        pixel_values: uint8[B, 3, S, S], on the model's device.
+        pixel_values: uint8[B, 3, S, S], on the model's device; None if `features` are among the options.
         image_index: int64[R], each prompt's image; None if prompt and image have the same index.
         probabilities: also return each text's probability; only without beams and sampling.
-        options: arguments of transformers' `generate`; max_new_tokens is required, and reduced where the language
-            model has fewer positions left.
+        options: arguments of `XFormerForConditionalGeneration.generate`; max_new_tokens is required, and reduced where
+            the language model has fewer positions left.
 
     Raises:
         ValueError: if a prompt is longer than the language model reads.
     """
-    text = processor(text=list(prompts)).to(pixel_values.device)
+    device = model.device if pixel_values is None else pixel_values.device
+    text = processor(text=list(prompts)).to(device)
     most = most_new_tokens(model, text["attention_mask"], options["max_new_tokens"])
     options |= {"max_new_tokens": most, "min_new_tokens": min(options.get("min_new_tokens", 0), most)}
     if image_index is not None:
-        options["image_index"] = image_index.to(pixel_values.device)
+        options["image_index"] = image_index.to(device)
     if probabilities:
         options |= {"return_dict_in_generate": True, "output_logits": True}
-    with bf16_autocast(pixel_values.device):
+    with bf16_autocast(device):
         output = model.generate(pixel_values=pixel_values, **text, **options)
     found: list[Any] = [None] * len(prompts)
     if probabilities:
@@ -153,7 +154,29 @@ def _probabilities(logits: torch.Tensor, tokens: torch.Tensor, end: int | list[i
     return logs.masked_fill(padding, 0.0).sum(1).exp().tolist()
 
 
-def _generate_by_qformer(model: Any, processor: Any, pixel_values: torch.Tensor, most: int) -> list[Generated]:
+@torch.inference_mode()
+def alternatives(model: Any, processor: Any, prompt: str, number: int, **options: Any) -> list[Generated]:
+    """The most probable answers to a prompt with their probabilities, best first, by beam search.
+
+    Args:
+        number: of answers, and of beams.
+        options: arguments of `XFormerForConditionalGeneration.generate`: pixel_values or features of one image, and
+            max_new_tokens.
+    """
+    text = processor(text=[prompt]).to(model.device)
+    options["max_new_tokens"] = most_new_tokens(model, text["attention_mask"], options["max_new_tokens"])
+    beams = {"num_beams": number, "num_return_sequences": number, "length_penalty": 0.0, "do_sample": False}
+    with bf16_autocast(model.device):
+        output = model.generate(
+            **text, **beams, **options, min_new_tokens=1, return_dict_in_generate=True, output_scores=True
+        )
+    start = 1 if model.config.text_config.is_encoder_decoder else text["input_ids"].shape[1]
+    texts = processor.tokenizer.batch_decode(output.sequences[:, start:], skip_special_tokens=True)
+    # Without a length penalty a beam's score is the sum of its tokens' log-probabilities.
+    return list(map(Generated, texts, output.sequences_scores.exp().tolist()))
+
+
+def generate_by_qformer(model: Any, processor: Any, pixel_values: torch.Tensor, most: int) -> list[Generated]:
     """Caption with a stage-1 model: uint8[B, 3, S, S] -> B texts and their probabilities."""
     tokenizer = processor.qformer_tokenizer
     with bf16_autocast(pixel_values.device):
@@ -211,7 +234,7 @@ def caption(config: CaptionConfig) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for names, pixels in _batches(config, config.images, model, processor, folder):
         if isinstance(model, XFormerForPreTraining):
-            found = _generate_by_qformer(model, processor, pixels, config.max_new_tokens)
+            found = generate_by_qformer(model, processor, pixels, config.max_new_tokens)
         else:
             settings = replace(GREEDY_ANSWER, prompt=CAPTION_PROMPT, max_new_tokens=config.max_new_tokens)
             found = _answers(model, processor, [""] * len(names), pixels, None, settings)

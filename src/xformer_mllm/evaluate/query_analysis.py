@@ -199,7 +199,7 @@ def read_queries(model: Any, processor: Any, images: Sequence[Image.Image], batc
         pixels = processor(images=list(images[start : start + batch_size]))["pixel_values"]
         output = model.xformer(pixels.to(model.device), output_attentions=True)
         outputs.append(output.fused_queries.float().cpu())
-        for tokens, attention in _attention(output, second_tokens(model.config)).items():
+        for tokens, attention in attention_of(output, second_tokens(model.config)).items():
             found.setdefault(tokens, []).append(to_maps(attention).cpu())
     return Queries({tokens: torch.cat(maps) for tokens, maps in found.items()}, torch.cat(outputs))
 
@@ -212,7 +212,7 @@ def second_tokens(config: Any) -> str:
     return "MAE" if kind == "vit_mae" else str(kind)
 
 
-def _attention(output: Any, second: str) -> dict[str, torch.Tensor]:
+def attention_of(output: Any, second: str) -> dict[str, torch.Tensor]:
     """{tokens: [B, Q, tokens]}, averaged over heads and over layers or blocks."""
     over_clip = torch.stack(output.clip_attentions).float().mean((0, 2))
     tokens = output.clip_tokens.shape[1]

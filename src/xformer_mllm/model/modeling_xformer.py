@@ -760,18 +760,19 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        features: dict[str, torch.Tensor] | None = None,
     ) -> XFormerImageFeaturesOutput:
         """Encode images for the language model: pixels of B images -> `pooler_output`, the soft prompts [texts, Q, E].
 
         Arguments as in `forward`; attention maps and hidden states, on request, are the Q-Former's.
         """
-        image = self.xformer.encode_image(pixel_values)
+        image = self.xformer.encode_image(pixel_values, features=features)
         self._check_texts(len(image.clip_tokens), image_index, None, qformer_input_ids)
         maps = self._maps(output_attentions, output_hidden_states)
         output = self._read(image, image_index, qformer_input_ids, qformer_attention_mask, **maps)
@@ -930,6 +931,7 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
         image_index: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        features: dict[str, torch.Tensor] | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
         """Continue texts after images, with the arguments of `forward` and of the language model's `generate`.
@@ -941,11 +943,18 @@ class XFormerForConditionalGeneration(XFormerPreTrainedModel, GenerationMixin):
             an encoder-decoder's start token, then new ones. The prompt does not count for penalties on repetition.
         """
         if soft_prompt is None:
-            check_pixels(pixel_values)
-            self._check_texts(len(pixel_values), image_index, input_ids, qformer_input_ids)
-            _check_range(image_index, len(pixel_values))
+            if not features:
+                check_pixels(pixel_values)
+            images = len(features["clip"] if features else pixel_values)
+            self._check_texts(images, image_index, input_ids, qformer_input_ids)
+            _check_range(image_index, images)
             soft_prompt = self.get_image_features(
-                pixel_values, image_index, qformer_input_ids, qformer_attention_mask, return_dict=True
+                pixel_values,
+                image_index,
+                qformer_input_ids,
+                qformer_attention_mask,
+                features=features,
+                return_dict=True,
             ).pooler_output
         if input_ids is None:
             input_ids = torch.tensor(self._empty_text(), device=soft_prompt.device).expand(len(soft_prompt), -1)
