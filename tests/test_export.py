@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import llm_inputs, randomise
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, SpaceCard
+from packaging.requirements import Requirement
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -463,3 +465,54 @@ def test_an_exported_processor_keeps_its_chat_template(place):
     assert (place / "stage2" / "chat_template.jinja").read_text() == processor.chat_template == CHAT_TEMPLATE
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
     assert "How many?" in processor.apply_chat_template(turns)
+
+
+SPACE_PROGRAM = """
+import runpy, sys
+folder = sys.argv[1]
+sys.path.insert(0, folder)  # as for a script in it
+import xformer_mllm
+assert xformer_mllm.__file__.startswith(folder), xformer_mllm.__file__
+from importlib.metadata import version
+from xformer_mllm.serve import server
+found = []
+server.serve = found.append
+runpy.run_path(folder + "/app.py")
+(config,) = found
+models = server.load(config)
+print(sorted(models), server.settings_of(config, models).embedding, len(server.examples_of(config)), config.port)
+"""
+
+
+def test_a_space_runs_from_its_folder(runs, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    space = tmp_path / "space"
+    export(
+        ExportConfig(
+            model=runs / "stage2",
+            output_dir=space,
+            space=True,
+            stage1=runs / "stage1",
+            examples=tmp_path / "pictures",
+            license="apache-2.0",
+            repo_id="you/demo",
+        )
+    )
+    assert "hf upload --repo-type space you/demo" in capsys.readouterr().out
+    card = SpaceCard.load(space / "README.md")
+    assert (card.data.sdk, card.data.app_file, card.data.title) == ("gradio", "app.py", "demo")
+    assert card.data.sdk_version == version("gradio")
+    assert {"gradio", "torch", "uvicorn"} <= {
+        Requirement(line).name for line in (space / "requirements.txt").read_text().splitlines()
+    }
+    assert str(tmp_path) not in (space / "app.py").read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", SPACE_PROGRAM, str(space)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['stage1', 'stage2'] stage1 1 7860"
+    with pytest.raises(ValueError, match="--stage1 requires --space"):
+        ExportConfig(model=runs / "stage2", output_dir=space, stage1=runs / "stage1")
+    with pytest.raises(ValueError, match="different names"):
+        export(ExportConfig(model=runs / "stage2", output_dir=tmp_path / "b", space=True, baseline=runs / "stage2"))

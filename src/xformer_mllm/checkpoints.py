@@ -261,6 +261,12 @@ def model_folder(folder: Path) -> Path:
     )
 
 
+def model_name(folder: Path) -> str:
+    """A model's name: that of its folder, or of its run's. Raises as `model_folder`."""
+    place = model_folder(folder).resolve()
+    return place.parent.name if place.name == "model" else place.name
+
+
 def evaluation_folder(folder: Path) -> Path:
     """The folder of a model's evaluations: in its run's folder, or in its own where it is not `model/` of a run.
 

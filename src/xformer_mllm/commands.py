@@ -105,6 +105,8 @@ class ServeConfig:
     stage1: Path | None = None
     """Stage-1 model for /v1/embeddings, and for captions and reconstructions on the page. Default with the shipped
     X-Former: its stage 1."""
+    examples: Path | None = None
+    """Folder of example images for the page. Default with the shipped X-Former: two scenes."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for other machines, which should go with --api-key."""
     port: int = 8000
@@ -353,6 +355,14 @@ class ExportConfig:
     """Maximum size of a weight file; a larger tensor gets its own file."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Dtype of the frozen parts; by default unchanged. Trainable parts keep theirs."""
+    space: bool = False
+    """Write a Gradio Space instead: the page of `xformer serve` with the model, ready to push."""
+    baseline: Path | None = None
+    """With --space: another stage-2 model, which the page asks the same questions."""
+    stage1: Path | None = None
+    """With --space: stage-1 model for captions and reconstructions on the page."""
+    examples: Path | None = None
+    """With --space: folder of example images."""
     repo_id: str | None = None
     """The model's name on the Hub (you/xformer-opt-2.7b), for the card; by default the new folder's name."""
     license: str = "other"
@@ -370,6 +380,9 @@ class ExportConfig:
     """Further metrics.json files; those that `xformer evaluate` wrote to the run's folder are found."""
 
     def __post_init__(self) -> None:
+        for name in ("baseline", "stage1", "examples"):
+            if getattr(self, name) is not None and not self.space:
+                raise ValueError(f"{flag_of(name)} requires --space")
         if self.license != "other" and (self.license_name or self.license_link):
             raise ValueError(f"--license-name and --license-link require --license other, not {self.license}")
         for named in self.base_models:

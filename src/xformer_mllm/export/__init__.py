@@ -5,13 +5,15 @@ In reading order:
     facts   the model's files, and what is known about it: its runs and evaluations
     folder  settings and code, as they are written
     card    README.md: usage, contents, scores, data, licence, citation
+    space   a Gradio Space around exported models
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
 
-from xformer_mllm.checkpoints import model_folder, write_weights
+from xformer_mllm.checkpoints import model_folder, model_name, write_weights
 from xformer_mllm.commands import ExportConfig
 from xformer_mllm.export.card import model_card
 from xformer_mllm.export.facts import (
@@ -25,6 +27,7 @@ from xformer_mllm.export.facts import (
     title_of,
 )
 from xformer_mllm.export.folder import check_whole, dtype_of, new_config, write_code, write_settings
+from xformer_mllm.export.space import MODELS, write_space
 from xformer_mllm.files import atomic_path, check_new_folder, write_whole
 
 __all__ = ["export"]
@@ -36,8 +39,17 @@ def export(settings: ExportConfig) -> Path:
     Raises:
         ValueError, OSError: if there is no such model, if the output folder is not empty, or if the disk is full.
     """
+    check_new_folder(settings.output_dir)
+    if settings.space:
+        return export_space(settings)
+    facts, left_out = export_model(settings)
+    print(summary(facts, left_out))
+    return settings.output_dir
+
+
+def export_model(settings: ExportConfig) -> tuple[Facts, list[str]]:
+    """Export one model: what is known about it, and which scores are not in its card. Raises as `export`."""
     output = settings.output_dir
-    check_new_folder(output)
     if settings.repo_id is not None:
         validate_repo_id(settings.repo_id)
     folder = model_folder(settings.model)
@@ -57,7 +69,26 @@ def export(settings: ExportConfig) -> Path:
             check_whole(partial, kind, folder)
     except OSError as error:
         raise OSError(f"{output}: could not be written, and nothing is left of it: {error}") from error
-    print(summary(facts, left_out))
+    return facts, left_out
+
+
+def export_space(settings: ExportConfig) -> Path:
+    """Export models into a Gradio Space and return its folder. Raises as `export`."""
+    output = settings.output_dir
+    roles = {"model": settings.model, "baseline": settings.baseline, "stage1": settings.stage1}
+    folders = {role: folder for role, folder in roles.items() if folder is not None}
+    names = {role: model_name(folder) for role, folder in folders.items()}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"the models need different names, not {', '.join(names.values())}; rename a folder")
+    with atomic_path(output) as partial:
+        partial.mkdir()
+        for role, folder in folders.items():
+            place = partial / MODELS / names[role]
+            alone = replace(settings, model=folder, output_dir=place, baseline=None, stage1=None, examples=None)
+            export_model(replace(alone, space=False))
+        write_space(partial, names, settings)
+    print(f"{output}: a Gradio Space; try it with `python {output / 'app.py'}`")
+    print(f"to publish: hf upload --repo-type space {settings.repo_id or 'YOU/NAME'} {output}")
     return output
 
 

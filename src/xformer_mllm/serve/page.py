@@ -2,7 +2,7 @@
 
 import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ CSS = """
 """
 
 
-def mount_page(app: FastAPI, engine: Engine, settings: ApiSettings) -> FastAPI:
+def mount_page(app: FastAPI, engine: Engine, settings: ApiSettings, examples: Sequence[Path] = ()) -> FastAPI:
     """Serve the page at /; with an API key it asks for a password, which is the key."""
 
     def signed_in(user: str, password: str) -> bool:
@@ -69,7 +69,7 @@ def mount_page(app: FastAPI, engine: Engine, settings: ApiSettings) -> FastAPI:
 
     return gr.mount_gradio_app(
         app,
-        build_page(engine, settings),
+        build_page(engine, settings, examples),
         path="/",
         footer_links=[],
         auth=None if settings.api_key is None else signed_in,
@@ -82,7 +82,7 @@ def mount_page(app: FastAPI, engine: Engine, settings: ApiSettings) -> FastAPI:
     )
 
 
-def build_page(engine: Engine, settings: ApiSettings) -> gr.Blocks:
+def build_page(engine: Engine, settings: ApiSettings, examples: Sequence[Path] = ()) -> gr.Blocks:
     """The page's components and what they do."""
     page = _Page(engine, settings)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
@@ -99,11 +99,10 @@ def build_page(engine: Engine, settings: ApiSettings) -> gr.Blocks:
                     height=320,
                     elem_id="image",
                     alt_text="The image that is asked about",
-                    value=str(defaults.example_images()[0]) if page.shipped else None,
+                    value=str(examples[0]) if examples else None,
                 )
-                if page.shipped:
-                    examples = defaults.example_images()
-                    names = [f"Scene {number}" for number in range(1, len(examples) + 1)]
+                if examples:
+                    names = [f"Image {number}" for number in range(1, len(examples) + 1)]
                     gr.Examples(
                         [[str(path)] for path in examples], [image], label="Example images", example_labels=names
                     )

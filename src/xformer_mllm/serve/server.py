@@ -9,7 +9,7 @@ from typing import Any
 import uvicorn
 
 from xformer_mllm import defaults
-from xformer_mllm.checkpoints import load_model, model_folder
+from xformer_mllm.checkpoints import load_model, model_name
 from xformer_mllm.commands import ServeConfig
 from xformer_mllm.model.modeling_xformer import XFormerForConditionalGeneration, XFormerForPreTraining
 from xformer_mllm.serve.api import ApiSettings, create_app
@@ -27,7 +27,7 @@ def serve(config: ServeConfig) -> None:
 
     Raises FileNotFoundError or ValueError for a folder without such a model, OSError if the port is taken.
     """
-    listening = listen(config.host, config.port)
+    listening, examples = listen(config.host, config.port), examples_of(config)
     models = load(config)
     engine = Engine(models, max_batch=config.max_batch, max_waiting=config.max_waiting)
     app = create_app(engine, settings_of(config, models))
@@ -36,7 +36,7 @@ def serve(config: ServeConfig) -> None:
     if config.page:
         from xformer_mllm.serve.page import mount_page
 
-        app = mount_page(app, engine, app.state.settings)
+        app = mount_page(app, engine, app.state.settings, examples)
         print(f"page: {address}")
     print(f"API:  {address}/v1 (models: {', '.join(app.state.settings.names)})")
     if app.state.settings.api_key is None and not _is_local(host):
@@ -73,17 +73,11 @@ def load(config: ServeConfig) -> dict[str, Loaded]:
             continue
         # The page shows the queries' attention maps, which only this implementation returns.
         attention: Any = {"": "eager", "qformer_config": "eager"} if config.page else None
-        name = name_of(folder)
+        name = model_name(folder)
         if name in models:
             raise ValueError(f"{folder}: a model named {name!r} is served already; rename the folder")
         models[name] = Loaded(*load_model(folder, [kind], attention))
     return models
-
-
-def name_of(folder: Path) -> str:
-    """The model's name in requests: that of its folder, or of its run's."""
-    place = model_folder(folder).resolve()
-    return place.name if place.name != "model" else place.parent.name
 
 
 def settings_of(config: ServeConfig, models: dict[str, Loaded]) -> ApiSettings:
@@ -99,6 +93,18 @@ def settings_of(config: ServeConfig, models: dict[str, Loaded]) -> ApiSettings:
         seconds=config.seconds,
         api_key=config.api_key or os.environ.get("XFORMER_API_KEY") or None,
     )
+
+
+def examples_of(config: ServeConfig) -> list[Path]:
+    """The page's example images. Raises ValueError for a folder without any."""
+    if config.examples is None:
+        return defaults.example_images() if config.model is None else []
+    found = sorted(
+        path for path in config.examples.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    )
+    if not found:
+        raise ValueError(f"--examples {config.examples}: no images found; expected files such as .jpg or .png")
+    return found
 
 
 def _is_local(host: str) -> bool:
