@@ -1,13 +1,17 @@
 """Studies: what the file may say, the lanes that it makes, and scores over seeds against closed forms."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from xformer_mllm.embedded import study as module
 from xformer_mllm.embedded.commands import StudyConfig
+from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.embedded.study import lanes_of, over_seeds, read_study, run_study
+
+STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
 
 
 def written(tmp_path, **content):
@@ -96,6 +100,23 @@ def test_a_variant_may_have_a_name_arguments_and_steps_of_its_own(tmp_path):
     assert [job.steps for job in second] == [936, 1040, None]
     with pytest.raises(ValueError, match="'qformer, wider' and setting 'x' both set --model-settings of stage1"):
         read_study(written(tmp_path, variants=[wider], settings={"x": {"stage1": ["--model-settings", "a=1"]}}))
+
+
+def test_the_matched_study_has_as_many_weights_and_as_much_compute():
+    study = read_study(STUDIES / "scenes-matched.json")
+    columns = {column.name: column for column in study.columns}
+
+    def weights(variant, settings=()):
+        model, _ = start_pretraining(variant, settings=settings)
+        model.freeze()
+        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+    wider = columns["qformer, as many weights"].stage1
+    assert wider[0] == "--model-settings"
+    assert weights("qformer", wider[1:]) == pytest.approx(weights("xformer"), rel=0.01)
+    # benchmarks/flops.py: a step of X-Former costs 1.351 and 1.269 steps of the Q-Former.
+    longer = columns["qformer, as much compute"].demo
+    assert longer == {"stage1_steps": round(720 * 1.35103), "stage2_steps": round(800 * 1.26942)}
 
 
 def test_a_missing_file_and_another_kind_are_named(tmp_path):
