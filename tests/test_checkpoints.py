@@ -1,5 +1,6 @@
 """From the shipped parts to stage 1, from stage 1 to stage 2, and through transformers' own doors."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    ViTMAEConfig,
     ViTMAEForPreTraining,
     pipeline,
 )
@@ -79,6 +83,34 @@ def test_another_mae_keeps_its_decoder(tmp_path):
     model, _ = start_pretraining("xformer", second_encoder=str(tmp_path))
     loaded = model.xformer.mae_decoder.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in mae.decoder.state_dict().items())
+
+
+def test_own_encoders_are_loaded_with_their_sizes_and_tokenizer(tmp_path):
+    clip = CLIPVisionModel._from_config(CLIPVisionModel.config_class(hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=16))  # fmt: skip
+    mae = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, image_size=64, patch_size=16, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2, decoder_intermediate_size=32))  # fmt: skip
+    randomise(clip).save_pretrained(tmp_path / "clip")
+    randomise(mae).save_pretrained(tmp_path / "mae")
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "qformer_tokenizer")
+    tokenizer.add_tokens("zebra")
+    tokenizer.save_pretrained(tmp_path / "qformer_tokenizer")
+    model, processor = start_pretraining("xformer", encoders=tmp_path)
+    for ours, theirs in (
+        (model.xformer.clip_encoder.tower, clip),
+        (model.xformer.mae_encoder, mae.vit),
+        (model.xformer.mae_decoder, mae.decoder),
+    ):
+        weights = theirs.state_dict()  # of CLIP, without the last layer, which is not read
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.state_dict().items())
+    pixels = processor(images=[Image.new("RGB", (100, 80))])["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 64)
+    assert model.xformer(pixels).mae_tokens.shape == (1, 17, 32)
+    assert processor.qformer_tokenizer.tokenize("zebra") == ["zebra"]
+    shutil.rmtree(tmp_path / "mae")
+    with pytest.raises(FileNotFoundError, match="no mae/ in it; train encoders with `xformer train encoders"):
+        start_pretraining("xformer", encoders=tmp_path)
 
 
 def test_the_seed_decides_the_new_weights():

@@ -198,6 +198,7 @@ def test_flags_that_a_finished_model_excludes_are_named(undisturbed, tmp_path, c
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"second_encoder": "mae"}))
-    assert main([*RUN, "--steps", "12", "--second-encoder", "mae", "--output-dir", str(run)]) == 2
-    assert f"use --start-from {run} and no --second-encoder, and" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps(config | {"second_encoder": "mae", "encoders": "own"}))
+    others = ["--second-encoder", "mae", "--encoders", "own"]
+    assert main([*RUN, "--steps", "12", *others, "--output-dir", str(run)]) == 2
+    assert f"use --start-from {run} and no --encoders and no --second-encoder, and" in capsys.readouterr().err

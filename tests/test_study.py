@@ -1,13 +1,17 @@
 """Studies: what the file may say, the lanes that it makes, and scores over seeds against closed forms."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from xformer_mllm.embedded import study as module
 from xformer_mllm.embedded.commands import StudyConfig
+from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.embedded.study import lanes_of, over_seeds, read_study, run_study
+
+STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
 
 
 def written(tmp_path, **content):
@@ -52,6 +56,19 @@ def test_a_run_for_each_setting_seed_and_variant(tmp_path):
         ({"split": "train"}, "split is 'train', but must be test or validation"),
         ({"seeds": [1, 1]}, "seeds must be one or more different values"),
         ({"seeds": "3"}, "seeds must be one or more different values"),
+        ({"variants": "xformer"}, "variants must be one or more different values"),
+        (
+            {"variants": ["qformer", {"name": "qformer", "variant": "qformer"}]},
+            "variants must be one or more different",
+        ),
+        ({"variants": [{"variant": "qformer"}]}, "a variant is a name or {"),
+        ({"variants": [{"name": "a/b", "variant": "qformer"}]}, "cannot be the name of a folder"),
+        ({"variants": [{"name": "a", "variant": "qformer", "stage1": "--steps 3"}]}, "must be lists of arguments"),
+        ({"variants": [{"name": "a", "variant": "qformer", "stage1": [3]}]}, "must be lists of arguments"),
+        (
+            {"variants": [{"name": "a", "variant": "qformer", "demo": {"data": "x"}}]},
+            "unknown field 'data' in demo of",
+        ),
         ({"variants": []}, "variants must be one or more different values"),
         ({"settings": {"x": ["--steps"]}}, "setting 'x' must be"),
         ({"settings": {"x": {"stage3": []}}}, "setting 'x' must be"),
@@ -63,6 +80,43 @@ def test_a_wrong_file_is_named(tmp_path, content, said):
     with pytest.raises(ValueError, match=r"mine\.json") as raised:
         read_study(written(tmp_path, **content))
     assert said in str(raised.value)
+
+
+def test_a_variant_may_have_a_name_arguments_and_steps_of_its_own(tmp_path):
+    wider = {"name": "qformer, wider", "variant": "qformer", "stage1": ["--model-settings", "num_query_tokens=16"]}
+    longer = {"name": "longer", "variant": "qformer", "demo": {"stage1_steps": 936, "stage2_steps": 1040}}
+    settings = {"slower": {"stage1": ["--learning-rate", "1e-3"]}}
+    study = read_study(
+        written(tmp_path, variants=["qformer", wider, longer], seeds=[3], settings=settings, demo={"stage1_steps": 5})
+    )
+    lanes = lanes_of(study, tmp_path / "runs")
+    assert [lane.variant for lane in lanes] == ["slower qformer 3", "slower qformer, wider 3", "slower longer 3"]
+    plain, first, second = [lane.jobs for lane in lanes]
+    assert first[0].folder == tmp_path / "runs" / "slower" / "3" / "qformer,-wider" / "stage1"
+    assert str(first[0].folder) in first[1].arguments
+    assert plain[0].arguments[-4:-2] == ("--learning-rate", "1e-3")
+    assert first[0].arguments[:-2] == (*plain[0].arguments[:-2], "--model-settings", "num_query_tokens=16")
+    assert [job.steps for job in plain] == [5, 800, None]
+    assert [job.steps for job in second] == [936, 1040, None]
+    with pytest.raises(ValueError, match="'qformer, wider' and setting 'x' both set --model-settings of stage1"):
+        read_study(written(tmp_path, variants=[wider], settings={"x": {"stage1": ["--model-settings", "a=1"]}}))
+
+
+def test_the_matched_study_has_as_many_weights_and_as_much_compute():
+    study = read_study(STUDIES / "scenes-matched.json")
+    columns = {column.name: column for column in study.columns}
+
+    def weights(variant, settings=()):
+        model, _ = start_pretraining(variant, settings=settings)
+        model.freeze()
+        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+    wider = columns["qformer, as many weights"].stage1
+    assert wider[0] == "--model-settings"
+    assert weights("qformer", wider[1:]) == pytest.approx(weights("xformer"), rel=0.01)
+    # benchmarks/flops.py: a step of X-Former costs 1.351 and 1.269 steps of the Q-Former.
+    longer = columns["qformer, as much compute"].demo
+    assert longer == {"stage1_steps": round(720 * 1.35103), "stage2_steps": round(800 * 1.26942)}
 
 
 def test_a_missing_file_and_another_kind_are_named(tmp_path):
@@ -125,10 +179,11 @@ def test_other_questions_are_refused():
 
 def test_a_study_writes_its_results_and_page(tmp_path, monkeypatch):
     """The runs are stand-ins: the answers are there, and no process is started."""
-    study = written(tmp_path, seeds=[0, 1], zero_shot=True)
+    named = {"name": "long X-Former", "variant": "xformer", "demo": {"stage1_steps": 9}, "stage2": ["--seed", "7"]}
+    study = written(tmp_path, seeds=[0, 1], zero_shot=True, variants=["qformer", named])
     root = tmp_path / "runs"
     for seed in (0, 1):
-        for variant, credits in (("qformer", [0, 1, 0, 1]), ("xformer", [1, 1, seed, 1])):
+        for variant, credits in (("qformer", [0, 1, 0, 1]), ("long-X-Former", [1, 1, seed, 1])):
             for ending in ("", "-zero-shot"):
                 folder = root / str(seed) / variant / f"questions{ending}"
                 folder.mkdir(parents=True)
@@ -147,11 +202,13 @@ def test_a_study_writes_its_results_and_page(tmp_path, monkeypatch):
     assert "| all | 4 | 0.250 | 0.500 [" in text
     assert "+37.5 [" in text
     assert "by seed +25.0, +50.0" in text
+    assert "| question type | n | majority | qformer | long X-Former |" in text
+    assert "(long X-Former: xformer with stage1_steps 9, `--seed 7` in stage2)" in " ".join(text.split())
     assert "zero-shot" in text
     assert f"xformer study {study}" in text
     results = json.loads((root / "mine.json").read_text())
-    assert results["targets"]["questions"][""]["differences"]["xformer"]["a"]["value"] == 0.75
-    assert results["minutes"] == {"qformer 0": 1.5, "xformer 0": 1.5, "qformer 1": 1.5, "xformer 1": 1.5}
+    assert results["targets"]["questions"][""]["differences"]["long X-Former"]["a"]["value"] == 0.75
+    assert results["minutes"] == dict.fromkeys(("qformer 0", "long X-Former 0", "qformer 1", "long X-Former 1"), 1.5)
     for target in ("questions", "captions"):
         drawing = (root / f"mine-{target}.svg").read_text()
         assert drawing.count("<circle") == 2 + 4 * 2

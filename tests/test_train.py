@@ -352,6 +352,24 @@ def test_a_stage_1_notices_that_its_start_was_replaced(tmp_path, capsys):
     assert f"started from other weights than {tmp_path / '1' / 'model'} holds now" in capsys.readouterr().err
 
 
+def test_a_stage_1_notices_that_its_encoders_were_replaced(tmp_path, capsys):
+    encoders, run = tmp_path / "encoders", tmp_path / "1"
+    shutil.copytree(WEIGHTS, encoders)
+    command = ["train", "stage1", *SHORT, "--encoders", str(encoders), "--output-dir", str(run)]
+    assert main(command) == 0
+    shutil.copy(WEIGHTS / "clip" / "model.safetensors", encoders / "opt")  # not read by stage 1
+    assert main(command) == 0
+    mae = encoders / "mae" / "model.safetensors"
+    mae.write_bytes(mae.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert f"{run}: started from other weights than {encoders} holds now" in capsys.readouterr().err
+    assert main([*command, "--no-resume", "--encoders", str(tmp_path)]) == 2
+    assert f"xformer: --encoders {tmp_path}: no clip/ in it" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--encoders cannot be combined with --start-from"):
+        Stage1Config(encoders=encoders, start_from=run)
+
+
 def test_a_run_does_not_go_on_with_other_frozen_weights(tmp_path):
     model, _ = start_pretraining("qformer", 0)
     model.freeze()

@@ -40,20 +40,24 @@ def example_images() -> list[Path]:
     return sorted((Path(__file__).parent / "embedded" / "examples").glob("*.png"))
 
 
-def config() -> XFormerConfig:
-    """X-Former of the shipped encoders' sizes, before any variant."""
-    from xformer_mllm.embedded.start import embedded_config
+def config(encoders: Path | None = None) -> XFormerConfig:
+    """X-Former of the shipped encoders' sizes, or of those in another folder, before any variant."""
+    from xformer_mllm.embedded.start import WEIGHTS, embedded_config
 
-    return embedded_config()
+    return embedded_config(encoders or WEIGHTS)
 
 
 def start_pretraining(
-    variant: str, seed: int, second_encoder: str | None = None, settings: Sequence[str] = ()
+    variant: str,
+    seed: int,
+    second_encoder: str | None = None,
+    settings: Sequence[str] = (),
+    encoders: Path | None = None,
 ) -> tuple[Any, Any]:
     """Model and processor at the start of stage 1; see `embedded.start.start_pretraining`."""
     from xformer_mllm.embedded import start
 
-    return start.start_pretraining(variant, seed, second_encoder, settings)
+    return start.start_pretraining(variant, seed, second_encoder, settings, encoders or start.WEIGHTS)
 
 
 def captions(data: str, split: str, size: int) -> Dataset:

@@ -118,7 +118,7 @@ class EncodersConfig:
     """Train the tiny CLIP and MAE in two parallel one-thread processes, and write the Q-Former's tokenizer."""
 
     output: Path = Path("weights")
-    """Folder in which clip/, mae/ and qformer_tokenizer/ are written."""
+    """Folder in which clip/, mae/ and qformer_tokenizer/ are written; for `xformer train stage1 --encoders`."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """Training of CLIP."""
     mae: MaeConfig = field(default_factory=MaeConfig)
@@ -133,7 +133,7 @@ class ProbeConfig:
     """Folder of a trained model, or of its run: probe its C, M, M', Z_q, Z' and soft prompt. Default: the encoders."""
     attributes: tuple[str, ...] = ("texture", "count_texture", "ground", "size", "colour", "count")
     """Types of questions to probe for."""
-    weights: Path = Path(__file__).parent / "weights"
+    encoders: Path = Path(__file__).parent / "weights"
     """Folder with the encoders clip/ and mae/. Default: the shipped ones."""
     train: int = 8000
     """Number of training scenes."""

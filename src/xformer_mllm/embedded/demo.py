@@ -86,15 +86,21 @@ def run_demo(config: DemoConfig) -> Path:
 
 
 def jobs_of(
-    config: DemoConfig, variant: str, split: str = "test", stage1: Sequence[str] = (), stage2: Sequence[str] = ()
+    config: DemoConfig,
+    variant: str,
+    split: str = "test",
+    stage1: Sequence[str] = (),
+    stage2: Sequence[str] = (),
+    folder: str | None = None,
 ) -> list[Job]:
     """The jobs of a variant in order. Equal budgets: only the variant's name differs between the lanes.
 
     Args:
         split: of the scenes that are asked about.
         stage1, stage2: further arguments of `xformer train`.
+        folder: of the lane, in that of the demo. Default: the variant's name.
     """
-    lane = config.output_dir / variant
+    lane = config.output_dir / (folder or variant)
     steps = config.stage2_steps or (800 if config.llm == "opt" else 250)
     common = ("--data", config.data, "--train-size", str(config.train_size), "--seed", str(config.seed))
     first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common, *stage1)
@@ -104,11 +110,11 @@ def jobs_of(
         smaller = () if config.llm == "opt" else ("--batch-size", "8")
         changed = (*(ZERO_SHOT if text == "captions" and config.data == "scenes" else ()), *smaller, *stage2)
         second = ("train", "stage2", "--from-pretraining", str(lane / "stage1"), "--llm", config.llm, "--text", text)
-        folder = lane / f"stage2{ending}"
+        trained = lane / f"stage2{ending}"
         title = f"stage 2 on {text}"
         work = STAGE2_STEP * steps if config.llm == "opt" else None
-        jobs.append(_training_job(title, folder, (*second, "--steps", str(steps), *common, *changed), steps, work))
-        jobs.append(_questions_job(config, title, folder, lane / f"questions{ending}", split))
+        jobs.append(_training_job(title, trained, (*second, "--steps", str(steps), *common, *changed), steps, work))
+        jobs.append(_questions_job(config, title, trained, lane / f"questions{ending}", split))
     return jobs
 
 

@@ -162,8 +162,8 @@ def _model_tokens(model: Any, processor: Any, pixels: Tensor, questions: list[st
 
 def load_encoders(config: ProbeConfig) -> dict[str, Any]:
     """Name -> function uint8[B, H, W, 3] -> tokens float[B, N, D], as X-Former reads them."""
-    clip = CLIPVisionModel.from_pretrained(config.weights / "clip", attn_implementation="eager").eval()
-    mae = ViTMAEForPreTraining.from_pretrained(config.weights / "mae", attn_implementation="eager").eval()
+    clip = CLIPVisionModel.from_pretrained(config.encoders / "clip", attn_implementation="eager").eval()
+    mae = ViTMAEForPreTraining.from_pretrained(config.encoders / "mae", attn_implementation="eager").eval()
     torch.manual_seed(config.seed)
     untrained = ViTMAEForPreTraining(ViTMAEConfig(**mae.config.to_diff_dict())).eval()
     untrained.vit.embeddings.initialize_weights()
@@ -282,7 +282,7 @@ def run_probe(config: ProbeConfig, output: Path | None = None) -> dict[str, Any]
         "seed": config.seed,
         **provenance(started),
         "config": {
-            key: value for key, value in asdict(config).items() if key not in ("weights", "model", "attributes")
+            key: value for key, value in asdict(config).items() if key not in ("encoders", "model", "attributes")
         },
         "results": results,
     }

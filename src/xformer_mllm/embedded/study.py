@@ -10,14 +10,19 @@
       "settings": {"": {}, "32 queries": {"stage1": ["--model-settings", "num_query_tokens=32"], "stage2": []}}
     }
 
+A variant may also be an object, with a name, arguments and a number of steps of its own:
+
+    {"name": "qformer, longer", "variant": "qformer", "stage1": [], "stage2": [], "demo": {"stage1_steps": 1440}}
+
 Every run is a lane of the demo (stage 1, stage 2, questions): budget and data order are the same, and a finished job is
 not run again.
 
-    runs/studies/NAME/[SETTING/]SEED/VARIANT/{stage1,stage2,questions}/    output of the commands
+    runs/studies/NAME/[SETTING/]SEED/VARIANT/{stage1,stage2,questions}/    output of the commands; VARIANT is its name
     runs/studies/NAME/{NAME.json,NAME.md,NAME-*.svg}                        the results, NAME being the file's
 """
 
 import json
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -44,17 +49,42 @@ TARGETS = {
 }
 
 
+BUDGET = ("stage1_steps", "stage2_steps", "train_size")
+"""Fields of the demo that a variant may set for itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of the tables: a variant under a name, with further arguments of `xformer train` and a budget."""
+
+    name: str
+    variant: str
+    stage1: Sequence[str] = ()
+    stage2: Sequence[str] = ()
+    demo: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return self.name.replace(" ", "-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """What the file says."""
 
     title: str
-    variants: Sequence[str] = ("qformer", "xformer")
+    variants: Sequence[str | dict[str, Any]] = ("qformer", "xformer")
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     zero_shot: bool = False
     split: str = "test"
     demo: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {"": {}})
+
+    @property
+    def columns(self) -> list[Column]:
+        """The variants, each with its name."""
+        return [Column(name=v, variant=v) if isinstance(v, str) else Column(**v) for v in self.variants]
 
 
 def read_study(path: Path) -> Study:
@@ -72,6 +102,9 @@ def read_study(path: Path) -> Study:
             raise ValueError(
                 f'{path}: setting {name!r} must be {{"stage1": [...], "stage2": [...]}}, lists of arguments'
             )
+    for variant in content.get("variants", ()):
+        if not isinstance(variant, str):
+            _check_column(path, variant)
     study = Study(**content)
     if study.split not in ("test", "validation"):
         raise ValueError(f"{path}: split is {study.split!r}, but must be test or validation")
@@ -79,11 +112,39 @@ def read_study(path: Path) -> Study:
     known = [part.name for part in fields(DemoConfig) if part.name not in own]
     if unknown := sorted(set(study.demo) - set(known)):
         raise ValueError(f"{path}: unknown field {unknown[0]!r} in demo; fields: {', '.join(known)}")
-    for name in ("variants", "seeds", "settings"):
-        values = getattr(study, name)
+    names_of_columns = "" if isinstance(study.variants, str) else [column.folder for column in study.columns]
+    for name, values in (("variants", names_of_columns), ("seeds", study.seeds), ("settings", study.settings)):
         if isinstance(values, str) or not values or len(set(values)) < len(values):
             raise ValueError(f"{path}: {name} must be one or more different values")
+    for column in study.columns:
+        for name, setting in study.settings.items():
+            for stage in ("stage1", "stage2"):
+                if twice := sorted(_flags(getattr(column, stage)) & _flags(setting.get(stage, ()))):
+                    raise ValueError(
+                        f"{path}: variant {column.name!r} and setting {name!r} both set {twice[0]} of {stage}"
+                    )
     return study
+
+
+def _check_column(path: Path, variant: Any) -> None:
+    """Raise ValueError unless a variant that is not a name is an object of the right form."""
+    form = '{"name": ..., "variant": ..., "stage1": [...], "stage2": [...], "demo": {...}}'
+    allowed = {part.name for part in fields(Column)}
+    if not isinstance(variant, dict) or not {"name", "variant"} <= set(variant) <= allowed:
+        raise ValueError(f"{path}: a variant is a name or {form}, not {variant!r}")
+    name, words = variant["name"], [*variant.get("stage1", ()), *variant.get("stage2", ())]
+    if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
+        raise ValueError(f"{path}: the name {name!r} of a variant cannot be the name of a folder")
+    if any(isinstance(variant.get(stage), str) for stage in ("stage1", "stage2")) or not all(
+        isinstance(word, str) for word in words
+    ):
+        raise ValueError(f"{path}: stage1 and stage2 of variant {name!r} must be lists of arguments")
+    if unknown := sorted(set(variant.get("demo", {})) - set(BUDGET)):
+        raise ValueError(f"{path}: unknown field {unknown[0]!r} in demo of {name!r}; fields: {', '.join(BUDGET)}")
+
+
+def _flags(arguments: Sequence[str]) -> set[str]:
+    return {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
 
 
 def folder_of(root: Path, setting: str, seed: int) -> Path:
@@ -96,16 +157,18 @@ def lanes_of(study: Study, root: Path) -> list[Lane]:
     lanes = []
     for setting, arguments in study.settings.items():
         for seed in study.seeds:
-            for variant in study.variants:
+            for column in study.columns:
                 config = DemoConfig(
                     seed=seed,
-                    variants=tuple(study.variants),
+                    variants=(column.variant,),
                     zero_shot=study.zero_shot,
                     output_dir=folder_of(root, setting, seed),
-                    **study.demo,
+                    **{**study.demo, **column.demo},
                 )
-                jobs = jobs_of(config, variant, study.split, arguments.get("stage1", ()), arguments.get("stage2", ()))
-                lanes.append(Lane(f"{setting} {variant} {seed}".strip(), jobs))
+                stage1 = [*arguments.get("stage1", ()), *column.stage1]
+                stage2 = [*arguments.get("stage2", ()), *column.stage2]
+                jobs = jobs_of(config, column.variant, study.split, stage1, stage2, column.folder)
+                lanes.append(Lane(f"{setting} {column.name} {seed}".strip(), jobs))
     return lanes
 
 
@@ -142,20 +205,23 @@ def run_study(config: StudyConfig) -> Path:
 def gather(study: Study, root: Path) -> dict[str, Any]:
     """{"targets": {target of stage 2: {setting: {"variants": {variant: scores}, "differences": {variant: scores}}}}}.
 
-    Scores are those of `over_seeds`; differences are to the first variant.
+    Variants go by their names. Scores are those of `over_seeds`; differences are to the first variant.
     """
+    columns = study.columns
     targets: dict[str, dict[str, Any]] = {}
     for target, ending in text_settings(DemoConfig(zero_shot=study.zero_shot)):
         for setting in study.settings:
             rows = {
-                variant: [
-                    read_json_lines(folder_of(root, setting, seed) / variant / f"questions{ending}/predictions.jsonl")
+                column.name: [
+                    read_json_lines(
+                        folder_of(root, setting, seed) / column.folder / f"questions{ending}/predictions.jsonl"
+                    )
                     for seed in study.seeds
                 ]
-                for variant in study.variants
+                for column in columns
             }
-            baseline = rows[study.variants[0]]
-            folder = folder_of(root, setting, study.seeds[0]) / study.variants[0] / f"questions{ending}"
+            baseline = rows[columns[0].name]
+            folder = folder_of(root, setting, study.seeds[0]) / columns[0].folder / f"questions{ending}"
             scores = read_json(folder / "metrics.json")["scores"]
             targets.setdefault(target, {})[setting] = {
                 "majority": {group: score["majority"] for group, score in scores.items()}
@@ -229,7 +295,8 @@ def figure_name(study: str, target: str, setting: str) -> str:
 
 def markdown(results: dict[str, Any], name: str) -> str:
     """The results as a page: a section for each target of stage 2, a figure and tables for each setting."""
-    study, demo = results["study"], DemoConfig(**results["study"]["demo"])
+    study = results["study"]
+    demo, columns = DemoConfig(**study["demo"]), Study(title="", variants=study["variants"]).columns
     lines = [f"# {results['title']}", ""]
     for target, settings in results["targets"].items():
         lines += [f"## {TARGETS[target]}", ""]
@@ -237,19 +304,32 @@ def markdown(results: dict[str, Any], name: str) -> str:
             lines += [f"### {setting}", ""] if setting else []
             lines += [f"![Accuracy by type of question]({figure_name(name, target, setting)})", ""]
             lines += [*_accuracies(found), ""]
-            lines += [*_differences(found, study), ""] if found["differences"] else []
+            lines += [*_differences(found, columns[0].name), ""] if found["differences"] else []
     longest = max(results["minutes"].values())
     packages = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     made_by = (
         f"Made by `{results['command']}`: {demo.stage1_steps} steps of stage 1 and {demo.stage2_steps or 800} of stage 2 "
-        "for every run, the same images in the same order for all variants of a seed, questions about "
-        f"{demo.test_size:,} {study['split']} scenes. Seeds {', '.join(map(str, study['seeds']))} decide initial weights, "
-        "data order, masks and negatives; the encoders and the language model are the same. Brackets: 95 % bootstrap "
-        "interval over seeds and images. `majority` is the most frequent training answer to the type of question. The "
-        f"longest run took {longest:.0f} minutes beside others: {results['machine']}, {packages}."
+        f"for every run{_exceptions(columns)}, the same images in the same order for all variants of a seed, "
+        f"questions about {demo.test_size:,} {study['split']} scenes. Seeds {', '.join(map(str, study['seeds']))} decide "
+        "initial weights, data order, masks and negatives; the encoders and the language model are the same for all. "
+        "Brackets: 95 % bootstrap interval over seeds and images. `majority` is the most frequent training answer to the "
+        f"type of question. The longest run took {longest:.0f} minutes beside others: {results['machine']}, {packages}."
     )
     lines += [textwrap.fill(made_by, 118, break_long_words=False, break_on_hyphens=False), ""]
     return "\n".join(lines)
+
+
+def _exceptions(columns: Sequence[Column]) -> str:
+    """What the columns with settings of their own differ in."""
+    parts = []
+    for column in columns:
+        own = [f"{name} {value}" for name, value in column.demo.items()]
+        own += [
+            f"`{shlex.join(words)}` in {stage}" for stage in ("stage1", "stage2") if (words := getattr(column, stage))
+        ]
+        if own:
+            parts.append(f" ({column.name}: {column.variant} with {', '.join(own)})")
+    return "".join(parts)
 
 
 def _accuracies(found: dict[str, Any]) -> list[str]:
@@ -261,11 +341,11 @@ def _accuracies(found: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _differences(found: dict[str, Any], study: dict[str, Any]) -> list[str]:
+def _differences(found: dict[str, Any], baseline: str) -> list[str]:
     """Points over the first variant, and those of each seed."""
     differences = found["differences"]
     rows = [
-        f"| points over {study['variants'][0]} | {' | '.join(differences)} |",
+        f"| points over {baseline} | {' | '.join(differences)} |",
         "|---|" + "---|" * len(differences),
     ]
     for group in next(iter(differences.values())):
@@ -291,7 +371,8 @@ def figure(found: dict[str, Any], title: str, setting: str) -> str:
     """SVG: a row for each type of question, a dot with its interval for each variant, the majority dashed."""
     variants = found["variants"]
     groups = list(next(iter(variants.values())))
-    step, left, width, top = 9 * len(variants) + 10, 130, max(420, 85 * len(variants) + 160), 46
+    apart = max(85, 20 + 6 * max(map(len, variants)))  # between the names in the legend
+    step, left, width, top = 9 * len(variants) + 10, 130, max(420, apart * len(variants) + 160), 46
     height = top + step * len(groups) + 30
 
     def x(value: float) -> float:
@@ -303,7 +384,7 @@ def figure(found: dict[str, Any], title: str, setting: str) -> str:
         f'<text x="8" y="16" font-size="13">{escape(", ".join(filter(None, [title, setting])))}</text>'
     ]
     for place, name in enumerate(variants):
-        at = left + place * 85
+        at = left + place * apart
         parts.append(
             f'<circle cx="{at}" cy="30" r="4" fill="{COLOURS[place % 8]}"/><text x="{at + 8}" y="34">'
             f"{escape(report.display_name(name))}</text>"

@@ -116,7 +116,7 @@ class RunConfig:
 
     @property
     def starts_from(self) -> Path | None:
-        """Folder of the model, or of its run, that this run starts from; None for the embedded world's encoders."""
+        """Folder of the model, its run or the encoders that this run starts from; None for the shipped encoders."""
         return None
 
 
@@ -129,6 +129,8 @@ class Stage1Config(RunConfig):
     reconstruction_in_stage2 (rows of the paper's tables), random_mae, dinov2 (variants.py describes them)."""
     start_from: Path | None = None
     """Model to start from: a folder of `xformer convert` or a trained model. Defaults to the embedded world's encoders."""
+    encoders: Path | None = None
+    """Folder with clip/, mae/ and qformer_tokenizer/, written by `xformer train encoders`; replaces the shipped ones."""
     second_encoder: str | None = None
     """Folder or Hub id of an MAE or another vision tower that replaces the embedded world's MAE."""
     model_settings: tuple[str, ...] = ()
@@ -138,6 +140,8 @@ class Stage1Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.start_from is not None and self.encoders is not None:
+            raise ValueError("--encoders cannot be combined with --start-from, whose model has its own")
         if self.start_from is not None and self.second_encoder is not None:
             raise ValueError("--second-encoder cannot be combined with --start-from; give --mae to `xformer convert`")
         if self.start_from is not None and self.model_settings:
@@ -145,7 +149,7 @@ class Stage1Config(RunConfig):
 
     @property
     def starts_from(self) -> Path | None:
-        return self.start_from
+        return self.start_from or self.encoders
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,11 +70,12 @@ def prepare(config: RunConfig, command: str) -> bool:
 
 def _how_to_train_on(config: RunConfig, command: str) -> str:
     """Tell which flag takes a finished run's model, and which one it excludes."""
-    flag, other = {"train stage1": ("start_from", "second_encoder"), "train stage2": ("from_pretraining", "llm")}[
-        command
-    ]
-    default = {field.name: field.default for field in fields(config)}[other]
-    without = "" if getattr(config, other) == default else f" and no {flag_of(other)}"
+    flag, others = {
+        "train stage1": ("start_from", ("encoders", "second_encoder")),
+        "train stage2": ("from_pretraining", ("llm",)),
+    }[command]
+    defaults = {field.name: field.default for field in fields(config)}
+    without = "".join(f" and no {flag_of(name)}" for name in others if getattr(config, name) != defaults[name])
     return (
         f"to train its model further, use {flag_of(flag)} {config.output_dir}{without}, and another --output-dir; "
         "--no-resume deletes this run and trains all steps"
@@ -104,7 +105,8 @@ def _start_hashes(config: RunConfig) -> dict[str, str]:
     if folder is None:
         return {}
     folder = folder / MODEL if (folder / MODEL).is_dir() else folder
-    return {path.name: _sha256(path) for path in sorted(folder.glob("model*.safetensors"))}
+    files = [path for part in ("", "clip/", "mae/") for path in folder.glob(f"{part}model*.safetensors")]
+    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(files)}
 
 
 def is_finished(run: Path) -> bool:

@@ -82,14 +82,16 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
     if config.start_from is not None:
         return continue_pretraining(config.start_from, config.variant)
     try:
-        with_settings(
-            defaults.config(), config.model_settings
-        )  # report a wrong one as such, not as the encoder's error
+        base = defaults.config(config.encoders)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--encoders {error}") from error
+    try:
+        with_settings(base, config.model_settings)  # report a wrong one as such, not as the encoder's error
     except ValueError as error:
         raise ValueError(f"--model-settings {error}") from error
     name = config.second_encoder
     if name is None:
-        return defaults.start_pretraining(config.variant, config.seed, settings=config.model_settings)
+        return defaults.start_pretraining(config.variant, config.seed, None, config.model_settings, config.encoders)
     if Path(name).is_file():
         raise ValueError(
             f"--second-encoder {name}: a file; pass a folder or a Hub id, or convert a MAE's .pth file with "
@@ -97,9 +99,9 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
         )
     if not Path(name).exists():
         check_on_hub("--second-encoder", name)
-    variant_config(config.variant, defaults.config())  # report an unknown variant as such, not as the encoder's error
+    variant_config(config.variant, base)  # report an unknown variant as such, not as the encoder's error
     try:
-        return defaults.start_pretraining(config.variant, config.seed, name, config.model_settings)
+        return defaults.start_pretraining(config.variant, config.seed, name, config.model_settings, config.encoders)
     except AttributeError as error:  # a language model lacks a vision tower's settings
         raise ValueError(f"--second-encoder {name}: not a vision tower ({error})") from error
     except (ValueError, OSError) as error:
