@@ -79,6 +79,9 @@ class ApiError(Exception):
         return JSONResponse(error_body(str(self), kind, self.code, self.param), self.status, headers)
 
 
+TOO_LATE = ApiError(503, "the request took too long", "timeout")
+
+
 def create_app(engine: Engine, settings: ApiSettings) -> FastAPI:
     """The application without the page."""
 
@@ -182,7 +185,8 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         events = _events(engine, question)
         first = await _or_left(request, question, anext(events))  # an error is a status, as long as nothing was sent
         stream = _stream(body, events, first, request_id, created)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second for nginx
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
     answer = await _or_left(request, question, _answer(engine, question))
     choices = [
         {
@@ -220,7 +224,7 @@ async def _question(request: Request, body: ChatRequest, deadline: float) -> Que
         prompt=loaded.prompt(body.messages[-1].text),
         pixels=pixels,
         max_tokens=asked,
-        sampling=Sampling(body.temperature or 0.0, body.top_p or 1.0, body.seed if body.temperature else None),
+        sampling=Sampling(body.temperature, body.top_p or 1.0, body.seed) if body.temperature else Sampling(),
         stop=body.stops,
         count=body.n or 1,
         deadline=deadline,
@@ -248,20 +252,21 @@ def _for_client(error: Exception) -> Exception:
     if isinstance(error, FullError):
         return ApiError(429, str(error), "queue_full")
     if isinstance(error, TimeoutError):
-        return ApiError(503, str(error), "timeout")
+        return TOO_LATE
     if isinstance(error, ValueError):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
     return ApiError(500, "the server failed to answer; its log has the reason")
 
 
 async def _or_left(request: Request, question: Question, awaited: Awaitable[Any]) -> Any:
-    """Wait for a result; if the client leaves before, abandon its question."""
+    """Wait for a result; if the client leaves before, or the time is over, abandon its question."""
     result, left = asyncio.ensure_future(awaited), asyncio.ensure_future(_until_left(request))
     try:
-        await asyncio.wait({result, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            raise ApiError(499, "the client has left")
-        return await result
+        seconds = max(0.0, question.deadline - time.monotonic())
+        await asyncio.wait({result, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return await result
+        raise ApiError(499, "the client has left") if left.done() else TOO_LATE
     finally:
         left.cancel()
         if not result.done():
@@ -375,7 +380,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> JSONResponse:
         return _embed(loaded.model, loaded.processor, inputs, pixels, body.pooling)
 
     try:
-        vectors, tokens = await asyncio.wrap_future(engine.run(embed))
+        vectors, tokens = await asyncio.wait_for(asyncio.wrap_future(engine.run(embed)), settings.seconds)
     except Exception as error:
         raise _for_client(error) from error
     data = [

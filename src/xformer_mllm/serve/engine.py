@@ -187,11 +187,11 @@ class Engine:
                     return
                 work = self._take()
                 self.metrics.waiting.set(len(self._waiting))
-            if isinstance(work, _Call):
+            if not isinstance(work, _Call):
+                self._answer(work)
+            elif work.result.set_running_or_notify_cancel():
                 with _reporting([work.result]):
                     work.result.set_result(work.function())
-            else:
-                self._answer(work)
 
     def _take(self) -> "_Call | list[Question]":
         """The first that waits, with the questions that can share its batch."""
@@ -212,6 +212,7 @@ class Engine:
         for question in questions:
             if question.abandoned:
                 question.result.cancel()
+            if not question.result.set_running_or_notify_cancel():
                 continue
             with _reporting([question.result]):
                 _check_time(question)
