@@ -1,6 +1,7 @@
 """`xformer serve`: the API with the real OpenAI client over HTTP, its limits, and the engine's batches."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -611,3 +613,33 @@ def test_sigterm_lets_answers_end(process):
     assert started.wait(30) in (0, -signal.SIGTERM)
     with pytest.raises(openai.APIConnectionError):
         ask(client)
+
+
+@pytest.mark.slow
+def test_transformers_serve(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(defaults.shipped_model("xformer"))
+    launcher = str(Path(__file__).parents[1] / "examples" / "transformers_serve.py")
+    with (tmp_path / "log").open("w") as log:
+        words = [sys.executable, launcher, folder, "--port", str(port), "--device", "cpu"]
+        started = subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://localhost:{port}/health").status_code == 200:
+                    break
+            assert started.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+        questions = (QUESTION, "How many objects are there in the image?")
+        asked = inference.ask(AskConfig(image=str(defaults.example_images()[0]), questions=questions))
+        for row in asked:
+            messages = about(example(), row["question"])
+            assert ask(client, messages, model=folder).choices[0].message.content.strip() == row["answer"]
+            pieces = ask(client, messages, model=folder, stream=True)
+            assert "".join(piece.choices[0].delta.content or "" for piece in pieces).strip() == row["answer"]
+    finally:
+        started.kill()
+        started.wait()
