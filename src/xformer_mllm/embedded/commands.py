@@ -187,7 +187,7 @@ class SceneExportConfig:
     """Write the embedded scenes in a benchmark's official files, to try the benchmark without its data."""
 
     name: Annotated[ExportName, tyro.conf.Positional]
-    """The benchmark; easy-vqa and scenes need no files."""
+    """The benchmark; easy-vqa, scenes and photographs need no files."""
     output_dir: Path
     """A new or empty folder; written atomically."""
     size: int = 200
