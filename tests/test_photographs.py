@@ -16,7 +16,7 @@ from xformer_mllm import defaults
 from xformer_mllm.cli import main
 from xformer_mllm.commands import BenchmarkConfig
 from xformer_mllm.embedded import encoders, photographs
-from xformer_mllm.embedded.commands import ClipConfig, DemoConfig, LmConfig, MaeConfig
+from xformer_mllm.embedded.commands import ClipConfig, DemoConfig, LmConfig, MaeConfig, ProbeConfig
 from xformer_mllm.embedded.demo import jobs_of
 from xformer_mllm.embedded.photographs import (
     CATEGORIES,
@@ -31,6 +31,7 @@ from xformer_mllm.embedded.photographs import (
     render,
     stamps,
 )
+from xformer_mllm.embedded.probe import run_probe
 from xformer_mllm.embedded.scenes import ALT_TEXT, WRITTEN
 from xformer_mllm.embedded.start import start_pretraining
 from xformer_mllm.embedded.tokenizers import lm_tokenizer
@@ -251,6 +252,19 @@ def test_encoders_of_photographs_start_a_stage_1(tmp_path):
     assert torch.equal(pixels[0].permute(1, 2, 0), torch.from_numpy(render(draw_photograph("train", 0))))
     assert model.xformer(pixels).mae_tokens.shape == (1, 37, 16)
     assert processor.qformer_tokenizer.unk_token_id not in processor.qformer_tokenizer(item["caption"])["input_ids"]
+
+
+def test_the_probe_of_photographs(tmp_path):
+    small = {"steps": 1, "batch_size": 4, "width": 16}
+    encoders.train_clip(ClipConfig(**small), tmp_path, "photographs")
+    encoders.train_mae(MaeConfig(**small), tmp_path, "photographs")
+    config = ProbeConfig(data="photographs", encoders=tmp_path, train=60, validation=30, test=30, epochs=1, width=16)
+    record = run_probe(config, output=tmp_path)
+    assert set(record["results"]) == set(photographs.QUESTION_TYPES)
+    assert record["command"] == f"xformer data probe --data photographs --encoders {tmp_path}"
+    assert "| focus |" in (tmp_path / "probe-photographs.md").read_text()
+    with pytest.raises(ValueError, match="--attributes texture: not a type of question; choose from count_all"):
+        run_probe(replace(config, attributes=("texture",)), output=tmp_path)
 
 
 def test_the_language_model_reads_descriptions_of_photographs():

@@ -147,8 +147,11 @@ class ProbeConfig:
 
     model: Path | None = None
     """Folder of a trained model, or of its run: probe its C, M, M', Z_q, Z' and soft prompt. Default: the encoders."""
-    attributes: tuple[str, ...] = ("texture", "count_texture", "ground", "size", "colour", "count")
-    """Types of questions to probe for."""
+    data: Drawn = "scenes"
+    """Scenes to probe with: the embedded ones, or photographs (docs/data.md)."""
+    attributes: tuple[str, ...] = ()
+    """Types of questions to probe for. Default: texture, count_texture, ground, size, colour and count of scenes; all of
+    photographs."""
     encoders: Path = Path(__file__).parent / "weights"
     """Folder with the encoders clip/ and mae/. Default: the shipped ones."""
     train: int = 8000

@@ -338,6 +338,7 @@ PHOTOGRAPHS = World(
     description=description,
     ask=questions,
     ask_evenly=questions,
+    forms=QUESTION_TYPES,
     image_size=IMAGE_SIZE,
     patch_size=16,
 )

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from xformer_mllm.data.questions import Question
-from xformer_mllm.embedded.scene_questions import EVENLY, PLURALS, ask
+from xformer_mllm.embedded.scene_questions import EVENLY, PLURALS, QUESTION_TYPES, Forms, ask
 from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 
 
@@ -72,7 +73,8 @@ def description(scene: Scene, rng: random.Random | None = None) -> str:
     return " , ".join([*phrases, f"{scene.ground} ground"])
 
 
-class World(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class World:
     """What draws and describes a kind of scene: an object with a `key`, determined by its split, index and seed."""
 
     draw: Callable[..., Any]
@@ -86,12 +88,16 @@ class World(NamedTuple):
     """scene, number -> questions, in training and tests."""
     ask_evenly: Callable[[Any, int], list[Question]]
     """The same for the tiny language model."""
+    forms: Forms
+    """Every type of question, for the probes."""
     image_size: int
     patch_size: int
     """Of the tiny encoders."""
 
 
-SCENES = World(draw_scene, render, caption, description, ask, partial(ask, types=EVENLY), IMAGE_SIZE, 8)
+SCENES = World(
+    draw_scene, render, caption, description, ask, partial(ask, types=EVENLY), QUESTION_TYPES, IMAGE_SIZE, patch_size=8
+)
 
 
 @lru_cache(maxsize=4096)
