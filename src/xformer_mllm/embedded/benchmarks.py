@@ -70,6 +70,7 @@ class Photographs(Scenes):
     """The same on photographs. Raises FileNotFoundError without their cut-outs."""
 
     name = "photographs"
+    files = "no files: its images are drawn from Tux Paint's stamps"
     world = PHOTOGRAPHS
 
 
