@@ -59,12 +59,13 @@ def unpack(folder: Path) -> dict[str, list[str]]:
         with tarfile.open(files[f"emoji-datasource-{name}"]) as package:
             listed = json.load(package.extractfile("package/emoji.json"))
             for emoji in listed:
-                text = "".join(chr(int(code, 16)) for code in emoji["unified"].split("-"))
-                words = [word.replace("_", " ") for word in keywords.get(text, [])[1:]]  # the first is the name
+                character = "".join(chr(int(code, 16)) for code in emoji["unified"].split("-"))
+                words = [word.replace("_", " ") for word in keywords.get(character, [])[1:]]  # the first is the name
                 words = [word for word in words if any(map(str.isalpha, word))]  # no emoticons
-                if text not in keywords or not all(emoji[f"has_img_{each}"] for each in SETS):
+                if character not in keywords or not all(emoji[f"has_img_{each}"] for each in SETS):
                     continue
-                captions[emoji["image"]] = [emoji["name"].lower(), " ".join(words[:KEYWORDS])]
+                texts = [emoji["name"].lower(), " ".join(words[:KEYWORDS])]
+                captions[emoji["image"]] = [text for text in texts if text]
                 target = folder / "images" / name / emoji["image"]
                 if not target.is_file():
                     with Image.open(package.extractfile(f"package/img/{name}/64/{emoji['image']}")) as image:
