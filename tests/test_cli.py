@@ -116,7 +116,7 @@ def test_unknown_data_and_impossible_numbers_are_one_line(capsys, tmp_path):
     output = ("--output-dir", str(tmp_path / "run"))
     line = error_line(capsys, "train", "stage1", "--data", str(tmp_path / "none"), *output)
     assert line.startswith(
-        f"{tmp_path / 'none'}: no such data source; expected scenes, scenes-detailed, easy-vqa, a folder"
+        f"{tmp_path / 'none'}: no such data source; expected scenes, scenes-detailed, photographs, easy-vqa, a folder"
     )
     assert error_line(capsys, "train", "stage1", "--data", "scene", *output).startswith("scene: no such data source")
     with pytest.raises(SystemExit) as exited:  # tyro's own words around ours

@@ -157,7 +157,7 @@ def test_lm_training_learns_and_is_reproducible(tmp_path):
     config = LmConfig(output=tmp_path, steps=12, batch_size=4, width=32, layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoders.nn.functional, "cross_entropy", record)
-        patch.setattr(encoders, "lm_accuracy", lambda *_: {"accuracy": 0.0})
+        patch.setattr(encoders, "lm_accuracy", lambda *_, **__: {"accuracy": 0.0})
         encoders.train_lm(config)
         encoders.train_lm(config)
     assert losses[:12] == losses[12:]

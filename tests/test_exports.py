@@ -10,7 +10,7 @@ import pytest
 import tyro
 
 from xformer_mllm.embedded import exports
-from xformer_mllm.embedded.benchmarks import EasyVqa, Scenes
+from xformer_mllm.embedded.benchmarks import EasyVqa, Photographs, Scenes
 from xformer_mllm.embedded.commands import SceneExportConfig
 from xformer_mllm.embedded.exports import FORMATS, export, vqa_answer_type, vqa_question_type
 from xformer_mllm.embedded.gqa_export import entailed, equivalent, gqa_program
@@ -172,7 +172,7 @@ def test_the_guide_says_how_every_benchmark_asks():
             names = cells[0] or names
             rows[names, cells[1].split(" ")[0].strip("`")] = cells[2:]
     told = {(name, setting): row for (names, setting), row in rows.items() for name in re.findall("`(.+?)`", names)}
-    kinds = [kind for kind in (*BENCHMARKS.values(), EasyVqa, Scenes) if not issubclass(kind, Retrieval)]
+    kinds = [kind for kind in (*BENCHMARKS.values(), EasyVqa, Scenes, Photographs) if not issubclass(kind, Retrieval)]
     assert set(told) == {(kind.name, setting) for kind in kinds for setting in kind.settings}
     for kind in kinds:
         assert [setting for name, setting in told if name == kind.name] == list(kind.settings), (

@@ -126,6 +126,25 @@ def test_the_fingerprint_follows_the_content_of_the_sources(tmp_path, monkeypatc
     assert lanes.fingerprint(("model", "variants.py")) != before
 
 
+def test_weights_of_ones_own_belong_to_the_key(tmp_path):
+    for part in ("clip", "mae", "opt"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "recipe.json").write_text("{}")
+        (tmp_path / part / "model.safetensors").write_text("1")
+
+    def key(*words):
+        return lanes.job_keys([replace(job(tmp_path / "one"), arguments=("train", *words))])["one"]
+
+    encoders, llm = ("--encoders", str(tmp_path)), ("--llm", str(tmp_path / "opt"))
+    before = key(*encoders), key(*llm), key("--llm", "opt")
+    (tmp_path / "mae" / "model.safetensors").write_text("2")
+    now = key(*encoders), key(*llm), key("--llm", "opt")
+    assert [a == b for a, b in zip(before, now, strict=True)] == [False, True, True]
+    (tmp_path / "opt" / "model.safetensors").write_text("2")
+    later = key(*encoders), key(*llm), key("--llm", "opt")
+    assert [a == b for a, b in zip(now, later, strict=True)] == [True, False, True]
+
+
 @with_stand_in
 def test_an_interrupted_part_keeps_what_it_had(tmp_path):
     lane = Lane("a", [job(tmp_path / "one")])

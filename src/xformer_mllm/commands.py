@@ -15,8 +15,10 @@ ANSWER_TOKENS = 8
 
 
 SCENES = ("scenes", "scenes-detailed")
-DATA = (*SCENES, "easy-vqa")
-"""The training data that comes with the package, or with its extra. The captions of `scenes-detailed` leave out less."""
+DRAWN = (*SCENES, "photographs")
+"""Data that are drawn, as many as are asked for. The captions of `scenes-detailed` leave out less."""
+DATA = (*DRAWN, "easy-vqa")
+"""The training data that the package draws, or that comes with its extra."""
 
 
 def flag_of(field: str) -> str:
@@ -147,20 +149,20 @@ class BenchmarkConfig:
     """The benchmark and its files."""
 
     benchmark: str = "scenes"
-    """scenes, easy-vqa, vqav2, ok-vqa, gqa, coco-captions, nocaps, gvt-counting, gvt-identification, coco-retrieval or
-    flickr-retrieval."""
+    """scenes, photographs, easy-vqa, vqav2, ok-vqa, gqa, coco-captions, nocaps, gvt-counting, gvt-identification,
+    coco-retrieval or flickr-retrieval."""
     data: Path | None = None
-    """Folder of the benchmark's files in their official names (docs/evaluation.md); scenes and easy-vqa need none."""
+    """Folder of the benchmark's files in their official names (docs/evaluation.md); the first three need none."""
     images: Path | None = None
     """Folder of its images. Default: the official place in --data."""
     split: str | None = None
-    """Split of the benchmark. Default: the one that the paper reports; test for scenes and easy-vqa."""
+    """Split of the benchmark. Default: the one that the paper reports; test for scenes, photographs and easy-vqa."""
     size: int = 2_000
-    """Number of scenes (scenes only)."""
+    """Number of scenes (scenes and photographs only)."""
     questions_per_image: int = 4
-    """Number of questions about each scene (scenes only)."""
+    """Number of questions about each scene (scenes and photographs only)."""
     seed: int = 0
-    """Seed of the scenes (scenes only)."""
+    """Seed of the scenes (scenes and photographs only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +215,7 @@ class QueriesConfig:
     """Folders of trained models of either stage or of their runs; the others are compared with the first."""
     images: tuple[str, ...] = ()
     """Paths, or scene:SPLIT:INDEX; overrides --data."""
-    data: Literal["scenes", "easy-vqa"] = "scenes"
+    data: Literal["scenes", "photographs", "easy-vqa"] = "scenes"
     """Data set of the test images."""
     size: int = 200
     """Number of test images."""

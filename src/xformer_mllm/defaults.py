@@ -61,14 +61,16 @@ def start_pretraining(
 
 
 def captions(data: str, split: str, size: int) -> Dataset:
-    """Images with captions of one of `DATA`; `size` is the number of scenes."""
+    """Images with captions of one of `DATA`; `size` is the number of those that are drawn."""
     if data == "easy-vqa":
         from xformer_mllm.embedded.easy_vqa import EasyVqaCaptions
 
         return EasyVqaCaptions(split)  # type: ignore[arg-type]
+    from xformer_mllm.embedded.photographs import WORLDS
     from xformer_mllm.embedded.scenes import DETAILED, WRITTEN, SceneCaptions
 
-    return SceneCaptions(split, size, detail=DETAILED if data == "scenes-detailed" else WRITTEN)
+    detail = DETAILED if data == "scenes-detailed" else WRITTEN
+    return SceneCaptions(split, size, detail=detail, world=WORLDS[data])
 
 
 def questions(data: str, split: str, size: int, questions_per_image: int) -> Dataset:
@@ -79,9 +81,10 @@ def questions(data: str, split: str, size: int, questions_per_image: int) -> Dat
         from xformer_mllm.embedded.easy_vqa import EasyVqaQuestions
 
         return ByImage.of(EasyVqaQuestions(split))  # type: ignore[arg-type]
+    from xformer_mllm.embedded.photographs import WORLDS
     from xformer_mllm.embedded.scenes import SceneQuestions
 
-    scenes = SceneQuestions(split, size, questions_per_scene=questions_per_image)
+    scenes = SceneQuestions(split, size, questions_per_scene=questions_per_image, world=WORLDS[data])
     firsts = range(0, len(scenes), questions_per_image)
     return ByImage(scenes, [list(range(first, first + questions_per_image)) for first in firsts])
 
@@ -101,6 +104,9 @@ def test_images(data: str, count: int) -> dict[str, Image.Image]:
         dataset = EasyVqaQuestions("test")
         ids = list(dict.fromkeys(question.image_id for question in dataset.questions))[:count]
         return {image_id: dataset.image(image_id) for image_id in ids}
+    if data == "photographs":
+        photographs = captions(data, "test", count)
+        return {item["id"]: item["image"] for item in (photographs[number] for number in range(count))}
     return {name: scene(name) for name in (f"scene:test:{number}" for number in range(count))}
 
 

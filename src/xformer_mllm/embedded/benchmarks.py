@@ -1,4 +1,4 @@
-"""Benchmarks that need no files: questions on held-out scenes, and easy-VQA's."""
+"""Benchmarks that need no files: questions on held-out scenes and photographs, and easy-VQA's."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -9,9 +9,8 @@ from PIL import Image
 
 from xformer_mllm.data.questions import Question
 from xformer_mllm.embedded.easy_vqa import EasyVqaQuestions
-from xformer_mllm.embedded.scene_questions import ask
-from xformer_mllm.embedded.scenes import image_of
-from xformer_mllm.embedded.world import draw_scene
+from xformer_mllm.embedded.photographs import PHOTOGRAPHS
+from xformer_mllm.embedded.scenes import SCENES, image_of
 from xformer_mllm.evaluate import exact_match
 from xformer_mllm.evaluate.benchmark import Benchmark, Scores
 from xformer_mllm.inference import GREEDY_ANSWER
@@ -51,19 +50,28 @@ class Scenes(OwnQuestions):
 
     name = "scenes"
     splits = ("test", "validation")
+    world = SCENES
 
     def __init__(self, split: str, size: int, questions_per_image: int = 4, seed: int = 0):
         self.seed, self.questions_per_image = seed, questions_per_image
-        scenes = [draw_scene(split, index, seed) for index in range(size)]
+        scenes = [self.world.draw(split, index, seed) for index in range(size)]
         self._scenes = {scene.key: scene for scene in scenes}
-        self.records = [question for scene in scenes for question in ask(scene, questions_per_image)]
+        self.records = [question for scene in scenes for question in self.world.ask(scene, questions_per_image)]
 
     def load(self, record: Question) -> Image.Image:
-        return image_of(self._scenes[record.image_id])
+        return image_of(self._scenes[record.image_id], self.world)
 
     def training_questions(self) -> Iterable[Question]:
         for index in range(TRAINING_SCENES):
-            yield from ask(draw_scene("train", index, self.seed), self.questions_per_image)
+            yield from self.world.ask(self.world.draw("train", index, self.seed), self.questions_per_image)
+
+
+class Photographs(Scenes):
+    """The same on photographs. Raises FileNotFoundError without their cut-outs."""
+
+    name = "photographs"
+    files = "no files: its images are drawn from Tux Paint's stamps"
+    world = PHOTOGRAPHS
 
 
 class EasyVqa(OwnQuestions):
@@ -83,4 +91,4 @@ class EasyVqa(OwnQuestions):
         return EasyVqaQuestions("train").questions
 
 
-BENCHMARKS: dict[str, Any] = {kind.name: kind for kind in (Scenes, EasyVqa)}
+BENCHMARKS: dict[str, Any] = {kind.name: kind for kind in (Scenes, Photographs, EasyVqa)}

@@ -16,10 +16,13 @@ from xformer_mllm.commands import flag_of
 class DemoConfig:
     """Train X-Former and the Q-Former baseline with equal budgets and compare them on held-out images."""
 
-    data: Literal["scenes", "easy-vqa"] = "scenes"
-    """Images and questions: the embedded scenes, or easy-VQA (needs the extra easy-vqa)."""
+    data: Literal["scenes", "photographs", "easy-vqa"] = "scenes"
+    """Images and questions: the embedded scenes, photographs (docs/data.md), or easy-VQA (needs the extra easy-vqa)."""
+    encoders: Path | None = None
+    """Folder written by `xformer train encoders`; replaces the shipped encoders. Required for photographs."""
     llm: str = "opt"
-    """Frozen language model: opt (tiny, shipped), smollm2, or the folder or Hub id of a causal language model."""
+    """Frozen language model: opt (tiny, shipped), smollm2, or the folder or Hub id of a causal language model. For
+    photographs: the folder opt/ that `xformer train lm --data photographs` wrote."""
     variants: tuple[str, ...] = ("qformer", "xformer")
     """Models to train. The first is the baseline of the comparison."""
     seed: int = 0
@@ -29,11 +32,11 @@ class DemoConfig:
     stage1_steps: int = 720
     """Training steps of stage 1, per variant."""
     stage2_steps: int | None = None
-    """Training steps of stage 2, per variant. Default: 800 with opt, 250 with another language model."""
+    """Training steps of stage 2, per variant. Default: 800 with a tiny language model, 250 with another."""
     train_size: int = 24_000
     """Maximum number of training images."""
     test_size: int = 2_000
-    """Number of held-out scenes to ask about. easy-VQA always uses all its test questions."""
+    """Number of held-out scenes or photographs to ask about. easy-VQA always uses all its test questions."""
     zero_shot: bool = False
     """Also run stage 2 on captions only and ask the questions zero-shot, as in the paper."""
 
@@ -41,6 +44,11 @@ class DemoConfig:
         """Raises ValueError for invalid settings."""
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise ValueError("--variants needs one or more different names")
+        if self.data == "photographs" and (self.encoders is None or self.llm == "opt"):
+            raise ValueError(
+                "--data photographs needs --encoders and --llm of their own: `xformer train encoders --data photographs "
+                "--output DIR` and `xformer train lm --data photographs --output DIR`, then --encoders DIR --llm DIR/opt"
+            )
         for name in ("stage1_steps", "stage2_steps", "train_size", "test_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{flag_of(name)} must be at least 1, not {value}")
@@ -100,12 +108,18 @@ class MaeConfig(Training):
     """Normalise the target pixels of each patch."""
 
 
+Drawn = Literal["scenes", "photographs"]
+"""Data that are drawn: without an end, and with models of their own."""
+
+
 @dataclass(kw_only=True)
 class LmConfig(Training):
     """Train the tiny language model on descriptions of scenes, each followed by questions and a caption."""
 
     command: ClassVar[str] = "xformer train lm"
 
+    data: Drawn = "scenes"
+    """Scenes whose descriptions it reads: the embedded ones, or photographs (docs/data.md)."""
     output: Path = Path("weights")
     """Folder in which opt/ is written."""
     batch_size: int = 32
@@ -123,6 +137,8 @@ class EncodersConfig:
     """Training of CLIP."""
     mae: MaeConfig = field(default_factory=MaeConfig)
     """Training of MAE."""
+    data: Drawn = "scenes"
+    """Scenes to train on: the embedded ones, or photographs (docs/data.md)."""
 
 
 @dataclass
@@ -131,8 +147,11 @@ class ProbeConfig:
 
     model: Path | None = None
     """Folder of a trained model, or of its run: probe its C, M, M', Z_q, Z' and soft prompt. Default: the encoders."""
-    attributes: tuple[str, ...] = ("texture", "count_texture", "ground", "size", "colour", "count")
-    """Types of questions to probe for."""
+    data: Drawn = "scenes"
+    """Scenes to probe with: the embedded ones, or photographs (docs/data.md)."""
+    attributes: tuple[str, ...] = ()
+    """Types of questions to probe for. Default: texture, count_texture, ground, size, colour and count of scenes; all of
+    photographs."""
     encoders: Path = Path(__file__).parent / "weights"
     """Folder with the encoders clip/ and mae/. Default: the shipped ones."""
     train: int = 8000
@@ -171,7 +190,7 @@ class SceneExportConfig:
     """Write the embedded scenes in a benchmark's official files, to try the benchmark without its data."""
 
     name: Annotated[ExportName, tyro.conf.Positional]
-    """The benchmark; easy-vqa and scenes need no files."""
+    """The benchmark; easy-vqa, scenes and photographs need no files."""
     output_dir: Path
     """A new or empty folder; written atomically."""
     size: int = 200

@@ -37,7 +37,7 @@ from xformer_mllm.files import read_json_lines, write_whole
 from xformer_mllm.inference import reconstruct
 
 # A finished job stays valid while the code and weights it used are unchanged.
-WORLD = ("world", "scenes", "scene_questions", "easy_vqa", "start")
+WORLD = ("world", "scenes", "scene_questions", "photographs", "easy_vqa", "start")
 TRAINING_SOURCES = (
     *("model", "data", "train", "variants.py", "checkpoints.py", "language_models.py", "defaults.py"),
     *("files.py", "processes.py", "embedded/weights"),
@@ -54,6 +54,8 @@ QUESTION_SOURCES = (
 
 # Stage 2 on captions: of a batch as many texts as with four questions about each image, and all that an image shows.
 ZERO_SHOT = ("--data", "scenes-detailed", "--batch-size", "96", "--learning-rate", "1e-3")
+
+DATA_NAMES = {"scenes": "the embedded scenes", "photographs": "photographs", "easy-vqa": "easy-VQA"}
 
 IMAGES_TO_TRY = 4
 RECONSTRUCTED_IMAGES = 3
@@ -101,21 +103,32 @@ def jobs_of(
         folder: of the lane, in that of the demo. Default: the variant's name.
     """
     lane = config.output_dir / (folder or variant)
-    steps = config.stage2_steps or (800 if config.llm == "opt" else 250)
+    tiny = is_tiny(config.llm)
+    steps = config.stage2_steps or (800 if tiny else 250)
     common = ("--data", config.data, "--train-size", str(config.train_size), "--seed", str(config.seed))
-    first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common, *stage1)
-    jobs = [_training_job("stage 1", lane / "stage1", first, config.stage1_steps, config.stage1_steps)]
+    first = ("train", "stage1", "--variant", variant, "--steps", str(config.stage1_steps), *common)
+    encoders = ("--encoders", str(config.encoders)) if config.encoders is not None else ()
+    jobs = [
+        _training_job(
+            "stage 1", lane / "stage1", (*first, *encoders, *stage1), config.stage1_steps, config.stage1_steps
+        )
+    ]
     for text, ending in text_settings(config):
         # A full-size language model needs seconds for a batch that the tiny one reads at once.
-        smaller = () if config.llm == "opt" else ("--batch-size", "8")
+        smaller = () if tiny else ("--batch-size", "8")
         changed = (*(ZERO_SHOT if text == "captions" and config.data == "scenes" else ()), *smaller, *stage2)
         second = ("train", "stage2", "--from-pretraining", str(lane / "stage1"), "--llm", config.llm, "--text", text)
         trained = lane / f"stage2{ending}"
         title = f"stage 2 on {text}"
-        work = STAGE2_STEP * steps if config.llm == "opt" else None
+        work = STAGE2_STEP * steps if tiny else None
         jobs.append(_training_job(title, trained, (*second, "--steps", str(steps), *common, *changed), steps, work))
         jobs.append(_questions_job(config, title, trained, lane / f"questions{ending}", split))
     return jobs
+
+
+def is_tiny(llm: str) -> bool:
+    """Whether it is the shipped language model, or one that `xformer train lm` wrote."""
+    return llm == "opt" or (Path(llm) / "recipe.json").is_file()
 
 
 def text_settings(config: DemoConfig) -> list[tuple[str, str]]:
@@ -130,7 +143,7 @@ def _training_job(title: str, folder: Path, arguments: tuple[str, ...], steps: i
 def _questions_job(config: DemoConfig, title: str, model: Path, folder: Path, split: str) -> Job:
     asked = ("evaluate", str(model), "--benchmark", config.data, "--split", split, "--size", str(config.test_size))
     words = (*asked, "--batch-size", "256", "--output-dir", str(folder))
-    count = config.test_size * QUESTIONS_PER_SCENE if config.data == "scenes" else EASY_VQA_QUESTIONS
+    count = config.test_size * QUESTIONS_PER_SCENE if config.data != "easy-vqa" else EASY_VQA_QUESTIONS
     return Job(f"questions after {title}", folder, words, QUESTION_SOURCES, work=count / QUESTIONS_PER_STEP)
 
 
@@ -259,7 +272,7 @@ def write_page(
     asked = settings[0].metrics[config.variants[0]]["all"]["n"]
     steps = next(job.steps for job in lanes[0].jobs if job.title.startswith("stage 2"))
     page = report.Report(
-        title=f"{' and '.join(names)} on {'the embedded scenes' if config.data == 'scenes' else 'easy-VQA'}",
+        title=f"{' and '.join(names)} on {DATA_NAMES[config.data]}",
         variants=config.variants,
         introduction=(
             f"Trained with equal budgets ({config.stage1_steps:,} steps of stage 1, {steps:,} of stage 2, the same "

@@ -1,7 +1,8 @@
-"""Train the models that ship with the package: tiny CLIP, MAE (with its decoder) and OPT, and two tokenizers.
+"""Train tiny models on an embedded world: CLIP, MAE (with its decoder) and OPT, and two tokenizers.
 
-Each training sees every training scene once, in order, so nothing can be memorised. All models are transformers'
-classes; `recipe.json`, saved with the weights, holds the settings and the validation metrics.
+Those of the scenes ship with the package. Each training sees every training scene once, in order, so nothing can be
+memorised. All models are transformers' classes; `recipe.json`, saved with the weights, holds the settings and the
+validation metrics.
 
 Legend: B batch, H height, W width, T text tokens.
 """
@@ -37,10 +38,9 @@ from transformers import (
 
 from xformer_mllm.data.questions import CAPTION_PROMPT, QUESTION_PROMPT
 from xformer_mllm.embedded.commands import ClipConfig, EncodersConfig, LmConfig, MaeConfig, Training
-from xformer_mllm.embedded.scene_questions import EVENLY, ask
-from xformer_mllm.embedded.scenes import ALT_TEXT, caption, description
+from xformer_mllm.embedded.photographs import WORLDS
+from xformer_mllm.embedded.scenes import ALT_TEXT, SCENES, World
 from xformer_mllm.embedded.tokenizers import lm_tokenizer, qformer_tokenizer
-from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 from xformer_mllm.files import atomic_path
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from xformer_mllm.model.vision_encoders import scaled
@@ -48,25 +48,26 @@ from xformer_mllm.model.vision_encoders import scaled
 
 def train_encoders(config: EncodersConfig) -> dict[str, dict[str, float]]:
     """Train and write clip/, mae/ and qformer_tokenizer/ under `config.output`; return their validation metrics."""
-    save_qformer_tokenizer(config.output)
+    save_qformer_tokenizer(config.output, config.data)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        clip = pool.submit(train_clip, config.clip, config.output)
-        mae = pool.submit(train_mae, config.mae, config.output)
+        clip = pool.submit(train_clip, config.clip, config.output, config.data)
+        mae = pool.submit(train_mae, config.mae, config.output, config.data)
         return {"clip": clip.result(), "mae": mae.result()}
 
 
-def save_qformer_tokenizer(output: Path) -> None:
+def save_qformer_tokenizer(output: Path, data: str = "scenes") -> None:
     """Write qformer_tokenizer/ under `output`."""
-    tokenizer = qformer_tokenizer()
-    data = "words of the scenes' texts and of easy-VQA"
+    tokenizer = qformer_tokenizer(WORLDS[data])
+    data = f"words of the {data}' texts and of easy-VQA"
     recipe = {"command": "xformer train encoders", "vocabulary": len(tokenizer), "data": data}
     _write(tokenizer.save_pretrained, output / "qformer_tokenizer", recipe)
 
 
-def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast, world: World = SCENES) -> CLIPModel:
     """An untrained CLIP; its text tower (2 layers) is discarded after training."""
     common = {"hidden_size": config.width, "intermediate_size": 4 * config.width, "num_attention_heads": 4}
-    vision = {**common, "num_hidden_layers": config.layers, "image_size": IMAGE_SIZE, "patch_size": 8}
+    sizes = {"image_size": world.image_size, "patch_size": world.patch_size}
+    vision = {**common, **sizes, "num_hidden_layers": config.layers}
     text = {
         **common,
         "num_hidden_layers": 2,
@@ -80,29 +81,31 @@ def new_clip(config: ClipConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPMode
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
-def train_clip(config: ClipConfig, output: Path) -> dict[str, float]:
+def train_clip(config: ClipConfig, output: Path, data: str = "scenes") -> dict[str, float]:
     """Contrastive training on scenes and captions; write clip/ and return its retrieval metrics on validation."""
-    tokenizer = qformer_tokenizer()
-    model = new_clip(config, tokenizer)
+    world = WORLDS[data]
+    tokenizer = qformer_tokenizer(world)
+    model = new_clip(config, tokenizer, world)
 
     def loss(step: int) -> Tensor:
-        logits = _clip_logits(model, tokenizer, _scenes("train", step * config.batch_size, config.batch_size))
+        scenes = _scenes(world, "train", step * config.batch_size, config.batch_size)
+        logits = _clip_logits(model, tokenizer, scenes, world)
         target = torch.arange(len(logits))
         return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
-    recipe = _train(model, loss, config, "clip", lambda: clip_retrieval(model, tokenizer))
-    recipe["data"] = "scenes and captions, train split, each seen once"
+    recipe = _train(model, loss, config, "clip", lambda: clip_retrieval(model, tokenizer, world))
+    recipe["data"] = f"{data} and captions, train split, each seen once"
     recipe["pixels"] = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "scale": 1 / 255}
     _write(model.vision_model.save_pretrained, output / "clip", recipe)
     return recipe["metrics"]
 
 
-def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene]) -> Tensor:
+def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, scenes: list[Any], world: World) -> Tensor:
     """Similarities images x captions, float[B, B]; the learned scale is at most 50."""
-    text = tokenizer([caption(scene, ALT_TEXT) for scene in scenes], padding=True, return_tensors="pt")
+    text = tokenizer([world.caption(scene, ALT_TEXT) for scene in scenes], padding=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(
-            pixel_values=normalised(_images(scenes), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+            pixel_values=normalised(_images(world, scenes), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
             input_ids=text["input_ids"],
             attention_mask=text["attention_mask"],
         )
@@ -111,19 +114,19 @@ def _clip_logits(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, scenes: l
 
 
 @torch.no_grad()
-def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def clip_retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, world: World = SCENES) -> dict[str, float]:
     """Recall at 1 among 100 validation scenes, both directions, mean of 10 rounds (equal captions count as misses)."""
     model.eval()
     text, image = [], []
     for first in range(0, 1000, 100):
-        logits = _clip_logits(model, tokenizer, _scenes("validation", first, 100))
+        logits = _clip_logits(model, tokenizer, _scenes(world, "validation", first, 100), world)
         target = torch.arange(100)
         text.append((logits.argmax(1) == target).float().mean().item())
         image.append((logits.argmax(0) == target).float().mean().item())
     return {"image_to_text_r1_of_100": float(np.mean(text)), "text_to_image_r1_of_100": float(np.mean(image))}
 
 
-def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
+def new_mae(config: MaeConfig, world: World = SCENES) -> ViTMAEForPreTraining:
     """An untrained MAE with sine-cosine positions (transformers leaves the decoder's at zero)."""
     torch.manual_seed(config.seed)
     model = ViTMAEForPreTraining(
@@ -132,8 +135,8 @@ def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
             intermediate_size=4 * config.width,
             num_hidden_layers=config.layers,
             num_attention_heads=4,
-            image_size=IMAGE_SIZE,
-            patch_size=8,
+            image_size=world.image_size,
+            patch_size=world.patch_size,
             decoder_hidden_size=96,
             decoder_intermediate_size=384,
             decoder_num_hidden_layers=3,
@@ -148,30 +151,33 @@ def new_mae(config: MaeConfig) -> ViTMAEForPreTraining:
     return model
 
 
-def train_mae(config: MaeConfig, output: Path) -> dict[str, float]:
+def train_mae(config: MaeConfig, output: Path, data: str = "scenes") -> dict[str, float]:
     """Masked autoencoding of scenes; write mae/ (encoder and decoder) and return its loss on validation."""
-    model = new_mae(config)
+    world = WORLDS[data]
+    model = new_mae(config, world)
+    patches = model.vit.embeddings.patch_embeddings.num_patches
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss(step: int) -> Tensor:
-        scenes = _scenes("train", step * config.batch_size, config.batch_size)
-        noise = torch.rand(len(scenes), 36, generator=generator)
+        scenes = _scenes(world, "train", step * config.batch_size, config.batch_size)
+        noise = torch.rand(len(scenes), patches, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            return model(normalised(_images(scenes), IMAGENET_MEAN, IMAGENET_STD), noise=noise).loss
+            return model(normalised(_images(world, scenes), IMAGENET_MEAN, IMAGENET_STD), noise=noise).loss
 
-    recipe = _train(model, loss, config, "mae", lambda: mae_loss(model))
-    recipe["data"] = "scenes, train split, each seen once"
+    recipe = _train(model, loss, config, "mae", lambda: mae_loss(model, world))
+    recipe["data"] = f"{data}, train split, each seen once"
     recipe["pixels"] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "scale": 1 / 255}
     _write(model.save_pretrained, output / "mae", recipe)
     return recipe["metrics"]
 
 
 @torch.no_grad()
-def mae_loss(model: ViTMAEForPreTraining) -> dict[str, float]:
+def mae_loss(model: ViTMAEForPreTraining, world: World = SCENES) -> dict[str, float]:
     """Reconstruction loss on 512 validation scenes with fixed masks, and their variance (the mean image's loss)."""
     model.eval()
-    images = normalised(_images(_scenes("validation", 0, 512)), IMAGENET_MEAN, IMAGENET_STD)
-    noise = torch.rand(512, 36, generator=torch.Generator().manual_seed(0))
+    images = normalised(_images(world, _scenes(world, "validation", 0, 512)), IMAGENET_MEAN, IMAGENET_STD)
+    patches = model.vit.embeddings.patch_embeddings.num_patches
+    noise = torch.rand(512, patches, generator=torch.Generator().manual_seed(0))
     return {
         "reconstruction_loss": model(images, noise=noise).loss.item(),
         "variance": images.var(dim=(0, 2, 3)).mean().item(),
@@ -207,7 +213,8 @@ def train_lm(config: LmConfig) -> dict[str, float]:
     [description][</s> text <end>], the layout of stage 2, where soft prompts replace the description. The loss is on
     captions and answers only: descriptions and questions are random, with little to learn.
     """
-    tokenizer = lm_tokenizer()
+    world = WORLDS[config.data]
+    tokenizer = lm_tokenizer(world)
     model = new_lm(config, tokenizer)
 
     def loss(step: int) -> Tensor:
@@ -218,13 +225,13 @@ def train_lm(config: LmConfig) -> dict[str, float]:
             logits = model(**batch, use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
-    recipe = _train(model, loss, config, "lm", lambda: lm_accuracy(model, tokenizer))
-    recipe["data"] = "descriptions, captions and questions of the scenes, train split"
+    recipe = _train(model, loss, config, "lm", lambda: lm_accuracy(model, tokenizer, world=world))
+    recipe["data"] = f"descriptions, captions and questions of the {config.data}, train split"
     recipe["format"] = "[description] </s> Question: ... Answer: ... <end>; stage 2 puts soft prompts in its place"
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
-        lm_tokenizer().save_pretrained(folder)  # `tokenizer` keeps the padding of its last call
+        lm_tokenizer(world).save_pretrained(folder)  # `tokenizer` keeps the padding of its last call
 
     _write(save, config.output / "opt", recipe)
     return recipe["metrics"]
@@ -232,14 +239,15 @@ def train_lm(config: LmConfig) -> dict[str, float]:
 
 def scene_text(index: int, config: LmConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
     """Token ids of a training scene: description and segments, each with its number of target tokens at the end."""
-    scene = draw_scene("train", index)
+    world = WORLDS[config.data]
+    scene = world.draw("train", index)
     rng = random.Random(f"{scene.key}/lm/{config.seed}")
-    words = description(scene, rng).split()
+    words = world.description(scene, rng).split()
     if rng.random() < 0.1:  # soft prompts are incomplete, too
         words = [word for word in words if rng.random() > 0.1]
-    asked = ask(scene, config.questions_per_scene, EVENLY)
+    asked = world.ask_evenly(scene, config.questions_per_scene)
     pairs = [(QUESTION_PROMPT.format(question=question.question), str(question.answer)) for question in asked]
-    pairs.append((CAPTION_PROMPT, caption(scene, ALT_TEXT)))
+    pairs.append((CAPTION_PROMPT, world.caption(scene, ALT_TEXT)))
 
     def encoded(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -286,14 +294,17 @@ def pack(scenes: list[list[tuple[list[int], int]]], tokenizer: PreTrainedTokeniz
 
 
 @torch.no_grad()
-def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: int = 300) -> dict[str, float]:
+def lm_accuracy(
+    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scenes: int = 300, world: World = SCENES
+) -> dict[str, float]:
     """Fraction of validation questions answered from the full description by generation: overall and by type."""
     model.eval()
-    questions = [(scene, question) for scene in _scenes("validation", 0, scenes) for question in ask(scene, 4, EVENLY)]
+    asked = _scenes(world, "validation", 0, scenes)
+    questions = [(scene, question) for scene in asked for question in world.ask_evenly(scene, 4)]
     right: dict[str, list[bool]] = {}
     for first in range(0, len(questions), 200):
         batch = questions[first : first + 200]
-        prompts = [f"{description(scene)} </s> Question: {q.question} Answer:" for scene, q in batch]
+        prompts = [f"{world.description(scene)} </s> Question: {q.question} Answer:" for scene, q in batch]
         inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
         inputs.pop("token_type_ids", None)
         output = model.generate(**inputs, max_new_tokens=4, do_sample=False)  # type: ignore[misc]
@@ -306,15 +317,15 @@ def lm_accuracy(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scene
 
 def normalised(images: np.ndarray, mean: list[float], std: list[float]) -> Tensor:
     """uint8[B, H, W, 3] -> float32[B, 3, H, W] normalised with an encoder's mean and standard deviation."""
-    return scaled(torch.from_numpy(images).permute(0, 3, 1, 2), IMAGE_SIZE, mean, std, torch.float32)
+    return scaled(torch.from_numpy(images).permute(0, 3, 1, 2), images.shape[1], mean, std, torch.float32)
 
 
-def _scenes(split: str, first: int, count: int) -> list[Scene]:
-    return [draw_scene(split, index) for index in range(first, first + count)]
+def _scenes(world: World, split: str, first: int, count: int) -> list[Any]:
+    return [world.draw(split, index) for index in range(first, first + count)]
 
 
-def _images(scenes: list[Scene]) -> np.ndarray:
-    return np.stack([render(scene) for scene in scenes])
+def _images(world: World, scenes: list[Any]) -> np.ndarray:
+    return np.stack([world.render(scene) for scene in scenes])
 
 
 def _train(

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -299,18 +300,31 @@ def job_keys(jobs: Sequence[Job]) -> dict[str, str]:
     keys, so_far = {}, hashlib.sha256()
     for job in jobs:
         so_far.update("\0".join((*job.arguments, fingerprints[job.sources])).encode())
+        if own := own_weights(job.arguments):
+            so_far.update(fingerprint(own).encode())
         keys[job.title] = so_far.hexdigest()
     return keys
 
 
+def own_weights(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Folders of weights that a command names and `xformer train encoders` or `xformer train lm` wrote."""
+    folders = []
+    for flag, value in pairwise(arguments):
+        if flag == "--encoders":
+            folders += [Path(value).absolute() / part for part in ("clip", "mae", "qformer_tokenizer")]
+        elif flag == "--llm":
+            folders.append(Path(value).absolute())
+    return tuple(str(folder) for folder in folders if (folder / "recipe.json").is_file())
+
+
 def fingerprint(sources: Sequence[str]) -> str:
-    """Return a hash of the content of files and folders of the package."""
+    """Return a hash of the content of files and folders, given relative to the package or as absolute paths."""
     digest = hashlib.sha256()
     for source in sources:
         path = PACKAGE / source
         inside = (file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
         for file in sorted(inside) if path.is_dir() else [path]:
-            digest.update(str(file.relative_to(PACKAGE)).encode() + b"\0" + file.read_bytes())
+            digest.update(os.path.relpath(file, PACKAGE).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

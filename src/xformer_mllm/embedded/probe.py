@@ -27,8 +27,8 @@ from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
 from xformer_mllm.data.questions import QUESTION_PROMPT
 from xformer_mllm.embedded.commands import ProbeConfig
 from xformer_mllm.embedded.encoders import normalised, provenance
-from xformer_mllm.embedded.scene_questions import QUESTION_TYPES
-from xformer_mllm.embedded.world import Scene, draw_scene, render
+from xformer_mllm.embedded.photographs import WORLDS
+from xformer_mllm.embedded.scenes import SCENES, World
 from xformer_mllm.files import write_whole
 from xformer_mllm.inference import KINDS, bf16_autocast
 from xformer_mllm.model.configuration_xformer import IMAGENET_MEAN, IMAGENET_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -44,6 +44,8 @@ MODEL_TOKENS = {
     "Z'": "fused_queries",
 }
 SOFT_PROMPT = "soft prompt"
+ATTRIBUTES = {"scenes": ("texture", "count_texture", "ground", "size", "colour", "count")}
+"""Types of questions to probe for by default; all of other data."""
 
 Asked = dict[str, list[tuple[int, str, str]]]  # split -> (scene number, question, answer)
 
@@ -89,27 +91,30 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for an unknown attribute.
     """
-    if unknown := [name for name in config.attributes if name not in QUESTION_TYPES]:
-        raise ValueError(f"--attributes {unknown[0]}: not a type of question; choose from {', '.join(QUESTION_TYPES)}")
+    world = WORLDS[config.data]
+    if unknown := [name for name in config.attributes if name not in world.forms]:
+        raise ValueError(f"--attributes {unknown[0]}: not a type of question; choose from {', '.join(world.forms)}")
     torch.set_num_threads(1)
     sizes = {"train": config.train, "validation": config.validation, "test": config.test}
-    scenes = {split: [draw_scene(split, i) for i in range(size)] for split, size in sizes.items()}
+    scenes = {split: [world.draw(split, i) for i in range(size)] for split, size in sizes.items()}
     if config.model is None:
-        encoded = {name: standardised_features(encoder, scenes) for name, encoder in load_encoders(config).items()}
+        encoded = {
+            name: standardised_features(encoder, scenes, world) for name, encoder in load_encoders(config).items()
+        }
         tokens = {name: [encoded[part] for part in parts] for name, parts in TOKENS.items()}
     else:
         # Test scenes are for final results; a model is looked into while it is being improved.
-        scenes["test"] = [draw_scene("validation", config.validation + i) for i in range(config.test)]
+        scenes["test"] = [world.draw("validation", config.validation + i) for i in range(config.test)]
         model, processor = load_model(config.model, KINDS)
         aware = getattr(model.config, "instruction_aware", False) and model.config.text_config is not None
-        tokens = {} if aware else model_features(model, processor, scenes)
+        tokens = {} if aware else model_features(model, processor, scenes, world=world)
     results: dict[str, dict[str, Any]] = {}
-    progress = tqdm(config.attributes, desc="probe")
+    progress = tqdm(config.attributes or ATTRIBUTES.get(config.data, tuple(world.forms)), desc="probe")
     for attribute in progress:
-        asked = {split: attribute_questions(attribute, some) for split, some in scenes.items()}
+        asked = {split: attribute_questions(attribute, some, world) for split, some in scenes.items()}
         results[attribute] = _majority(asked)
         if config.model is not None and aware:
-            tokens = model_features(model, processor, scenes, asked)
+            tokens = model_features(model, processor, scenes, asked, world)
             asked = {split: [(row, *asks[1:]) for row, asks in enumerate(some)] for split, some in asked.items()}
         for name, features in tokens.items():
             validation, test = fit_probe(asked, features, config)
@@ -121,7 +126,7 @@ def probe(config: ProbeConfig) -> dict[str, dict[str, Any]]:
 
 @torch.inference_mode()
 def model_features(
-    model: Any, processor: Any, scenes: dict[str, list[Scene]], asked: Asked | None = None
+    model: Any, processor: Any, scenes: dict[str, list[Any]], asked: Asked | None = None, world: World = SCENES
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Name of a model's tokens -> [split -> float32[scenes, tokens, width]], standardised on train.
 
@@ -134,7 +139,7 @@ def model_features(
             rows = [(number, question) for number, question, _ in asked[split]]
         for first in range(0, len(rows), 250):
             part = rows[first : first + 250]
-            pixels = torch.from_numpy(np.stack([render(some[number]) for number, _ in part])).permute(0, 3, 1, 2)
+            pixels = torch.from_numpy(np.stack([world.render(some[number]) for number, _ in part])).permute(0, 3, 1, 2)
             with bf16_autocast(model.device):
                 tokens = _model_tokens(model, processor, pixels.to(model.device), [question for _, question in part])
             for name, values in tokens.items():
@@ -179,11 +184,11 @@ def load_encoders(config: ProbeConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def standardised_features(encoder: Any, scenes: dict[str, list[Scene]]) -> dict[str, Tensor]:
+def standardised_features(encoder: Any, scenes: dict[str, list[Any]], world: World = SCENES) -> dict[str, Tensor]:
     """Split -> float32[scenes, N, D], each channel standardised by its mean and deviation on train."""
     tokens = {}
     for split, some in scenes.items():
-        batches = [np.stack([render(s) for s in some[i : i + 250]]) for i in range(0, len(some), 250)]
+        batches = [np.stack([world.render(s) for s in some[i : i + 250]]) for i in range(0, len(some), 250)]
         with torch.autocast("cpu", torch.bfloat16):
             tokens[split] = torch.cat([encoder(batch).float() for batch in batches])
     return _standardised(tokens)
@@ -194,9 +199,9 @@ def _standardised(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
     return {split: (t - mean) / (std + 1e-6) for split, t in tokens.items()}
 
 
-def attribute_questions(attribute: str, scenes: list[Scene]) -> list[tuple[int, str, str]]:
+def attribute_questions(attribute: str, scenes: list[Any], world: World = SCENES) -> list[tuple[int, str, str]]:
     """(scene number, question, answer) for every scene that allows this question."""
-    form = QUESTION_TYPES[attribute][0]
+    form = world.forms[attribute][0]
     asked = []
     for number, scene in enumerate(scenes):
         # A scene may lack the answer drawn (a count of four): after a few draws it is skipped.
@@ -267,7 +272,7 @@ def _accuracy(model: AttentiveProbe, data: tuple[Tensor, Tensor, Tensor], featur
 
 
 def run_probe(config: ProbeConfig, output: Path | None = None) -> dict[str, Any]:
-    """Run the probes, write probe.json and probe.md, and return the content of probe.json.
+    """Run the probes, write probe.json and probe.md (probe-photographs), and return the content of probe.json.
 
     Args:
         output: folder; by default docs/results, or that of the model's run.
@@ -276,9 +281,12 @@ def run_probe(config: ProbeConfig, output: Path | None = None) -> dict[str, Any]
     if output is None:
         output = Path("docs/results") if config.model is None else evaluation_folder(model_folder(config.model))
     results = probe(config)
-    model = "" if config.model is None else f" --model {config.model}"
+    options = "" if config.model is None else f" --model {config.model}"
+    if config.data != "scenes":
+        options += f" --data {config.data}" + (f" --encoders {config.encoders}" if config.model is None else "")
+    name = "probe" if config.data == "scenes" else f"probe-{config.data}"
     record = {
-        "command": f"xformer data probe{model}",
+        "command": f"xformer data probe{options}",
         "seed": config.seed,
         **provenance(started),
         "config": {
@@ -286,11 +294,11 @@ def run_probe(config: ProbeConfig, output: Path | None = None) -> dict[str, Any]
         },
         "results": results,
     }
-    write_whole(output / "probe.json", json.dumps(record, indent=2) + "\n")
+    write_whole(output / f"{name}.json", json.dumps(record, indent=2) + "\n")
     page = markdown(record) if config.model is None else model_markdown(record)
-    write_whole(output / "probe.md", page)
+    write_whole(output / f"{name}.md", page)
     if config.model is not None:
-        print(page + f"\n{output / 'probe.md'}")
+        print(page + f"\n{output / name}.md")
     return record
 
 

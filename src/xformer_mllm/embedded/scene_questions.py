@@ -11,8 +11,9 @@ Sources of the wording: counting and existence as in GVT's OC and MCI sets ("How
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
+from typing import Any
 
 from xformer_mllm.data.questions import Question
 from xformer_mllm.embedded.world import COLOURS, SHAPES, TEXTURES, Scene, SceneObject
@@ -25,6 +26,8 @@ COUNT_WEIGHTS = {1: 0.32, 2: 0.46, 3: 0.78, 4: 1.4}
 
 _COLOUR_NAMES = tuple(COLOURS)
 Asked = tuple[str, str] | None  # question and answer; None if the scene does not allow the question
+Forms = Mapping[str, tuple[Callable[[Any, random.Random], Asked], str | None, str | None]]
+"""Question type -> its generator, GQA's structural type, GQA's semantic type."""
 
 
 def name(obj: SceneObject) -> str:
@@ -177,8 +180,7 @@ def ground(scene: Scene, rng: random.Random) -> Asked:
     return "What is the ground like?", scene.ground
 
 
-# question type -> (generator, GQA's structural type, GQA's semantic type)
-QUESTION_TYPES: dict[str, tuple[Callable[[Scene, random.Random], Asked], str | None, str | None]] = {
+QUESTION_TYPES: Forms = {
     "count_all": (count_all, None, None),
     "count": (count, None, None),
     "count_texture": (count_texture, None, None),
@@ -202,7 +204,7 @@ DETAIL = (*EVENLY, *3 * ("texture", "exists_texture", "count_texture"), "size")
 `DETAIL`, so that a third asks for a texture: docs/decisions/embedded-world.md."""
 
 
-def ask(scene: Scene, count: int, types: Sequence[str] = DETAIL) -> list[Question]:
+def ask(scene: Any, count: int, types: Sequence[str] = DETAIL, forms: Forms = QUESTION_TYPES) -> list[Question]:
     """`count` different questions about the scene, the same at every call.
 
     Their types differ as long as the scene allows more types; then types repeat.
@@ -212,7 +214,7 @@ def ask(scene: Scene, count: int, types: Sequence[str] = DETAIL) -> list[Questio
     while True:
         drawn: set[str] = set()
         for question_type in rng.sample(types, len(types)):
-            form, structural, semantic = QUESTION_TYPES[question_type]
+            form, structural, semantic = forms[question_type]
             if question_type in drawn or not (pair := form(scene, rng)) or pair[0] in asked:
                 continue
             drawn.add(question_type)

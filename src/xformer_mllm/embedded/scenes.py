@@ -1,14 +1,18 @@
 """Captions, full descriptions and datasets of the embedded world."""
 
 import random
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from xformer_mllm.embedded.scene_questions import PLURALS, ask
-from xformer_mllm.embedded.world import Scene, draw_scene, render
+from xformer_mllm.data.questions import Question
+from xformer_mllm.embedded.scene_questions import EVENLY, PLURALS, QUESTION_TYPES, Forms, ask
+from xformer_mllm.embedded.world import IMAGE_SIZE, Scene, draw_scene, render
 
 
 class Detail(NamedTuple):
@@ -69,39 +73,67 @@ def description(scene: Scene, rng: random.Random | None = None) -> str:
     return " , ".join([*phrases, f"{scene.ground} ground"])
 
 
-@lru_cache(maxsize=4096)
-def image_of(scene: Scene) -> Image.Image:
-    """The scene, 48x48 RGB. Cached: the questions of a scene are adjacent and share their image."""
-    return Image.fromarray(render(scene))
+@dataclass(frozen=True, eq=False)
+class World:
+    """What draws and describes a kind of scene: an object with a `key`, determined by its split, index and seed."""
+
+    draw: Callable[..., Any]
+    """split, index, seed -> scene."""
+    render: Callable[[Any], np.ndarray]
+    """scene -> uint8[H, W, 3]."""
+    caption: Callable[[Any, Detail], str]
+    description: Callable[..., str]
+    """scene, optional rng for the order -> the complete scene as text."""
+    ask: Callable[[Any, int], list[Question]]
+    """scene, number -> questions, in training and tests."""
+    ask_evenly: Callable[[Any, int], list[Question]]
+    """The same for the tiny language model."""
+    forms: Forms
+    """Every type of question, for the probes."""
+    image_size: int
+    patch_size: int
+    """Of the tiny encoders."""
+
+
+SCENES = World(
+    draw_scene, render, caption, description, ask, partial(ask, types=EVENLY), QUESTION_TYPES, IMAGE_SIZE, patch_size=8
+)
 
 
 @lru_cache(maxsize=4096)
-def _asked(scene: Scene, questions: int) -> list:
-    return ask(scene, questions)
+def image_of(scene: Any, world: World = SCENES) -> Image.Image:
+    """The scene, RGB. Cached: the questions of a scene are adjacent and share their image."""
+    return Image.fromarray(world.render(scene))
+
+
+@lru_cache(maxsize=4096)
+def _asked(scene: Any, questions: int, world: World) -> list:
+    return world.ask(scene, questions)
 
 
 class SceneCaptions(Dataset):
     """`size` scenes of a split ("train", "validation", "test") with their captions.
 
-    Item: {"id": str, "image": PIL.Image (RGB, 48x48), "caption": str}.
+    Item: {"id": str, "image": PIL.Image (RGB), "caption": str}.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0, detail: Detail = WRITTEN):
-        draw_scene(split, 0, seed)  # raises for an unknown split
-        self.split, self.size, self.seed, self.detail = split, size, seed, detail
+    def __init__(self, split: str, size: int, seed: int = 0, detail: Detail = WRITTEN, world: World = SCENES):
+        world.draw(split, 0, seed)  # raises for an unknown split
+        self.split, self.size, self.seed, self.detail, self.world = split, size, seed, detail, world
 
     def __len__(self) -> int:
         return self.size
 
-    def scene(self, index: int) -> Scene:
+    def scene(self, index: int) -> Any:
         """The scene of item `index`. Raises IndexError if out of range."""
         if not 0 <= index < self.size:
             raise IndexError(index)
-        return draw_scene(self.split, index, self.seed)
+        return self.world.draw(self.split, index, self.seed)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)
-        return {"id": scene.key, "image": image_of(scene), "caption": caption(scene, self.detail)}
+        caption = self.world.caption(scene, self.detail)
+        return {"id": scene.key, "image": image_of(scene, self.world), "caption": caption}
 
 
 class SceneQuestions(Dataset):
@@ -110,9 +142,9 @@ class SceneQuestions(Dataset):
     Item: `Question.item` of data/questions.py. `len` is size * questions_per_scene.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0, questions_per_scene: int = 4):
-        ask(draw_scene(split, 0, seed), questions_per_scene)
-        self.split, self.size, self.seed = split, size, seed
+    def __init__(self, split: str, size: int, seed: int = 0, questions_per_scene: int = 4, world: World = SCENES):
+        world.ask(world.draw(split, 0, seed), questions_per_scene)
+        self.split, self.size, self.seed, self.world = split, size, seed, world
         self.questions_per_scene = questions_per_scene
 
     def __len__(self) -> int:
@@ -122,5 +154,5 @@ class SceneQuestions(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         scene_index, which = divmod(index, self.questions_per_scene)
-        scene = draw_scene(self.split, scene_index, self.seed)
-        return _asked(scene, self.questions_per_scene)[which].item(image_of(scene))
+        scene = self.world.draw(self.split, scene_index, self.seed)
+        return _asked(scene, self.questions_per_scene, self.world)[which].item(image_of(scene, self.world))

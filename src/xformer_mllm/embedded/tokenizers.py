@@ -1,11 +1,10 @@
-"""The two tokenizers of the embedded world: one small WordPiece vocabulary, in BERT and in OPT format."""
+"""The two tokenizers of an embedded world: one small WordPiece vocabulary, in BERT and in OPT format."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from xformer_mllm.embedded.scene_questions import ask
-from xformer_mllm.embedded.scenes import caption, description
-from xformer_mllm.embedded.world import draw_scene
+from xformer_mllm.embedded.scenes import SCENES, WRITTEN, World
+from xformer_mllm.embedded.world import SPLITS
 
 # Words of easy-VQA and of questions in general, added to the vocabularies so that each is one token.
 OTHER_WORDS = (
@@ -31,19 +30,19 @@ OTHER_WORDS = (
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"()-"
 
 
-def world_words() -> list[str]:
-    """Every word of the scenes' texts and of OTHER_WORDS, sorted."""
+def world_words(world: World = SCENES) -> list[str]:
+    """Every word of the world's texts and of OTHER_WORDS, sorted."""
     texts = [*OTHER_WORDS]
-    for index in range(3000):
-        scene = draw_scene("train", index)
-        texts += [caption(scene), description(scene), *(f"{q.question} {q.answer}" for q in ask(scene, 4))]
+    for scene in (world.draw(split, index) for split in SPLITS for index in range(1000)):
+        texts += [world.caption(scene, WRITTEN), world.description(scene)]
+        texts += [f"{asked.question} {asked.answer}" for asked in world.ask(scene, 4)]
     split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
     return sorted({word for text in texts for word, _ in split(text.lower())} | {str(n) for n in range(10)})
 
 
-def _word_piece(specials: list[str]) -> Tokenizer:
+def _word_piece(world: World, specials: list[str]) -> Tokenizer:
     """Lower-case WordPiece over the world's words; other words split into characters, other characters are unknown."""
-    pieces = [*specials, *world_words(), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
+    pieces = [*specials, *world_words(world), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     unknown = next(token for token in specials if "unk" in token.lower())
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=64))
@@ -53,9 +52,9 @@ def _word_piece(specials: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def qformer_tokenizer() -> PreTrainedTokenizerFast:
+def qformer_tokenizer(world: World = SCENES) -> PreTrainedTokenizerFast:
     """The Q-Former's tokenizer: [CLS] text [SEP] as in BERT, and [DEC] to start generated text as in LAVIS."""
-    tokenizer = _word_piece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"])
+    tokenizer = _word_piece(world, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -72,9 +71,9 @@ def qformer_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def lm_tokenizer() -> PreTrainedTokenizerFast:
+def lm_tokenizer(world: World = SCENES) -> PreTrainedTokenizerFast:
     """The language model's tokenizer: </s> first, as in OPT; <end> ends an answer; <image> marks the soft prompt."""
-    tokenizer = _word_piece(["<s>", "<pad>", "</s>", "<unk>", "<end>", "<image>"])
+    tokenizer = _word_piece(world, ["<s>", "<pad>", "</s>", "<unk>", "<end>", "<image>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

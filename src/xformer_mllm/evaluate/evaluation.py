@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from xformer_mllm import defaults, report
 from xformer_mllm.checkpoints import evaluation_folder, load_model, model_folder
-from xformer_mllm.commands import BenchmarkConfig, EvaluateConfig, ScoreConfig, flag_of
+from xformer_mllm.commands import DRAWN, BenchmarkConfig, EvaluateConfig, ScoreConfig, flag_of
 from xformer_mllm.evaluate.benchmark import EXPORT_FILE, Benchmark, Scores
 from xformer_mllm.evaluate.coco_captions import CocoCaptions
 from xformer_mllm.evaluate.gqa import Gqa
@@ -184,7 +184,7 @@ def open_benchmark(config: BenchmarkConfig) -> Any:
     split = _split(config)
     if split not in kind.splits:
         raise ValueError(f"{kind.name} has the splits {', '.join(kind.splits)}, not {split!r}")
-    if config.benchmark == "scenes":
+    if config.benchmark in DRAWN:
         return kind(split, config.size, config.questions_per_image, config.seed)
     if config.benchmark == "easy-vqa":
         return kind(split)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from xformer_mllm.commands import DATA, SCENES, flag_of
+from xformer_mllm.commands import DATA, DRAWN, flag_of
 from xformer_mllm.files import write_whole
 
 CONFIG_FILE = "config.json"
@@ -32,12 +32,12 @@ class RunConfig:
     """Arguments of both stages."""
 
     data: str = "scenes"
-    """Training data: scenes (embedded world), scenes-detailed (with captions that leave out less), easy-vqa, a folder,
-    .json, .jsonl, .csv, .tar or hf:NAME (docs/data.md)."""
+    """Training data: scenes (embedded world), scenes-detailed (with captions that leave out less), photographs (made of
+    cut-outs), easy-vqa, a folder, .json, .jsonl, .csv, .tar or hf:NAME (docs/data.md)."""
     images: Path | None = None
     """Image folder of a .json, .jsonl or .csv file. Defaults to the folder of that file."""
     train_size: int | None = None
-    """Maximum number of training images. Defaults to all; 24,000 for scenes."""
+    """Maximum number of training images. Defaults to all; 24,000 for scenes and photographs."""
     augment: Literal["crop+flip", "crop", "none"] = "crop+flip"
     """Augmentation of your own images, as in BLIP-2: random crop of 50-100% of the area, horizontal flip of every other."""
     clean_captions: bool = False
@@ -93,7 +93,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an invalid value."""
-        if self.train_size is None and self.data in SCENES:
+        if self.train_size is None and self.data in DRAWN:
             object.__setattr__(self, "train_size", SCENES_SIZE)
         if self.train_size is not None and self.train_size < 1:
             raise ValueError(f"--train-size must be at least 1, not {self.train_size}")

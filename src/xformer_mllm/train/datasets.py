@@ -1,6 +1,6 @@
 """A run's training data and a few held-out images, from the name of a source.
 
-`scenes` and `easy-vqa` come with the package or an extra; `data/sources.py` opens every other source.
+`scenes`, `photographs` and `easy-vqa` come with the package or an extra; `data/sources.py` opens every other source.
 """
 
 import dataclasses

@@ -90,8 +90,9 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
     except ValueError as error:
         raise ValueError(f"--model-settings {error}") from error
     name = config.second_encoder
+    own: dict[str, Any] = {"settings": config.model_settings, "encoders": config.encoders}
     if name is None:
-        return defaults.start_pretraining(config.variant, config.seed, None, config.model_settings, config.encoders)
+        return defaults.start_pretraining(config.variant, config.seed, **own)
     if Path(name).is_file():
         raise ValueError(
             f"--second-encoder {name}: a file; pass a folder or a Hub id, or convert a MAE's .pth file with "
@@ -101,7 +102,7 @@ def _start(config: Stage1Config) -> tuple[Any, Any]:
         check_on_hub("--second-encoder", name)
     variant_config(config.variant, base)  # report an unknown variant as such, not as the encoder's error
     try:
-        return defaults.start_pretraining(config.variant, config.seed, name, config.model_settings, config.encoders)
+        return defaults.start_pretraining(config.variant, config.seed, name, **own)
     except AttributeError as error:  # a language model lacks a vision tower's settings
         raise ValueError(f"--second-encoder {name}: not a vision tower ({error})") from error
     except (ValueError, OSError) as error:
