@@ -6,6 +6,7 @@ import warnings
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -354,6 +355,8 @@ def test_webp_with_damaged_metadata(tmp_path):
 @pytest.mark.parametrize("tag", [274, 34675])  # orientation, ICC
 @pytest.mark.parametrize(("place", "value"), [(8, b"\xff\xff\xff\x7f"), (4, b"\xff\xff\xff\x7f"), (2, b"\x63\0")])
 def test_tiff_with_damaged_metadata(tmp_path, tag, place, value):
+    if (tag, place) == (274, 4) and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow reads it since 13.0; before, it is an error that names the file")
     exif = Image.Exif()
     exif[274] = 1
     path = saved(tmp_path, Image.fromarray(PIXELS), "image.tif", exif=exif, icc_profile=b"abc" * 5)
