@@ -392,7 +392,9 @@ def test_the_recipes_are_accelerates_own_settings(name):
     ("wrong", "what"),
     [({"fsdp_version": 1}, "second version"), ({"cpu_ram_efficient_loading": True}, "every process")],
 )
-def test_what_fsdp_cannot_do_is_said(wrong, what):
+def test_what_fsdp_cannot_do_is_said(wrong, what, monkeypatch):
+    # The plugin writes its answer into the environment, where the processes of other tests would find it.
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **wrong})
     with pytest.raises(ValueError, match=what):
         sharding.plan(XFormerForPreTraining(tiny_config()), plugin, torch.device("cpu"))
