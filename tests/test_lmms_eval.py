@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,10 @@ import torch
 from PIL import Image
 
 from xformer_mllm.checkpoints import start_generation
+from xformer_mllm.cli import main
+from xformer_mllm.commands import EvaluateConfig
+from xformer_mllm.defaults import shipped_model
+from xformer_mllm.evaluate.evaluation import evaluate
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 GQA = "\nAnswer the question using a single word or phrase."
@@ -444,6 +449,15 @@ def test_default_orders_are_those_of_the_installed_tasks(adapter):
         assert adapter.question_in(f"Is it red?{options['default']['post_prompt']}") == "Is it red?"
 
 
+IN_32_BITS = """
+from lmms_eval.cli.dispatch import main
+from xformer_mllm import inference
+inference.bf16_is_fast = lambda: False
+main()
+"""
+"""lmms-eval's own command, in 32 bits, where no answer depends on its batch."""
+
+
 @pytest.mark.slow
 @real
 @pytest.mark.parametrize("processes", [1, 2])
@@ -454,13 +468,8 @@ def test_answers_reach_the_score_of_the_real_evaluator(lm, runs, tmp_path, proce
         row["answer"] = answer_alone(lm, prompt, row.pop("document"), max_new_tokens=8)
     rows[3]["answer"] = "something else"
     write_task(tmp_path, "ours", "generate_until", rows, GENERATION)
-    command = tmp_path / "command.py"  # lmms-eval's own, in 32 bits, where no answer depends on its batch
-    command.write_text(
-        "from xformer_mllm import inference\n"
-        "from lmms_eval.cli.dispatch import main\n"
-        "inference.bf16_is_fast = lambda: False\n"
-        "main()\n"
-    )
+    command = tmp_path / "command.py"
+    command.write_text(IN_32_BITS)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
     ask = ["--model", "xformer", "--model_args", f"pretrained={runs / 'stage2'}", "--batch_size", "3"]
     task = [
@@ -480,6 +489,46 @@ def test_answers_reach_the_score_of_the_real_evaluator(lm, runs, tmp_path, proce
     )
     (results,) = (tmp_path / "out").rglob("*results.json")
     assert json.loads(results.read_text())["results"]["ours"]["exact_match,none"] == pytest.approx(6 / 7)
+
+
+TASKS = Path(__file__).parents[1] / "examples" / "lmms_eval"
+
+
+@pytest.mark.slow
+@real
+@pytest.mark.parametrize(
+    ("benchmark", "prompt", "metrics"),
+    [
+        ("gqa", None, {"exact_match": "accuracy"}),
+        ("vqav2", None, {"exact_match": "accuracy"}),
+        ("coco-captions", "a photo of", {"coco_CIDEr": "CIDEr-D", "coco_Bleu_4": "BLEU-4"}),
+    ],
+)
+def test_local_tasks_have_the_scores_of_xformer_evaluate(adapter, tmp_path, monkeypatch, benchmark, prompt, metrics):
+    """Exported scenes in the official files; scored by lmms-eval's own functions, and by ours."""
+    if benchmark == "coco-captions" and not shutil.which("java"):
+        pytest.skip("lmms-eval's caption scores need Java")
+    data, model = tmp_path / "data", shipped_model()
+    main(["data", "export", benchmark, "--output-dir", str(data), "--size", "60"])
+    monkeypatch.setattr("xformer_mllm.inference.bf16_is_fast", lambda: False)
+    ours = evaluate(EvaluateConfig(model=model, benchmark=benchmark, data=data, output_dir=tmp_path / "ours"))
+
+    def call(*words):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "ACCELERATE_USE_CPU": "1"}
+        subprocess.run([sys.executable, *words], check=True, capture_output=True, cwd=tmp_path, env=environment)
+
+    call(str(TASKS / "documents.py"), benchmark, str(data))
+    command = tmp_path / "command.py"
+    command.write_text(IN_32_BITS)
+    arguments = f"pretrained={model}" + (f",prompt={prompt}" if prompt else "")
+    task = f"local_{benchmark.replace('-', '_')}"
+    words = ["--model", "xformer", "--model_args", arguments, "--batch_size", "16", "--tasks", task]
+    call(str(command), *words, "--include_path", str(TASKS), "--output_path", str(tmp_path / "out"))
+    (results,) = (tmp_path / "out").rglob("*results.json")
+    theirs = json.loads(results.read_text())["results"][task]
+    for name, own in metrics.items():
+        assert theirs[f"{name},none"] == pytest.approx(ours["scores"]["all"][own], abs=1e-9)
+        assert ours["scores"]["all"][own] > 0.2
 
 
 @pytest.mark.slow

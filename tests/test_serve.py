@@ -153,6 +153,18 @@ def test_200_requests_of_16_clients_have_the_answers_of_one_by_one(server, model
     assert batches < 150  # requests that waited together were batched
 
 
+def test_answers_do_not_wait_for_acknowledgements(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.recv(1)
+        (accepted,) = [
+            one.transport.get_extra_info("socket")
+            for one in server.uvicorn.server_state.connections
+            if one.transport.get_extra_info("peername") == connection.getsockname()
+        ]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_stream(client):
     whole = ask(client, n=2)
     pieces = list(ask(client, n=2, stream=True, stream_options={"include_usage": True}))
