@@ -492,6 +492,8 @@ def test_answers_reach_the_score_of_the_real_evaluator(lm, runs, tmp_path, proce
 
 
 TASKS = Path(__file__).parents[1] / "examples" / "lmms_eval"
+CAPTION_SCORES = {"coco_CIDEr": "CIDEr-D", "coco_METEOR": "METEOR", "coco_ROUGE_L": "ROUGE-L"}
+CAPTION_SCORES |= {f"coco_Bleu_{number}": f"BLEU-{number}" for number in (1, 2, 3, 4)}
 
 
 @pytest.mark.slow
@@ -501,7 +503,7 @@ TASKS = Path(__file__).parents[1] / "examples" / "lmms_eval"
     [
         ("gqa", None, {"exact_match": "accuracy"}),
         ("vqav2", None, {"exact_match": "accuracy"}),
-        ("coco-captions", "a photo of", {"coco_CIDEr": "CIDEr-D", "coco_Bleu_4": "BLEU-4"}),
+        ("coco-captions", "a photo of", CAPTION_SCORES),
     ],
 )
 def test_local_tasks_have_the_scores_of_xformer_evaluate(adapter, tmp_path, monkeypatch, benchmark, prompt, metrics):
@@ -524,11 +526,11 @@ def test_local_tasks_have_the_scores_of_xformer_evaluate(adapter, tmp_path, monk
     task = f"local_{benchmark.replace('-', '_')}"
     words = ["--model", "xformer", "--model_args", arguments, "--batch_size", "16", "--tasks", task]
     call(str(command), *words, "--include_path", str(TASKS), "--output_path", str(tmp_path / "out"))
-    (results,) = (tmp_path / "out").rglob("*results.json")
+    (results,) = (tmp_path / "out" / "models__xformer").glob("*results.json")
     theirs = json.loads(results.read_text())["results"][task]
     for name, own in metrics.items():
         assert theirs[f"{name},none"] == pytest.approx(ours["scores"]["all"][own], abs=1e-9)
-        assert ours["scores"]["all"][own] > 0.2
+        assert ours["scores"]["all"][own] > 0.05
 
 
 @pytest.mark.slow
