@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,15 @@ for _ in range(2):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
+@pytest.mark.parametrize(("device", "cores", "expected"), [("cpu", 8, 0), ("cuda", 8, 4), ("cuda", 2, 2)])
+def test_data_is_loaded_beside_a_gpu(device, cores, expected, monkeypatch):
+    monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(processes, "cores", lambda: cores)
+    assert processes.loaders(None) == expected
+    assert processes.loaders(0) == 0
+    assert processes.loaders(7) == 7
+
+
 def test_freed_memory_is_used_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     first, second = map(int, done.stdout.split())

@@ -189,8 +189,8 @@ class EvaluateConfig(BenchmarkConfig):
     """Number of ITC's best candidates that ITM re-ranks (retrieval only)."""
     batch_size: int = 32
     """Questions or images per batch."""
-    workers: int = 0
-    """Processes that load images; use 4 or more with a GPU."""
+    workers: int | None = None
+    """Processes that load images. Default: 4 for each GPU, 0 on a CPU."""
     output_dir: Path | None = None
     """Folder of the results. Default: evaluation/BENCHMARK-SPLIT in the folder of the run, or of an exported model."""
 

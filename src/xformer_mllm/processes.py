@@ -64,6 +64,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def cores() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+LOADERS = 4  # of each GPU
+
+
+def loaders(asked: int | None) -> int:
+    """The number of processes that load data: as asked; else 4 beside a GPU, and none on a CPU, which is busy itself."""
+    if asked is not None:
+        return asked
+    return min(LOADERS, cores()) if PartialState().device.type == "cuda" else 0
+
+
 def _outlive_the_collectives() -> None:
     """Wait for gloo's threads to free the last tensors they sent, a moment after the collective has returned.
 

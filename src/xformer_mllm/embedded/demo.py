@@ -28,13 +28,14 @@ from PIL import Image
 from xformer_mllm import report
 from xformer_mllm.commands import BenchmarkConfig, ReconstructConfig, flag_of
 from xformer_mllm.embedded.commands import DemoConfig
-from xformer_mllm.embedded.lanes import Job, Lane, clock, cores, processor, read_json, read_rows, run_lanes
+from xformer_mllm.embedded.lanes import Job, Lane, clock, processor, read_json, read_rows, run_lanes
 from xformer_mllm.evaluate.benchmark import Benchmark
 from xformer_mllm.evaluate.evaluation import open_benchmark
 from xformer_mllm.evaluate.exact_match import compare
 from xformer_mllm.evaluate.query_analysis import QueryAnalysis, analyse
 from xformer_mllm.files import read_json_lines, write_whole
 from xformer_mllm.inference import reconstruct
+from xformer_mllm.processes import cores
 
 # A finished job stays valid while the code and weights it used are unchanged.
 WORLD = ("world", "scenes", "scene_questions", "photographs", "easy_vqa", "start")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from xformer_mllm.files import write_whole
+from xformer_mllm.processes import cores
 
 PACKAGE = Path(__file__).parents[1]
 COMMAND = (sys.executable, "-m", "xformer_mllm")
@@ -253,11 +254,6 @@ def _stopping_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def cores() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -36,9 +36,10 @@ import numpy as np
 from xformer_mllm import report
 from xformer_mllm.embedded.commands import DemoConfig, StudyConfig
 from xformer_mllm.embedded.demo import jobs_of, text_settings
-from xformer_mllm.embedded.lanes import Lane, cores, processor, run_lanes
+from xformer_mllm.embedded.lanes import Lane, processor, run_lanes
 from xformer_mllm.evaluate.exact_match import Prediction
 from xformer_mllm.files import read_json, read_json_lines, write_whole
+from xformer_mllm.processes import cores
 
 RESAMPLES = 2_000
 MEAN = "mean of the types"

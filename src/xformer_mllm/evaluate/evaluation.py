@@ -32,7 +32,7 @@ from xformer_mllm.model.modeling_xformer import (
     XFormerForImageTextRetrieval,
     XFormerForPreTraining,
 )
-from xformer_mllm.processes import is_first, join
+from xformer_mllm.processes import is_first, join, loaders
 from xformer_mllm.report.wording import aligned
 
 BENCHMARKS: dict[str, Any] = {
@@ -83,8 +83,8 @@ def _answer(
     config: EvaluateConfig, benchmark: Benchmark, model: Any, processor: Any, folder: Path
 ) -> tuple[dict[str, Any], Sequence[report.Example]]:
     """Answer questions or caption images; write predictions.jsonl and official.json."""
-    settings = settings_of(config, benchmark)
-    found = predict(model, processor, benchmark, settings, folder, config.batch_size, config.workers, _made_by(config))
+    settings, workers = settings_of(config, benchmark), loaders(config.workers)
+    found = predict(model, processor, benchmark, settings, folder, config.batch_size, workers, _made_by(config))
     PartialState().wait_for_everyone()  # until all have read the parts
     if not is_first():
         return {}, ()
@@ -106,8 +106,9 @@ def _rank(
     config: EvaluateConfig, benchmark: Retrieval, model: Any, processor: Any, folder: Path
 ) -> tuple[dict[str, Any], Sequence[report.Example]]:
     """Rank images and captions; `retrieve` writes ranking.json."""
+    workers = loaders(config.workers)
     scores, ranking = retrieve(
-        model, processor, benchmark, folder, config.batch_size, config.k_test, config.workers, _made_by(config)
+        model, processor, benchmark, folder, config.batch_size, config.k_test, workers, _made_by(config)
     )
     problems = ranking["unreadable_images"]
     return describe(benchmark, scores, len(benchmark.records) - len(problems), problems), ()

@@ -55,6 +55,8 @@ from .vision_encoders import (
 )
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
+STANDARDISED_AT_ONCE = 32  # images
+ROWS = 64  # of ITG's logits: a multiple of it, as a CPU compiles and keeps kernels for each number of rows
 LORA = ".lora_"  # in the names of adapters' weights
 # Names of trained modules and parameters, as patterns: anchored, as towers and language models have "embeddings", too.
 TRAINED = [r"^(?:xformer\.)?(?:clip_layernorm|query_tokens|embeddings|qformer|fusion)"]
@@ -284,7 +286,10 @@ class XFormerModel(XFormerPreTrainedModel):
         Local detail is often a small part of the variance of a frozen encoder's tokens, and slow to learn from there.
         For new norms only: those of a BLIP-2 checkpoint are trained. Z' = Z_q and M' = M still hold at step 0.
         """
-        image = self.encode_image(pixel_values)
+        parts = [self.frozen_features(some, masked=False) for some in pixel_values.split(STANDARDISED_AT_ONCE)]
+        image = self.encode_image(
+            pixel_values, features={name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        )
         pairs = [(self.clip_layernorm, image.clip_tokens)]
         if image.mae is not None:
             tokens = image.mae.tokens.to(self.query_tokens.dtype)
@@ -587,7 +592,9 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         """ITG's cross-entropy, of the states [B, T, D] that the tokens int64[B, T] have in the generating pass."""
         states, targets = text_states.flatten(0, 1), losses.itg_targets(input_ids, text_mask).flatten()
         if not torch.compiler.is_compiling():  # the vocabulary is wide: only what has a target is predicted
-            places = (targets != losses.IGNORED).nonzero().squeeze(1)
+            without = targets == losses.IGNORED
+            count = len(targets) - int(without.sum())
+            places = without.int().argsort(stable=True)[: count + -count % ROWS]
             states, targets = states[places], targets[places]
         return self.itg_head(self.itg_transform(states), self.itg_bias, targets, self.config.label_smoothing)
 

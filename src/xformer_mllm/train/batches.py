@@ -16,6 +16,7 @@ from xformer_mllm.model.processing_xformer import without_placeholders
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of positions without loss
+LENGTHS = 4  # texts are padded to a multiple of it
 
 
 def _require_text(record: dict[str, Any], field: str) -> str:
@@ -143,5 +144,7 @@ def _pixels(processor: Any, images: list[Any]) -> torch.Tensor:
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
-    """Pad rows on the right to int64[B, T]."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    """Pad rows on the right to int64[B, T], T a multiple of LENGTHS: a CPU compiles and keeps kernels for each length."""
+    longest = max(map(len, rows))
+    length = longest + -longest % LENGTHS
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -76,8 +76,8 @@ class RunConfig:
     """Put texts of like lengths into a batch, so that less of it is padding. Needs a list of images of your own."""
     feature_cache: Path | None = None
     """Folder to cache the outputs of the frozen encoders in. Your own images need --augment none."""
-    num_workers: int = 0
-    """Number of worker processes that load data; 0 loads it in the training process."""
+    num_workers: int | None = None
+    """Number of processes that load data; 0 loads it in the training process. Default: 4 for each GPU, 0 on a CPU."""
     logging_steps: int = 20
     """Number of steps between two logs. Losses and accuracies are averages over these steps."""
     save_steps: int = 200
@@ -102,7 +102,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_of(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_grad_norm", "num_workers", "seed"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{flag_of(name)} must not be negative, but is {getattr(self, name)}")
         if self.feature_cache is not None and self.augment != "none" and self.data not in DATA:
             raise ValueError("--feature-cache needs whole images; set --augment none")

@@ -299,7 +299,7 @@ def _cached(
     masked, source = _reconstructs(model), f"{config.data} {config.images or ''}"
     model.xformer.to(PartialState().device)
     cache = FeatureCache(config.feature_cache, model, masked, source, image_size, uses_bf16(config))
-    broken = cache.fill(model, train, collator, config.num_workers)
+    broken = cache.fill(model, train, collator, processes.loaders(config.num_workers))
     train = train if masked else datasets.undecoded(train, broken)
     return train, WithFeatures(collator, cache, pixels_needed=masked)
 
