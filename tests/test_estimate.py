@@ -32,6 +32,7 @@ from xformer_mllm.estimate.costs import (
 )
 from xformer_mllm.estimate.estimation import estimate, language_model_config, read_recipe, work_of
 from xformer_mllm.estimate.sizes import empty_model, sizes_of
+from xformer_mllm.model import modeling_xformer
 from xformer_mllm.model.modeling_xformer import FROZEN
 from xformer_mllm.variants import variant_config
 
@@ -123,6 +124,12 @@ def real_model(config: XFormerConfig, stage: int, attention: str = "eager"):
 
 
 # ---- FLOPs
+
+
+@pytest.fixture(autouse=True)
+def rows_as_on_a_gpu(monkeypatch):
+    """A CPU adds rows without a target to ITG's."""
+    monkeypatch.setattr(modeling_xformer, "ROWS", 1)
 
 
 def assert_flops_exact(config: XFormerConfig, work: Work) -> None:

@@ -56,7 +56,7 @@ from .vision_encoders import (
 
 FROZEN = ("clip_encoder", "mae_encoder", "mae_decoder", "language_model")
 STANDARDISED_AT_ONCE = 32  # images
-ROWS = 64  # of ITG's logits: a multiple of it, as a CPU compiles and keeps kernels for each number of rows
+ROWS = 64  # of ITG's logits on a CPU: a multiple of it, as it compiles and keeps kernels for each number of rows
 LORA = ".lora_"  # in the names of adapters' weights
 # Names of trained modules and parameters, as patterns: anchored, as towers and language models have "embeddings", too.
 TRAINED = [r"^(?:xformer\.)?(?:clip_layernorm|query_tokens|embeddings|qformer|fusion)"]
@@ -592,10 +592,10 @@ class XFormerForPreTraining(XFormerForImageTextRetrieval):
         """ITG's cross-entropy, of the states [B, T, D] that the tokens int64[B, T] have in the generating pass."""
         states, targets = text_states.flatten(0, 1), losses.itg_targets(input_ids, text_mask).flatten()
         if not torch.compiler.is_compiling():  # the vocabulary is wide: only what has a target is predicted
-            without = targets == losses.IGNORED
-            count = len(targets) - int(without.sum())
-            places = without.int().argsort(stable=True)[: count + -count % ROWS]
-            states, targets = states[places], targets[places]
+            places = (targets != losses.IGNORED).nonzero().squeeze(1)
+            more = -len(places) % ROWS if states.device.type == "cpu" else 0  # the first one again, without a target
+            targets = nn.functional.pad(targets[places], (0, more), value=losses.IGNORED)
+            states = states[nn.functional.pad(places, (0, more))]
         return self.itg_head(self.itg_transform(states), self.itg_bias, targets, self.config.label_smoothing)
 
     def get_output_embeddings(self) -> nn.Module:
