@@ -23,6 +23,7 @@ from xformer_mllm import (
     XFormerForPreTraining,
     XFormerModel,
 )
+from xformer_mllm.model import modeling_xformer
 from xformer_mllm.model.modeling_xformer import FROZEN
 from xformer_mllm.model.vision_encoders import scaled
 from xformer_mllm.variants import variant_config
@@ -230,6 +231,21 @@ def test_the_itg_pass_gives_itc_the_queries_alone(images, texts):
     with torch.no_grad():
         stage1 = model(images, *texts).xformer_output.fused_queries
         torch.testing.assert_close(stage1, model.xformer(images).fused_queries, atol=1e-5, rtol=1e-4)
+
+
+def test_itg_s_added_rows_change_nothing(texts, monkeypatch):
+    ids, mask = texts
+    model = randomise(stage(XFormerForPreTraining, "no_reconstruction")).eval()
+    states = torch.randn(*ids.shape, model.config.qformer_config.hidden_size)
+    found = []
+    for rows in (1, 64):
+        monkeypatch.setattr(modeling_xformer, "ROWS", rows)
+        leaf = states.clone().requires_grad_()
+        model.zero_grad()
+        loss = model.itg_loss(leaf, ids, mask)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad, model.itg_head.weight.grad, model.itg_bias.grad))
+    torch.testing.assert_close(found[1], found[0], atol=1e-7, rtol=1e-5)
 
 
 def test_batched_generation_equals_one_by_one(images):

@@ -1,4 +1,4 @@
-"""What a process sets for all of its work: how a CPU multiplies fp32 matrices, and what becomes of freed memory."""
+"""What a process decides for all of its work: how a CPU multiplies, what becomes of freed memory, who loads data."""
 
 import platform
 import subprocess
@@ -52,7 +52,6 @@ for _ in range(2):
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
 @pytest.mark.parametrize(("device", "cores", "expected"), [("cpu", 8, 0), ("cuda", 8, 4), ("cuda", 2, 2)])
 def test_data_is_loaded_beside_a_gpu(device, cores, expected, monkeypatch):
     monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
@@ -62,6 +61,7 @@ def test_data_is_loaded_beside_a_gpu(device, cores, expected, monkeypatch):
     assert processes.loaders(7) == 7
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
 def test_freed_memory_is_used_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     first, second = map(int, done.stdout.split())

@@ -29,7 +29,6 @@ from xformer_mllm import processes
 from xformer_mllm.checkpoints import bf16_is_fast
 from xformer_mllm.data.streams import Positioned, Stream
 from xformer_mllm.files import write_whole
-from xformer_mllm.processes import loaders
 from xformer_mllm.train import fsdp, run_folder, state
 from xformer_mllm.train.config import RunConfig
 from xformer_mllm.train.health import query_similarity
@@ -207,7 +206,7 @@ class TrainingLoop:
 
     def _data(self, collator: Callable[[list], Batch]) -> tuple[ShuffledBatches | None, DataLoader]:
         config, process = self.config, self.accelerator
-        workers = {"num_workers": loaders(config.num_workers), "pin_memory": process.device.type == "cuda"}
+        workers = {"num_workers": processes.loaders(config.num_workers), "pin_memory": process.device.type == "cuda"}
         if self._stream is not None:  # it splits itself between processes, and says with each batch where it stands
             collate, rng = Positioned(collator, self._stream), torch.Generator()
             return None, DataLoader(self._stream, config.batch_size, collate_fn=collate, generator=rng, **workers)
